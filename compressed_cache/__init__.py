@@ -1,0 +1,22 @@
+"""compressed-cache: a fixed budget for the key-value cache of a model that thinks."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressed_cache.cache import CompressedCache
+    from compressed_cache.policies import POLICIES, Defaults, Policy, Slots
+
+__all__ = ["POLICIES", "CompressedCache", "Defaults", "Policy", "Slots", "__version__"]
+
+__version__ = "0.1.0"
+
+_HOME = {"CompressedCache": "compressed_cache.cache"}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the package alone costs nothing: torch and transformers are loaded at first use.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME.get(name, "compressed_cache.policies")), name)

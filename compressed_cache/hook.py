@@ -1,0 +1,70 @@
+"""The one place where transformers' attention meets a compressed layer.
+
+transformers hands new keys and values to ``cache.update`` and the queries to an attention function
+later, so a cache never sees a query. A compressed layer therefore returns tensors that carry a
+reference to it, and every attention function is wrapped once by :func:`dispatch`, which looks for
+that reference. Tensors without one go straight through, so models that use another cache are not
+affected, and there is no global "current cache" that threads could mix up.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
+
+_TAG = "_compressed_layer"
+
+
+class Attending(Protocol):
+    """A layer that attends for itself."""
+
+    def attend(
+        self,
+        function: Callable[..., Any],
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+def tag(keys: Tensor, layer: Attending) -> None:
+    """Marks ``keys`` so that attention over them is left to ``layer``."""
+    setattr(keys, _TAG, layer)
+
+
+def dispatch(
+    function: Callable[..., Any],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Calls ``function``, or the layer that owns ``key`` where there is one."""
+    layer = getattr(key, _TAG, None)
+    if layer is None:
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+    return layer.attend(function, module, query, key, value, attention_mask, **kwargs)
+
+
+def install() -> None:
+    """Wraps the attention functions of transformers; the second call does nothing."""
+    original = AttentionInterface.get_interface
+    if getattr(original, _TAG, False):
+        return
+
+    @functools.wraps(original)
+    def get_interface(
+        self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        return functools.partial(dispatch, original(self, attn_implementation, default))
+
+    setattr(get_interface, _TAG, True)
+    AttentionInterface.get_interface = get_interface

@@ -1,0 +1,64 @@
+"""The methods by name."""
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.full import Full
+from compressed_cache.policies.h2o import H2O
+from compressed_cache.policies.keydiff import KeyDiff
+from compressed_cache.policies.knorm import KNorm
+from compressed_cache.policies.random import Random
+from compressed_cache.policies.rkv import RKV
+from compressed_cache.policies.snapkv import SnapKV
+from compressed_cache.policies.streaming_llm import StreamingLLM
+from compressed_cache.policies.tova import TOVA
+
+__all__ = ["POLICIES", "Defaults", "Policy", "Slots", "make_policy"]
+
+POLICIES: dict[str, type[Policy]] = {
+    "full": Full,
+    "random": Random,
+    "streaming_llm": StreamingLLM,
+    "knorm": KNorm,
+    "h2o": H2O,
+    "tova": TOVA,
+    "snapkv": SnapKV,
+    "rkv": RKV,
+    "keydiff": KeyDiff,
+}
+
+
+def make_policy(name: str, **options: Any) -> Policy:
+    """A policy by name.
+
+    Args:
+        name: a key of :data:`POLICIES`.
+        options: fields of that policy.
+
+    Raises:
+        ValueError: unknown name, or an option out of range.
+        TypeError: unknown option, or an option of the wrong type.
+    """
+    if name not in POLICIES:
+        raise ValueError(
+            f"unknown policy {name!r}, expected one of {_listing(POLICIES)}{_nearest(name, POLICIES)}"
+        )
+    known = [field.name for field in fields(POLICIES[name])]
+    for option in options:
+        if option not in known:
+            expected = f"expected one of {_listing(known)}" if known else "it has no options"
+            raise TypeError(
+                f"unknown option {option!r} for policy {name!r}, {expected}{_nearest(option, known)}"
+            )
+    return POLICIES[name](**options)
+
+
+def _listing(names: Any) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def _nearest(name: str, names: Any) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,31 @@
+"""Heavy hitters."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from compressed_cache.policies.base import Defaults, Policy, Slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(Policy):
+    """Keeps the tokens that received most attention in total, and a recent window of half the budget.
+
+    H2O, section 4 and algorithm 1 (https://arxiv.org/abs/2306.14048): the sum, not the mean, of the
+    attention probabilities over all queries so far, prompt included. Differs in two points: query
+    heads that share a key are averaged (the paper has no grouped queries), and an evicted token is
+    gone (the authors' simulation only masks it and may revive it).
+    """
+
+    name: ClassVar[str] = "h2o"
+    observes: ClassVar = "attention"
+
+    def defaults(self, budget: int) -> Defaults:
+        return Defaults(recent=budget // 2)
+
+    def accumulate(self, attention: Tensor, weights: Tensor) -> Tensor:
+        return attention + weights.mean(dim=2).sum(dim=2)
+
+    def scores(self, slots: Slots) -> Tensor:
+        return slots.attention

@@ -1,0 +1,100 @@
+"""Attended by the last queries, and not said before."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compressed_cache.attention import masked_softmax
+from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.snapkv import check_window, window_logits
+from compressed_cache.slots import pool_by_position
+
+_BLOCK_ROWS = 512
+"""Rows of the similarity matrix held at once, so that a long prompt needs memory linear in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RKV(Policy):
+    """Trades the attention of the last queries against redundancy among the keys.
+
+    R-KV (https://arxiv.org/abs/2505.24133), section 3, in the form of the authors' code
+    (Zefan-Cai/R-KV@d15c976): ``mix_lambda * importance - (1 - mix_lambda) * redundancy``. Importance
+    is the attention of the last ``window`` queries to the tokens before the window (group maximum of
+    the logits, softmax without the window, mean, max-pooled). Redundancy is a softmax over the mean
+    cosine of each key to all others, where each key spares its newest near-duplicate, or the oldest
+    held token when it has none, as the authors' code does. The window is always kept; ``recent`` can
+    only extend it.
+
+    Differs in one point: slots are overwritten one by one in the order of the ranking, where the
+    authors let the cache grow by 128 tokens and cut it back, so the budget here includes that buffer.
+    """
+
+    name: ClassVar[str] = "rkv"
+    observes: ClassVar = "queries"
+    window: int = 8
+    """Queries that vote, and tokens always kept."""
+    kernel_size: int = 7
+    """Odd width of the max pooling, in held tokens; 1 switches it off."""
+    mix_lambda: float = 0.1
+    """Weight of importance against redundancy, 0 to 1. The paper's value; later studies used 0.5."""
+    similarity_threshold: float = 0.5
+    """Cosine above which two keys count as near-duplicates."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_window(self.window, self.kernel_size)
+        if not 0 <= self.mix_lambda <= 1:
+            raise ValueError(f"mix_lambda must be from 0 to 1, got {self.mix_lambda}")
+        if not -1 <= self.similarity_threshold <= 1:
+            raise ValueError(
+                f"similarity_threshold must be from -1 to 1, got {self.similarity_threshold}"
+            )
+
+    @property
+    def kept_recent(self) -> int:
+        return self.window
+
+    @property
+    def num_queries(self) -> int:
+        return self.window
+
+    def defaults(self, budget: int) -> Defaults:
+        return Defaults(interval=max(1, min(128, budget // 8)), recent=self.window)
+
+    def scores(self, slots: Slots) -> Tensor:
+        before = slots.positions < (slots.next_position - self.window)[:, None, None]
+        before = before & (slots.positions >= 0)
+        importance = self._importance(slots, before)
+        redundancy = self._redundancy(slots)
+        scores = self.mix_lambda * importance - (1 - self.mix_lambda) * redundancy
+        return scores.masked_fill(~before, torch.inf)
+
+    def _importance(self, slots: Slots, before: Tensor) -> Tensor:
+        logits = window_logits(slots).amax(dim=2)
+        votes = masked_softmax(logits, before[:, :, None])
+        seen = slots.query_positions >= 0
+        votes = (votes * seen[:, None, :, None]).sum(dim=2) / seen.sum(dim=1)[:, None, None]
+        # The window takes no part in the pooling, so it is passed as if empty.
+        prefix = slots.positions.masked_fill(~before, -1)
+        return pool_by_position(votes, prefix, kernel_size=self.kernel_size, reduce="max")
+
+    def _redundancy(self, slots: Slots) -> Tensor:
+        positions = slots.positions
+        held = positions >= 0
+        keys = slots.keys.float()
+        keys = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
+        keys = keys.masked_fill(~held.unsqueeze(-1), 0.0)
+        columns = torch.arange(keys.shape[2], device=keys.device)
+        oldest = positions.masked_fill(~held, torch.iinfo(torch.int64).max).argmin(-1, keepdim=True)
+        total = torch.zeros_like(positions, dtype=torch.float32)
+        for start in range(0, keys.shape[2], _BLOCK_ROWS):
+            rows = columns[start : start + _BLOCK_ROWS]
+            cosine = keys[:, :, start : start + _BLOCK_ROWS] @ keys.mT
+            cosine = cosine.masked_fill(rows[:, None] == columns, 0.0)
+            similar = (cosine > self.similarity_threshold) & held[:, :, None, :]
+            newest, spared = positions[:, :, None].masked_fill(~similar, -1).max(-1, keepdim=True)
+            spared = torch.where(newest >= 0, spared, oldest[:, :, None])
+            total += cosine.scatter(-1, spared, 0.0).sum(dim=2)
+        return masked_softmax(total / held.sum(dim=-1, keepdim=True), held)

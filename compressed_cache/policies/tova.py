@@ -1,0 +1,29 @@
+"""The attention of the current token decides."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from compressed_cache.policies.base import Policy, Slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOVA(Policy):
+    """Evicts the token that the last query attended least, averaged over all heads of the layer.
+
+    TOVA, section 4 (https://arxiv.org/abs/2401.06104). All heads of a layer keep the same tokens.
+    The row that decides is the one of the step before: the paper drops a token right after a step,
+    this cache right before the next, so attention sees ``budget`` tokens where the paper sees one
+    more. What is held between two steps is the same.
+    """
+
+    name: ClassVar[str] = "tova"
+    observes: ClassVar = "attention"
+    prompt_queries: ClassVar = 1
+
+    def accumulate(self, attention: Tensor, weights: Tensor) -> Tensor:
+        return weights[:, :, :, -1].mean(dim=(1, 2)).unsqueeze(1).expand_as(attention)
+
+    def scores(self, slots: Slots) -> Tensor:
+        return slots.attention

@@ -1,0 +1,81 @@
+"""The arguments of a cache once checked and resolved."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from compressed_cache.policies import Policy
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How many slots, how often they are ranked, and which tokens are never evicted."""
+
+    budget: int
+    interval: int
+    sinks: int
+    recent: int
+    protect_prompt: bool
+
+
+def resolve_rules(
+    policy: Policy,
+    *,
+    budget: int,
+    interval: int | None,
+    sinks: int | None,
+    recent: int | None,
+    protect_prompt: bool | None,
+) -> Rules:
+    """Checks the arguments of ``CompressedCache`` and fills in the policy's defaults.
+
+    A default yields where the budget leaves no room for it; a value that was given never does.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, or a budget too small for what is protected.
+    """
+    _check_int("budget", budget, least=1)
+    for name, value, least in (("interval", interval, 1), ("sinks", sinks, 0), ("recent", recent, 0)):
+        if value is not None:
+            _check_int(name, value, least=least)
+    if protect_prompt is not None and not isinstance(protect_prompt, bool):
+        raise TypeError(f"protect_prompt must be a bool, got {_shown(protect_prompt)}")
+
+    defaults = policy.defaults(budget)
+    kept = policy.kept_recent
+    room = budget - (sinks or 0) - max(recent or 0, kept) - (interval or 1)
+    if sinks is None:
+        sinks = max(0, min(defaults.sinks, room))
+        room -= sinks
+    if recent is None:
+        recent = max(kept, min(defaults.recent, kept + room))
+        room -= recent - kept
+    recent = max(recent, kept)
+    if interval is None:
+        interval = max(1, min(defaults.interval, 1 + room))
+    if protect_prompt is None:
+        protect_prompt = defaults.protect_prompt
+
+    least = sinks + recent + interval
+    if policy.evicts and budget < least:
+        raise ValueError(
+            f"budget must be at least sinks + recent + interval ({sinks} + {recent} + {interval} = "
+            f"{least}), got {budget}. Raise budget, or lower {_largest(sinks, recent, interval)}."
+        )
+    return Rules(budget, interval, sinks, recent, protect_prompt)
+
+
+def _largest(sinks: int, recent: int, interval: int) -> str:
+    named = {"sinks": sinks, "recent": recent, "interval": interval}
+    return max(named, key=lambda name: named[name])
+
+
+def _check_int(name: str, value: Any, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= {least}, got {_shown(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {value}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"

@@ -1,0 +1,125 @@
+"""Pure tensor steps on slots: protect, rank, keep the best, pool by position.
+
+One legend for all shapes of this library: ``B`` batch, ``H`` key/value heads, ``G`` query heads per
+key/value head, ``S`` slots (static capacity), ``L`` new tokens in one call, ``W`` observed queries,
+``D`` head dimension. A *token* is an element of the text, its *position* the index there counted
+from the left end of its own row, a *slot* a place in the cache. ``positions[b, h, s] == -1`` means
+that the slot is empty.
+
+Slots are in no particular order::
+
+    slot         0    1    2    3    4    5
+    positions    0    1   17   -1   16    9      sinks=2, recent=2, incoming token at position 18
+    protected  sink sink  new   .   new   .
+    score      +inf +inf +inf -inf +inf  0.3     the empty slot is used first, then position 9
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+_NO_POSITION = torch.iinfo(torch.int64).max
+
+
+def protect(
+    scores: Tensor,
+    positions: Tensor,
+    *,
+    next_position: Tensor,
+    protected_prefix: Tensor,
+    recent: int,
+) -> Tensor:
+    """Scores with protected slots at ``+inf`` and empty slots at ``-inf``.
+
+    Args:
+        scores: ``[B, H, S]`` float32, larger is kept longer.
+        positions: ``[B, H, S]`` int64.
+        next_position: ``[B]`` int64, position of the incoming token of each row.
+        protected_prefix: ``[B]`` int64, positions below it are never evicted (sinks or prompt).
+        recent: tokens right before the incoming one that are never evicted.
+
+    Returns:
+        ``[B, H, S]`` float32.
+    """
+    oldest_recent = (next_position - recent)[:, None, None]
+    protected = (positions < protected_prefix[:, None, None]) | (positions >= oldest_recent)
+    return scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
+
+
+def lowest_slot(scores: Tensor, positions: Tensor) -> Tensor:
+    """The slot with the lowest score; among equals the one with the oldest token.
+
+    Args:
+        scores: ``[B, H, S]`` float32.
+        positions: ``[B, H, S]`` int64.
+
+    Returns:
+        ``[B, H, 1]`` int64 slot numbers.
+    """
+    lowest = scores.amin(dim=-1, keepdim=True)
+    return positions.masked_fill(scores != lowest, _NO_POSITION).argmin(dim=-1, keepdim=True)
+
+
+def rank(scores: Tensor, positions: Tensor) -> Tensor:
+    """All slots from the lowest to the highest score; among equals the oldest token first.
+
+    Args:
+        scores: ``[B, H, S]`` float32.
+        positions: ``[B, H, S]`` int64.
+
+    Returns:
+        ``[B, H, S]`` int64 slot numbers.
+    """
+    by_position = positions.argsort(dim=-1, stable=True)
+    by_score = scores.gather(-1, by_position).argsort(dim=-1, stable=True)
+    return by_position.gather(-1, by_score)
+
+
+def keep_best(scores: Tensor, positions: Tensor, *, count: int) -> Tensor:
+    """The ``count`` highest-ranked slots, in the order of their positions.
+
+    Args:
+        scores: ``[B, H, S]`` float32.
+        positions: ``[B, H, S]`` int64.
+        count: slots to keep, at most ``S``.
+
+    Returns:
+        ``[B, H, count]`` int64 slot numbers, positions ascending.
+    """
+    kept = rank(scores, positions)[..., -count:]
+    return kept.gather(-1, positions.gather(-1, kept).argsort(dim=-1, stable=True))
+
+
+def pool_by_position(
+    values: Tensor, positions: Tensor, *, kernel_size: int, reduce: Literal["mean", "max"]
+) -> Tensor:
+    """Each value pooled with its neighbours, where neighbours are adjacent in position order.
+
+    Empty slots are nobody's neighbours, and the mean divides by the neighbours that exist, so the
+    ends of the list are not attenuated.
+
+    Args:
+        values: ``[B, H, S]`` float32.
+        positions: ``[B, H, S]`` int64.
+        kernel_size: odd width of the pooling window, in held tokens.
+        reduce: ``"mean"`` or ``"max"``.
+
+    Returns:
+        ``[B, H, S]`` float32, zero at empty slots.
+    """
+    held = positions >= 0
+    if kernel_size == 1:
+        return values.masked_fill(~held, 0.0)
+    order = positions.argsort(dim=-1, stable=True)
+    sorted_held = held.gather(-1, order)
+    sorted_values = values.gather(-1, order)
+    pool = dict(kernel_size=kernel_size, stride=1, padding=kernel_size // 2)
+    if reduce == "mean":
+        sums = torch.nn.functional.avg_pool1d(sorted_values.masked_fill(~sorted_held, 0.0), **pool)
+        pooled = sums / torch.nn.functional.avg_pool1d(sorted_held.float(), **pool).clamp(min=1e-6)
+    else:
+        lowest = sorted_values.masked_fill(~sorted_held, -torch.inf)
+        pooled = torch.nn.functional.max_pool1d(lowest, **pool)
+    pooled = pooled.masked_fill(~sorted_held, 0.0)
+    return torch.zeros_like(values).scatter(-1, order, pooled)
