@@ -185,7 +185,7 @@ class CompressedCache(Cache):
         self.clock.tick()
         if not self.policy.evicts:
             for layer in self.layers:
-                layer.grow(tokens)
+                layer.grow(self.clock.tokens_seen + tokens)
 
 
 _FIXED_BATCH = "CompressedCache cannot change its batch size. Repeat the inputs before the prompt."
