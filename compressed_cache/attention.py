@@ -56,10 +56,12 @@ def attend(
         ``[B, H, G, 1, S]`` float32.
     """
     grouped = queries.reshape(*keys.shape[:2], -1, queries.shape[-1])
-    logits = (grouped.float() @ keys.float().mT) * scaling
+    # float64 models keep their precision, so that references can be compared exactly.
+    exact = torch.promote_types(keys.dtype, torch.float32)
+    logits = (grouped.to(exact) @ keys.to(exact).mT) * scaling
     weights = logits.masked_fill(~visible[:, :, None], -torch.inf).softmax(dim=-1)
     output = weights.to(values.dtype) @ values
-    return output.reshape(*queries.shape[:3], values.shape[-1]), weights.unsqueeze(3)
+    return output.reshape(*queries.shape[:3], values.shape[-1]), weights.unsqueeze(3).float()
 
 
 def prompt_attention(

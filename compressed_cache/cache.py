@@ -21,11 +21,11 @@ class CompressedCache(Cache):
 
         model.generate(**inputs, past_key_values=CompressedCache(policy="snapkv", budget=256))
 
-    In each decode step the victim is chosen from what was known before the step, the new token takes
-    its slot, attention runs over at most ``budget`` tokens, the new one included, and the policy's
-    state is updated. A prompt is attended in full by the model's own kernel, then its best ``budget``
-    tokens per key/value head are kept. Positions count real tokens from the left end of each row, so
-    padding shifts nothing.
+    In each decode step the victim is chosen from what was known before the step, the new token
+    takes its slot, attention runs over at most ``budget`` tokens, the new one included, and the
+    policy's state is updated. A prompt is attended in full by the model's own kernel, then its best
+    ``budget`` tokens per key/value head are kept. Positions count real tokens from the left end of
+    each row, so padding shifts nothing.
 
     Args:
         policy: a name from ``compressed_cache.POLICIES`` or a policy object.
@@ -34,7 +34,8 @@ class CompressedCache(Cache):
             overwritten in order until the next ranking and stay attended until then. With 1 the
             victim is chosen anew in every step. None: the policy's default.
         sinks: positions below it are never evicted. None: the policy's default.
-        recent: so many tokens before the incoming one are never evicted. None: the policy's default.
+        recent: so many tokens before the incoming one are never evicted. None: the policy's
+            default.
         protect_prompt: never evict a token of the prompt. None: the policy's default.
         config: the model's config, to refuse a model that cannot work before any work is done
             (otherwise the first forward does).
@@ -51,6 +52,8 @@ class CompressedCache(Cache):
         TypeError: an argument of the wrong type, or an unknown option.
         NotImplementedError: with ``config``, a model this cache cannot serve.
     """
+
+    layers: list[CompressedLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -110,7 +113,8 @@ class CompressedCache(Cache):
         if not self._is_filled:
             return 0
         if torch.compiler.is_compiling():
-            return self.layers[0].tokens_seen  # an int would be compiled in as a constant
+            # An int would be compiled in as a constant.
+            return self.layers[0].tokens_seen  # pyright: ignore[reportReturnType]
         return self.clock.tokens_seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -124,7 +128,7 @@ class CompressedCache(Cache):
 
     @property
     def evicted_tokens(self) -> int:
-        """Tokens seen minus tokens held per head of the first layer; of a padded batch, the most."""
+        """Tokens seen minus tokens held per head of the first layer; the most of all rows."""
         if not self._is_filled:
             return 0
         layer = self.layers[0]
@@ -201,8 +205,8 @@ def _policy(policy: Any, options: dict[str, Any]) -> Policy:
         )
     if options:
         raise TypeError(
-            f"policy options must be given to the policy object itself, got {sorted(options)} beside "
-            f"{policy!r}"
+            "policy options must be given to the policy object itself, got "
+            f"{sorted(options)} beside {policy!r}"
         )
     return policy
 
@@ -211,7 +215,9 @@ def _check_config(config: PreTrainedConfig) -> None:
     text = config.get_text_config()
     if config.is_encoder_decoder:
         raise NotImplementedError("CompressedCache does not support encoder-decoder models.")
-    others = sorted({kind for kind in getattr(text, "layer_types", None) or [] if kind != "full_attention"})
+    others = sorted(
+        {kind for kind in getattr(text, "layer_types", None) or [] if kind != "full_attention"}
+    )
     if others:
         raise NotImplementedError(
             f"CompressedCache supports full-attention layers only, the model also has {others}."

@@ -49,6 +49,6 @@ def check_attention(layer: int, module: Any, arguments: dict[str, Any]) -> None:
     for name, meaning in _UNSUPPORTED.items():
         if arguments.get(name) is not None:
             raise NotImplementedError(
-                f"layer {layer} ({type(module).__name__}) uses {meaning}, which CompressedCache does "
-                "not support"
+                f"layer {layer} ({type(module).__name__}) uses {meaning}, which CompressedCache "
+                "does not support"
             )

@@ -5,8 +5,8 @@ class Clock:
     """Counts tokens on the host and says whether the next decode step ranks the slots.
 
     A compiled decode step must not read a Python int that changes (each value would be compiled in,
-    and CUDA graphs would be recorded once per value), but a cache that ranks every ``interval`` steps
-    has to know when. So a step only *reads* the bool :attr:`ranks` and *writes* a constant to
+    and CUDA graphs would be recorded once per value), but a cache that ranks every ``interval``
+    steps has to know when. So a step only *reads* the bool :attr:`ranks` and *writes* a constant to
     :attr:`running`; the counting is done by :meth:`tick`, which transformers triggers eagerly
     between two steps when it asks for the size of the mask. Compiled code is then guarded on one
     bool: two graphs. Where nobody asks (a model compiled by hand), the cache ticks inside the step:

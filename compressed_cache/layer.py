@@ -15,7 +15,7 @@ from compressed_cache.policies import Policy, Slots
 from compressed_cache.rules import Rules
 
 
-class CompressedLayer(SlotMemory, CacheLayerMixin):
+class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Keys and values of one attention layer in a fixed number of slots.
 
     A prompt (the first call) is attended by the model's own function, then scored and cut to the
@@ -143,10 +143,10 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):
             self.protected_prefix.clamp_(min=self.next_position)
         self.tokens_seen.fill_(key.shape[2])
         contents = [(self.keys, key), (self.values, value), (self.positions, positions)]
-        seen = None
-        if self.queries is not None:
+        seen = self.attention
+        if self.policy.observes == "queries":
             self._record_prompt(query, rows)
-        if self.attention is not None:
+        if self.policy.observes == "attention":
             seen = self._prompt_attention(query, key, rows)
             contents.append((self.attention, seen))
 
@@ -187,7 +187,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):
         self.keys.scatter_(2, slot.unsqueeze(-1).expand_as(key), key)
         self.values.scatter_(2, slot.unsqueeze(-1).expand_as(value), value)
         self.positions.scatter_(2, slot, self.next_position[:, None, None].expand_as(slot))
-        if self.attention is not None:
+        if self.policy.observes == "attention":
             self.attention.scatter_(2, slot, 0.0)
 
     def _victim(self, ranks: bool) -> Tensor:
@@ -209,9 +209,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):
         output, weights = attention.attend(
             query, self.keys, self.values, self.positions >= 0, scaling=self.scaling
         )
-        if self.attention is not None:
+        if self.policy.observes == "attention":
             self.attention.copy_(self.policy.accumulate(self.attention, weights))
-        if self.queries is not None:
+        if self.policy.observes == "queries":
             place = (self.tokens_seen % self.query_positions.shape[1]).view(1)
             self.queries.index_copy_(3, place, attention.group_queries(query, self.keys.shape[1]))
             self.query_positions.index_copy_(1, place, self.next_position[:, None])
@@ -233,12 +233,16 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):
             outputs.append(self._observe(query[:, :, here])[0])
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
+    def _allocate(self, keys: Tensor, values: Tensor, capacity: int, *, num_groups: int) -> None:
+        super()._allocate(keys, values, capacity, num_groups=num_groups)
+        hook.tag(self.keys, self)
+
     # What the policy sees and says.
 
     def _held(self) -> Slots:
         return self._view(self.keys, self.values, self.positions, self.attention)
 
-    def _view(self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor | None) -> Slots:
+    def _view(self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor) -> Slots:
         return Slots(
             keys=keys,
             values=values,

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from compressed_cache import hook
 from compressed_cache.policies import Policy
 from compressed_cache.rules import Rules
 
@@ -20,9 +19,11 @@ class SlotMemory:
         protected_prefix: ``[B]`` int64, positions below it are never evicted.
         tokens_seen: 0-d int64, tokens seen by every row, padding included.
         victims, phase: ``[B, H, interval]`` and ``[1]`` int64, the slots to overwrite next, lowest
-            first, and which of them is due; with ``interval > 1``.
-        attention: ``[B, H, S]`` float32, what the policy made of the attention seen.
-        queries, query_positions: ``[B, H, G, W, D]`` and ``[B, W]`` int64, a ring of the last queries.
+            first, and which of them is due (read with ``interval > 1``).
+        attention: ``[B, H, S]`` float32, what the policy made of the attention seen; without slots
+            unless it asks for it.
+        queries, query_positions: ``[B, H, G, W, D]`` and ``[B, W]`` int64, a ring of the last
+            queries, ``W = 0`` unless the policy asks for it.
     """
 
     keys: Tensor
@@ -33,9 +34,9 @@ class SlotMemory:
     tokens_seen: Tensor
     victims: Tensor
     phase: Tensor
-    attention: Tensor | None = None
-    queries: Tensor | None = None
-    query_positions: Tensor | None = None
+    attention: Tensor
+    queries: Tensor
+    query_positions: Tensor
 
     def __init__(self, policy: Policy, rules: Rules) -> None:
         self.policy = policy
@@ -70,9 +71,9 @@ class SlotMemory:
         """Forgets all tokens and keeps the memory."""
         for tensor in self.tensors():
             tensor.zero_()
-        for tensor in (vars(self).get("positions"), self.query_positions):
-            if tensor is not None:
-                tensor.fill_(-1)
+        if "positions" in vars(self):
+            self.positions.fill_(-1)
+            self.query_positions.fill_(-1)
 
     def reorder(self, rows: Tensor) -> None:
         """Row ``b`` becomes a copy of row ``rows[b]``."""
@@ -85,9 +86,7 @@ class SlotMemory:
         """Everything this layer keeps in memory."""
         return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
-    def _allocate(
-        self, keys: Tensor, values: Tensor, capacity: int, *, num_groups: int
-    ) -> None:
+    def _allocate(self, keys: Tensor, values: Tensor, capacity: int, *, num_groups: int) -> None:
         batch, heads, _, dim = keys.shape
 
         def full(*shape: int, dtype: torch.dtype = torch.int64, fill: int = 0) -> Tensor:
@@ -100,15 +99,12 @@ class SlotMemory:
         self.protected_prefix = full(batch)
         self.tokens_seen = full()
         self.phase = full(1)
-        if self.rules.interval > 1:
-            self.victims = full(batch, heads, self.rules.interval)
-        if self.policy.observes == "attention":
-            self.attention = full(batch, heads, capacity, dtype=torch.float32)
-        if self.policy.observes == "queries":
-            window = self.policy.num_queries
-            self.queries = full(batch, heads, num_groups, window, dim, dtype=keys.dtype)
-            self.query_positions = full(batch, window, fill=-1)
-        hook.tag(self.keys, self)
+        self.victims = full(batch, heads, self.rules.interval)
+        remembered = capacity if self.policy.observes == "attention" else 0
+        self.attention = full(batch, heads, remembered, dtype=torch.float32)
+        window = self.policy.num_queries
+        self.queries = full(batch, heads, num_groups, window, dim, dtype=keys.dtype)
+        self.query_positions = full(batch, window, fill=-1)
         if not torch.compiler.is_compiling():
             # Without it every in-place write would make the compiler give up CUDA graphs.
             for tensor in self.tensors():

@@ -35,9 +35,9 @@ def resolve_rules(
         ValueError: an argument out of range, or a budget too small for what is protected.
     """
     _check_int("budget", budget, least=1)
-    for name, value, least in (("interval", interval, 1), ("sinks", sinks, 0), ("recent", recent, 0)):
+    for name, value in (("interval", interval), ("sinks", sinks), ("recent", recent)):
         if value is not None:
-            _check_int(name, value, least=least)
+            _check_int(name, value, least=1 if name == "interval" else 0)
     if protect_prompt is not None and not isinstance(protect_prompt, bool):
         raise TypeError(f"protect_prompt must be a bool, got {_shown(protect_prompt)}")
 

@@ -114,12 +114,16 @@ def pool_by_position(
     order = positions.argsort(dim=-1, stable=True)
     sorted_held = held.gather(-1, order)
     sorted_values = values.gather(-1, order)
-    pool = dict(kernel_size=kernel_size, stride=1, padding=kernel_size // 2)
     if reduce == "mean":
-        sums = torch.nn.functional.avg_pool1d(sorted_values.masked_fill(~sorted_held, 0.0), **pool)
-        pooled = sums / torch.nn.functional.avg_pool1d(sorted_held.float(), **pool).clamp(min=1e-6)
+        sums = _mean_of_window(sorted_values.masked_fill(~sorted_held, 0.0), kernel_size)
+        # Both means divide by the width of the window, so their ratio divides by its neighbours.
+        pooled = sums / _mean_of_window(sorted_held.float(), kernel_size).clamp(min=1e-6)
     else:
         lowest = sorted_values.masked_fill(~sorted_held, -torch.inf)
-        pooled = torch.nn.functional.max_pool1d(lowest, **pool)
+        pooled = torch.nn.functional.max_pool1d(lowest, kernel_size, 1, kernel_size // 2)
     pooled = pooled.masked_fill(~sorted_held, 0.0)
     return torch.zeros_like(values).scatter(-1, order, pooled)
+
+
+def _mean_of_window(values: Tensor, kernel_size: int) -> Tensor:
+    return torch.nn.functional.avg_pool1d(values, kernel_size, 1, kernel_size // 2)

@@ -2,16 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-
-_CHECKED: dict[Any, tuple[type | tuple[type, ...], str]] = {
-    int: (int, "an int"),
-    float: ((int, float), "a float"),
-    bool: (bool, "a bool"),
-    str: (str, "a str"),
+_CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "an int"),
+    "float": ((int, float), "a float"),
+    "bool": (bool, "a bool"),
+    "str": (str, "a str"),
 }
 
 
@@ -34,13 +33,14 @@ class Slots(NamedTuple):
     """Index of the layer."""
     scaling: float
     """Factor of the attention logits, usually ``D ** -0.5``."""
-    queries: Tensor | None = None
-    """``[B, H, G, W, D]`` last queries seen, in any order; policies with ``observes = "queries"``."""
-    query_positions: Tensor | None = None
+    queries: Tensor
+    """``[B, H, G, W, D]`` last queries seen, in any order; ``W = 0`` unless the policy has
+    ``observes = "queries"``."""
+    query_positions: Tensor
     """``[B, W]`` int64, ``-1`` where no query was seen yet."""
-    attention: Tensor | None = None
+    attention: Tensor
     """``[B, H, S]`` float32, what :meth:`Policy.accumulate` made of the attention seen so far;
-    policies with ``observes = "attention"``."""
+    without slots unless the policy has ``observes = "attention"``."""
 
 
 class Defaults(NamedTuple):
@@ -71,22 +71,24 @@ class Policy:
     evicts: ClassVar[bool] = True
     """``False``: the cache grows instead, ``budget`` is ignored and scores are never asked for."""
     prompt_queries: ClassVar[int | None] = None
-    """With ``observes = "attention"``: how many of the last prompt queries are shown; all if None."""
+    """With ``observes = "attention"``: how many of the last prompt queries are shown; None: all."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type not in _CHECKED:
+            # With postponed annotations the type of a field is its name.
+            kind = getattr(field.type, "__name__", field.type)
+            if kind not in _CHECKED:
                 continue
-            allowed, wording = _CHECKED[field.type]
-            if not isinstance(value, allowed) or (isinstance(value, bool) and field.type is not bool):
+            allowed, wording = _CHECKED[kind]
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
                 raise TypeError(
                     f"{field.name} must be {wording}, got {value!r} ({type(value).__name__})"
                 )
 
     @property
     def num_queries(self) -> int:
-        """With ``observes = "queries"``: how many of the last queries are recorded."""
+        """How many of the last queries are recorded; with ``observes = "queries"``."""
         return 0
 
     @property
@@ -102,7 +104,8 @@ class Policy:
         """How much each token deserves to stay.
 
         Args:
-            slots: what is held (while decoding, before the incoming token is written) or the prompt.
+            slots: what is held (while decoding, before the incoming token is written) or the
+                prompt.
 
         Returns:
             ``[B, H, S]`` float32. Larger is kept longer; entries of empty slots are ignored, and
@@ -118,9 +121,12 @@ class Policy:
 
         Args:
             attention: ``[B, H, S]`` float32, the memory so far.
-            weights: ``[B, H, G, Q, S]`` float32 attention of ``Q`` consecutive queries, oldest first.
+            weights: ``[B, H, G, Q, S]`` float32 attention of ``Q`` consecutive queries, oldest
+                first.
 
         Returns:
             ``[B, H, S]`` float32.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define accumulate(attention, weights)")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define accumulate(attention, weights)"
+        )

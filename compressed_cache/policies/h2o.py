@@ -10,7 +10,7 @@ from compressed_cache.policies.base import Defaults, Policy, Slots
 
 @dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
-    """Keeps the tokens that received most attention in total, and a recent window of half the budget.
+    """Keeps the tokens that received most attention in total, and half a budget of recent ones.
 
     H2O, section 4 and algorithm 1 (https://arxiv.org/abs/2306.14048): the sum, not the mean, of the
     attention probabilities over all queries so far, prompt included. Differs in two points: query

@@ -20,15 +20,16 @@ class RKV(Policy):
     """Trades the attention of the last queries against redundancy among the keys.
 
     R-KV (https://arxiv.org/abs/2505.24133), section 3, in the form of the authors' code
-    (Zefan-Cai/R-KV@d15c976): ``mix_lambda * importance - (1 - mix_lambda) * redundancy``. Importance
-    is the attention of the last ``window`` queries to the tokens before the window (group maximum of
-    the logits, softmax without the window, mean, max-pooled). Redundancy is a softmax over the mean
-    cosine of each key to all others, where each key spares its newest near-duplicate, or the oldest
-    held token when it has none, as the authors' code does. The window is always kept; ``recent`` can
-    only extend it.
+    (Zefan-Cai/R-KV@d15c976): ``mix_lambda * importance - (1 - mix_lambda) * redundancy``.
+    Importance is the attention of the last ``window`` queries to the tokens before the window
+    (group maximum of the logits, softmax without the window, mean, max-pooled). Redundancy is a
+    softmax over the mean cosine of each key to all others, where each key spares its newest
+    near-duplicate, or the oldest held token when it has none, as the authors' code does. The window
+    is always kept; ``recent`` can only extend it.
 
     Differs in one point: slots are overwritten one by one in the order of the ranking, where the
-    authors let the cache grow by 128 tokens and cut it back, so the budget here includes that buffer.
+    authors let the cache grow by 128 tokens and cut it back, so the budget here includes that
+    buffer.
     """
 
     name: ClassVar[str] = "rkv"
@@ -38,7 +39,7 @@ class RKV(Policy):
     kernel_size: int = 7
     """Odd width of the max pooling, in held tokens; 1 switches it off."""
     mix_lambda: float = 0.1
-    """Weight of importance against redundancy, 0 to 1. The paper's value; later studies used 0.5."""
+    """Weight of importance against redundancy, 0 to 1 (the paper's; later studies used 0.5)."""
     similarity_threshold: float = 0.5
     """Cosine above which two keys count as near-duplicates."""
 

@@ -15,14 +15,15 @@ class SnapKV(Policy):
     """Keeps what the last ``window`` queries attend to, smoothed over neighbouring tokens.
 
     SnapKV, section 4 (https://arxiv.org/abs/2404.14469), at prefill; while decoding the same score
-    is taken again at every ranking from the last ``window`` queries, each rotated at its own position
-    (the variant "Hold Onto That Thought", https://arxiv.org/abs/2512.12008, reports as SnapKV-D
-    without defining it). The window itself is kept through ``recent``, whose default is ``window``.
+    is taken again at every ranking from the last ``window`` queries, each rotated at its own
+    position (the variant "Hold Onto That Thought", https://arxiv.org/abs/2512.12008, reports as
+    SnapKV-D without defining it). The window itself is kept through ``recent``, whose default is
+    ``window``.
 
     Differs from the authors' code in three points: query heads that share a key are averaged (they
     repeat the keys instead); pooling runs over all held tokens, window included, in the order of
-    their positions; and the mean at both ends of that list is over the neighbours that exist (theirs
-    counts padding zeros).
+    their positions; and the mean at both ends of that list is over the neighbours that exist
+    (theirs counts padding zeros).
     """
 
     name: ClassVar[str] = "snapkv"

@@ -12,8 +12,8 @@ from compressed_cache.policies.base import Defaults, Policy, Slots
 class StreamingLLM(Policy):
     """Keeps the first ``sinks`` tokens (4 by default) and the newest of the rest.
 
-    StreamingLLM, section 3.2 (https://arxiv.org/abs/2309.17453). Differs in one point: keys keep the
-    rotation of their position in the text, where the authors rotate them by their place in the
+    StreamingLLM, section 3.2 (https://arxiv.org/abs/2309.17453). Differs in one point: keys keep
+    the rotation of their position in the text, where the authors rotate them by their place in the
     cache, which matters only beyond the context length the model was trained for.
     """
 

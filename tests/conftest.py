@@ -1,0 +1,62 @@
+"""Small random models whose attention is far from uniform."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 400
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., LlamaForCausalLM]:
+    """A factory of 2-layer Llamas with grouped queries 2:1."""
+
+    def make(**changes: object) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        settings = dict(
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            vocab_size=VOCABULARY,
+            initializer_range=0.3,
+            max_position_embeddings=16384,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    return make_model()
+
+
+def distinct_tokens(rows: int, length: int, *, seed: int = 0) -> Tensor:
+    """``[rows, length]`` token ids without repetition inside a row, none of them padding.
+
+    A repeated token has the same key norm in the first layer: a tie that float noise would break.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack(
+        [torch.randperm(VOCABULARY - 1, generator=generator)[:length] + 1 for _ in range(rows)]
+    )
+
+
+def held(cache: object, layer: int, row: int = 0) -> list[list[int]]:
+    """Sorted positions held by each key/value head of one row."""
+    positions = cache.layers[layer].positions[row]
+    return [sorted(p for p in head if p >= 0) for head in positions.tolist()]

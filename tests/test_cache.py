@@ -1,0 +1,255 @@
+"""What a cache promises whatever the policy: the budget, exactness, no leaks, constant memory."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from tests.conftest import distinct_tokens, held
+from transformers import DynamicCache, LlamaForCausalLM
+
+from compressed_cache import POLICIES, CompressedCache
+
+EVICTING = [name for name in POLICIES if name != "full"]
+
+
+def _generate(model: LlamaForCausalLM, ids: torch.Tensor, cache: object, new: int, **more: object):
+    return model.generate(
+        ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **more
+    )
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_budget_for_everything_gives_the_tokens_of_the_dynamic_cache(
+    model: LlamaForCausalLM, policy: str
+) -> None:
+    ids = distinct_tokens(2, 21)
+    expected = _generate(model, ids, DynamicCache(), 40)
+    assert torch.equal(_generate(model, ids, CompressedCache(policy, 61), 40), expected)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_budget_for_everything_gives_the_logits_of_the_dynamic_cache(
+    model: LlamaForCausalLM, policy: str
+) -> None:
+    ids = distinct_tokens(2, 30)
+    ours, theirs = CompressedCache(policy, 40), DynamicCache()
+    for part in ids.split([21, *[1] * 9], dim=1):
+        got = model(part, past_key_values=ours).logits
+        expected = model(part, past_key_values=theirs).logits
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("prompt", [9, 40])
+@pytest.mark.parametrize("policy", EVICTING)
+def test_the_budget_is_never_exceeded_and_allocated_once(
+    model: LlamaForCausalLM, policy: str, prompt: int
+) -> None:
+    cache = CompressedCache(policy, 16)
+    ids = distinct_tokens(2, prompt + 60)
+    model(ids[:, :prompt], past_key_values=cache)
+    nbytes, addresses = cache.nbytes, [t.data_ptr() for t in cache.layers[0].tensors()]
+    for token in range(prompt, prompt + 60):
+        model(ids[:, token : token + 1], past_key_values=cache)
+        assert cache.layers[0].keys.shape == (2, 2, 16, 12)
+        for layer in range(2):
+            for row in range(2):
+                for head in held(cache, layer, row):
+                    assert len(head) == len(set(head)) == min(16, token + 1)
+                    assert token in head
+    assert cache.nbytes == nbytes
+    assert [t.data_ptr() for t in cache.layers[0].tensors()] == addresses
+    assert cache.get_seq_length() == prompt + 60
+    assert cache.evicted_tokens == prompt + 60 - 16
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+@pytest.mark.parametrize("policy", EVICTING)
+def test_sinks_and_recent_tokens_are_never_evicted(
+    model: LlamaForCausalLM, policy: str, interval: int
+) -> None:
+    options = {"window": 4} if policy == "rkv" else {}
+    cache = CompressedCache(policy, 24, interval=interval, sinks=3, recent=6, **options)
+    ids = distinct_tokens(1, 150)
+    model(ids[:, :40], past_key_values=cache)
+    for token in range(40, 150):
+        model(ids[:, token : token + 1], past_key_values=cache)
+        for head in held(cache, 0) + held(cache, 1):
+            assert {0, 1, 2} <= set(head)
+            assert set(range(token - 6, token + 1)) <= set(head)
+
+
+@pytest.mark.parametrize("policy", EVICTING)
+def test_a_protected_prompt_is_never_evicted(model: LlamaForCausalLM, policy: str) -> None:
+    options = {"window": 4} if policy == "rkv" else {}
+    cache = CompressedCache(policy, 32, recent=6, protect_prompt=True, **options)
+    _generate(model, distinct_tokens(2, 20), cache, 100)
+    for layer in range(2):
+        for row in range(2):
+            for head in held(cache, layer, row):
+                assert set(range(20)) <= set(head)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_reset_makes_a_cache_as_new_in_the_same_memory(
+    model: LlamaForCausalLM, policy: str
+) -> None:
+    first, second = distinct_tokens(2, 33, seed=1), distinct_tokens(2, 12, seed=2)
+    cache = CompressedCache(policy, 16)
+    _generate(model, first, cache, 30)
+    addresses = [t.data_ptr() for layer in cache.layers for t in layer.tensors()]
+    cache.reset()
+    assert cache.get_seq_length() == cache.evicted_tokens == 0
+    fresh = CompressedCache(policy, 16)
+    assert torch.equal(_generate(model, second, cache, 30), _generate(model, second, fresh, 30))
+    assert [t.data_ptr() for layer in cache.layers for t in layer.tensors()] == addresses
+    for ours, theirs in zip(cache.layers, fresh.layers, strict=True):
+        for a, b in zip(ours.tensors(), theirs.tensors(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("policy", EVICTING)
+def test_layers_share_no_state(model: LlamaForCausalLM, policy: str) -> None:
+    cache = CompressedCache(policy, 16)
+    _generate(model, distinct_tokens(1, 40), cache, 30)
+    first, second = cache.layers
+    storages = [{t.untyped_storage().data_ptr() for t in layer.tensors()} for layer in cache.layers]
+    assert storages[0].isdisjoint(storages[1] - {0})
+    if policy != "streaming_llm":
+        assert not torch.equal(first.positions, second.positions)
+    before = [t.clone() for t in second.tensors()]
+    first.clear()
+    for tensor, copied in zip(second.tensors(), before, strict=True):
+        assert torch.equal(tensor, copied)
+
+
+def test_heads_keep_sets_of_their_own_and_tova_one_for_all(model: LlamaForCausalLM) -> None:
+    for policy, shared in (("knorm", False), ("random", False), ("h2o", False), ("tova", True)):
+        cache = CompressedCache(policy, 12)
+        _generate(model, distinct_tokens(1, 40), cache, 20)
+        one, other = held(cache, 0)
+        assert (one == other) is shared
+
+
+@pytest.mark.parametrize("policy", EVICTING)
+def test_further_prompts_give_what_single_steps_give(make_model: object, policy: str) -> None:
+    model = make_model().double()
+    ids = distinct_tokens(2, 70)
+    whole, single = (CompressedCache(policy, 16, interval=3) for _ in range(2))
+    for cache, sizes in ((whole, [25, 1, 20, 4, 20]), (single, [25, *[1] * 45])):
+        for part in ids.split(sizes, dim=1):
+            logits = model(part, past_key_values=cache).logits[:, -1]
+        cache.last = logits
+    assert whole.get_seq_length() == single.get_seq_length() == 70
+    torch.testing.assert_close(whole.last, single.last)
+    for layer in range(2):
+        assert held(whole, layer) == held(single, layer)
+
+
+def test_full_grows_in_powers_of_two(model: LlamaForCausalLM) -> None:
+    ids, expected = distinct_tokens(1, 250), []
+    cache = CompressedCache("full", 16)
+    assert torch.equal(
+        _generate(model, ids, cache, 20), _generate(model, ids, DynamicCache(), 20)
+    )
+    expected.append(cache.layers[0].keys.shape[2])
+    assert expected == [512]
+    assert cache.evicted_tokens == 0
+
+
+def test_random_leaves_the_global_generator_alone_and_follows_its_seed(
+    model: LlamaForCausalLM,
+) -> None:
+    ids = distinct_tokens(1, 40)
+    kept = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        cache = CompressedCache("random", 16, seed=seed)
+        _generate(model, ids, cache, 30)
+        assert torch.equal(torch.get_rng_state(), state)
+        kept.append(held(cache, 0))
+    assert kept[0] == kept[1] != kept[2]
+
+
+@pytest.mark.parametrize(("redraw", "low", "high"), [(True, 0.0, 0.15), (False, 0.35, 0.65)])
+def test_random_redraw_forgets_with_age_and_a_fixed_draw_samples_the_past(
+    model: LlamaForCausalLM, redraw: bool, low: float, high: float
+) -> None:
+    """Of 320 tokens, what share of the 64 kept is from the first half?"""
+    ids = distinct_tokens(4, 320)
+    cache = CompressedCache("random", 64, redraw=redraw)
+    model(ids[:, :8], past_key_values=cache)
+    for token in range(8, 320):
+        model(ids[:, token : token + 1], past_key_values=cache)
+    old = (torch.stack([layer.positions for layer in cache.layers]) < 160).float().mean().item()
+    assert low <= old <= high
+
+
+@pytest.mark.parametrize("policy", EVICTING)
+def test_memory_is_the_same_after_300_and_after_5000_tokens(
+    make_model: object, policy: str
+) -> None:
+    model = make_model(num_hidden_layers=1, hidden_size=16, intermediate_size=16, head_dim=4)
+    cache = CompressedCache(policy, 16)
+    ids = distinct_tokens(1, 8)
+    sizes = []
+
+    def tensors_alive() -> int:
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+        for token in range(5000):
+            model(ids[:, token % 8 : token % 8 + 1], past_key_values=cache)
+            if token + 1 in (300, 5000):
+                sizes.append((cache.nbytes, tensors_alive()))
+    assert sizes[0] == sizes[1]
+    assert cache.get_seq_length() == 5008
+
+
+def test_beams_move_every_tensor_in_place(model: LlamaForCausalLM) -> None:
+    cache = CompressedCache("h2o", 16)
+    ids = distinct_tokens(3, 30)
+    _generate(model, ids, cache, 10)
+    twin = copy.deepcopy(cache)
+    addresses = [t.data_ptr() for t in cache.layers[0].tensors()]
+    cache.reorder_cache(torch.tensor([2, 2, 0]))
+    assert [t.data_ptr() for t in cache.layers[0].tensors()] == addresses
+    for mine, old in ((0, 2), (1, 2), (2, 0)):
+        assert held(cache, 1, mine) == held(twin, 1, old)
+        assert torch.equal(cache.layers[1].attention[mine], twin.layers[1].attention[old])
+
+
+def test_repr_says_policy_budget_and_tokens_seen(model: LlamaForCausalLM) -> None:
+    cache = CompressedCache("h2o", 16)
+    _generate(model, distinct_tokens(1, 30), cache, 11)
+    for part in ("policy='h2o'", "budget=16", "tokens_seen=40"):
+        assert part in repr(cache)
+
+
+def test_other_caches_are_not_affected_by_the_hook(model: LlamaForCausalLM) -> None:
+    ids = distinct_tokens(2, 20)
+    CompressedCache("h2o", 8)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with_cache = _generate(model, ids, DynamicCache(), 20)
+        assert torch.equal(with_cache, _generate(model, ids, None, 20, use_cache=False))
+    model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_eager_attention_gives_the_same_tokens_and_positions(
+    model: LlamaForCausalLM, policy: str
+) -> None:
+    ids = distinct_tokens(2, 30)
+    tokens, positions = [], []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        cache = CompressedCache(policy, 12)
+        tokens.append(_generate(model, ids, cache, 20))
+        positions.append([held(cache, layer, row) for layer in range(2) for row in range(2)])
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(*tokens)
+    assert positions[0] == positions[1]

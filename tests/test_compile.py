@@ -1,0 +1,173 @@
+"""One compiled graph per policy, two with an interval, none for anything that may change later."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tests.conftest import distinct_tokens, held
+from transformers import CompileConfig, LlamaForCausalLM
+
+from compressed_cache import POLICIES, CompressedCache
+
+
+class CountingBackend:
+    """Runs graphs uncompiled and counts them. transformers deep-copies what it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __deepcopy__(self, memo: object) -> "CountingBackend":
+        return self
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def backend() -> Iterator[CountingBackend]:
+    torch._dynamo.reset()
+    yield CountingBackend()
+    torch._dynamo.reset()
+
+
+def _compiled(backend: object) -> CompileConfig:
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    return config
+
+
+def _generate(model: LlamaForCausalLM, ids: torch.Tensor, cache: object, **more: object):
+    return model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False, **more)
+
+
+@pytest.mark.parametrize(("interval", "graphs"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_generate_compiles_once_and_never_again(
+    make_model: Callable[..., LlamaForCausalLM],
+    backend: CountingBackend,
+    policy: str,
+    interval: int,
+    graphs: int,
+) -> None:
+    model = make_model()
+    cache = CompressedCache(policy, 16, interval=interval, recent=8)
+    for prompt in (33, 33, 12, 50):
+        ids = distinct_tokens(2, prompt)
+        eager = CompressedCache(policy, 16, interval=interval, recent=8)
+        expected = _generate(model, ids, eager)
+        for used in (cache, CompressedCache(policy, 16, interval=interval, recent=8)):
+            got = _generate(model, ids, used, compile_config=_compiled(backend))
+            assert torch.equal(got, expected)
+            assert backend.graphs == (graphs if policy != "full" else 1)
+            assert used.get_seq_length() == eager.get_seq_length() == prompt + 29
+            for layer in range(2):
+                assert held(used, layer) == held(eager, layer)
+        addresses = [t.data_ptr() for layer in cache.layers for t in layer.tensors()]
+        cache.reset()
+        assert [t.data_ptr() for layer in cache.layers for t in layer.tensors()] == addresses
+
+
+def test_padding_needs_no_other_graph(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
+) -> None:
+    model = make_model()
+    ids = distinct_tokens(2, 30)
+    padded = ids.clone()
+    padded[0, :11] = 0
+    for batch in (ids, padded):
+        mask = (batch != 0).long()
+        got = _generate(
+            model, batch, CompressedCache("h2o", 16), attention_mask=mask,
+            compile_config=_compiled(backend),
+        )
+        expected = _generate(model, batch, CompressedCache("h2o", 16), attention_mask=mask)
+        assert torch.equal(got, expected)
+    assert backend.graphs == 1
+
+
+def test_another_batch_size_is_one_more_graph(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
+) -> None:
+    model = make_model()
+    for rows in (2, 3, 2):
+        _generate(
+            model, distinct_tokens(rows, 20), CompressedCache("tova", 16),
+            compile_config=_compiled(backend),
+        )
+    assert backend.graphs <= 2
+
+
+def test_full_compiles_once_more_each_time_it_doubles(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
+) -> None:
+    model, ids = make_model(), distinct_tokens(1, 240)
+    cache = CompressedCache("full", 16)
+    got = _generate(model, ids, cache, compile_config=_compiled(backend))
+    assert torch.equal(got, _generate(model, ids, None))
+    assert cache.layers[0].keys.shape[2] == 512
+    assert backend.graphs == 2
+
+
+@pytest.mark.parametrize(("interval", "most"), [(1, 2), (4, 5)])
+def test_a_model_compiled_by_hand_gives_the_same_positions(
+    make_model: Callable[..., LlamaForCausalLM],
+    backend: CountingBackend,
+    interval: int,
+    most: int,
+) -> None:
+    """Nobody ticks the clock between two steps here; a few more graphs, the same result."""
+    model = make_model()
+    step = torch.compile(model.forward, backend=backend, fullgraph=True)
+    ids = distinct_tokens(1, 80)
+    caches = [CompressedCache("h2o", 16, interval=interval) for _ in range(2)]
+    for cache, forward in zip(caches, (step, model.forward), strict=True):
+        model(ids[:, :20], past_key_values=cache)
+        for token in range(20, 80):
+            forward(
+                ids[:, token : token + 1],
+                past_key_values=cache,
+                position_ids=torch.tensor([[token]]),
+            )
+    assert backend.graphs <= most
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 80
+    for layer in range(2):
+        assert held(caches[0], layer) == held(caches[1], layer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["h2o", "rkv"])
+def test_inductor_gives_the_tokens_of_eager(
+    make_model: Callable[..., LlamaForCausalLM], policy: str
+) -> None:
+    torch._dynamo.reset()
+    model, ids = make_model(), distinct_tokens(2, 30)
+    ids[0, :7] = 0
+    mask = (ids != 0).long()
+    caches = [CompressedCache(policy, 16, interval=2) for _ in range(2)]
+    expected = _generate(model, ids, caches[0], attention_mask=mask)
+    got = _generate(
+        model, ids, caches[1], attention_mask=mask, compile_config=_compiled("inductor")
+    )
+    assert torch.equal(got, expected)
+    for layer in range(2):
+        for row in range(2):
+            assert held(caches[1], layer, row) == held(caches[0], layer, row)
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_generate_replays_cuda_graphs(
+    make_model: Callable[..., LlamaForCausalLM], policy: str
+) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, ids = make_model().cuda(), distinct_tokens(2, 30).cuda()
+    expected = _generate(model, ids, CompressedCache(policy, 16), disable_compile=True)
+    for _ in range(2):
+        got = _generate(model, ids, CompressedCache(policy, 16))
+        assert torch.equal(got, expected)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    torch._dynamo.reset()

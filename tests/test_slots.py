@@ -1,0 +1,96 @@
+"""Each tensor step equals a Python loop. Shapes are distinct primes."""
+
+import math
+
+import torch
+
+from compressed_cache import slots
+
+B, H, S = 2, 3, 7
+
+
+def _scores(ties: bool = True) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randint(0, 3, (B, H, S)).float() if ties else torch.randn(B, H, S)
+
+
+def _positions() -> torch.Tensor:
+    torch.manual_seed(1)
+    positions = torch.stack([torch.randperm(20)[:S] for _ in range(B * H)]).view(B, H, S)
+    positions[0, 0, 2] = positions[1, 2, 5] = positions[1, 2, 0] = -1
+    return positions
+
+
+def _order(scores: list[float], positions: list[int]) -> list[int]:
+    return sorted(range(S), key=lambda s: (scores[s], positions[s], s))
+
+
+def test_rank_sorts_by_score_and_then_by_age() -> None:
+    scores, positions = _scores(), _positions()
+    scores = scores.masked_fill(positions < 0, -math.inf)
+    ranked = slots.rank(scores, positions)
+    for b in range(B):
+        for h in range(H):
+            expected = _order(scores[b, h].tolist(), positions[b, h].tolist())
+            assert ranked[b, h].tolist() == expected
+
+
+def test_lowest_slot_is_the_first_of_the_ranking() -> None:
+    scores, positions = _scores(), _positions()
+    scores = scores.masked_fill(positions < 0, -math.inf)
+    assert torch.equal(slots.lowest_slot(scores, positions), slots.rank(scores, positions)[..., :1])
+
+
+def test_ties_keep_the_newer_token() -> None:
+    positions = torch.tensor([[[5, 9, 2]]])
+    scores = torch.zeros(1, 1, 3)
+    assert slots.lowest_slot(scores, positions).item() == 2
+    assert slots.keep_best(scores, positions, count=2)[0, 0].tolist() == [0, 1]
+
+
+def test_keep_best_returns_the_best_in_order_of_position() -> None:
+    scores, positions = _scores(), _positions()
+    kept = slots.keep_best(scores, positions, count=5)
+    for b in range(B):
+        for h in range(H):
+            best = _order(scores[b, h].tolist(), positions[b, h].tolist())[-5:]
+            expected = sorted(best, key=lambda s: positions[b, h, s].item())
+            assert [positions[b, h, s].item() for s in kept[b, h]] == [
+                positions[b, h, s].item() for s in expected
+            ]
+
+
+def test_protect_marks_sinks_recent_and_empty_slots() -> None:
+    scores, positions = _scores(ties=False), _positions()
+    next_position, prefix, recent = torch.tensor([20, 16]), torch.tensor([3, 0]), 4
+    protected = slots.protect(
+        scores, positions, next_position=next_position, protected_prefix=prefix, recent=recent
+    )
+    for b in range(B):
+        for h in range(H):
+            for s in range(S):
+                position = positions[b, h, s].item()
+                if position < 0:
+                    expected = -math.inf
+                elif position < prefix[b] or position >= next_position[b] - recent:
+                    expected = math.inf
+                else:
+                    expected = scores[b, h, s].item()
+                assert protected[b, h, s].item() == expected
+
+
+def test_pooling_follows_positions_and_skips_empty_slots() -> None:
+    values, positions = _scores(ties=False), _positions()
+    for reduce, combine in (("mean", lambda x: sum(x) / len(x)), ("max", max)):
+        for kernel_size in (1, 3, 5):
+            pooled = slots.pool_by_position(
+                values, positions, kernel_size=kernel_size, reduce=reduce
+            )
+            for b in range(B):
+                for h in range(H):
+                    order = [s for s in range(S) if positions[b, h, s] >= 0]
+                    order.sort(key=lambda s: positions[b, h, s].item())
+                    for i, s in enumerate(order):
+                        near = order[max(0, i - kernel_size // 2) : i + kernel_size // 2 + 1]
+                        expected = combine([values[b, h, n].item() for n in near])
+                        assert math.isclose(pooled[b, h, s].item(), expected, rel_tol=1e-5)
