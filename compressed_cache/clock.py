@@ -10,7 +10,7 @@ class Clock:
     :attr:`running`; the counting is done by :meth:`tick`, which transformers triggers eagerly
     between two steps when it asks for the size of the mask. Compiled code is then guarded on one
     bool: two graphs. Where nobody asks (a model compiled by hand), the cache ticks inside the step:
-    correct, with one more graph, because the int is first taken for a constant.
+    correct, with two more graphs, because the int is first taken for a constant.
     """
 
     def __init__(self, interval: int) -> None:

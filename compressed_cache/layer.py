@@ -46,7 +46,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
                 checks.check_batch(self.keys, key_states)
             self.awaits_attention = True
         if self.is_filled and key_states.shape[2] == 1:
-            self._write(key_states, value_states, ranks=self.clock.ranks)
+            # Detached everywhere: a graph through the slots would live as long as the cache.
+            self._write(key_states.detach(), value_states.detach(), ranks=self.clock.ranks)
             return self.keys, self.values
         hook.tag(key_states, self)
         return key_states, value_states
@@ -85,13 +86,13 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             return output.transpose(1, 2), weights.flatten(1, 2)
         real = real_tokens(attention_mask, key)
         if self.is_filled:
-            return self._extend(query, key, value, real), None
+            return self._extend(query, key.detach(), value.detach(), real), None
         checks.check_attention(self.index, module, kwargs)
         if self.policy.evicts:
             checks.check_prompt(real, self.rules)
         self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         result = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        self._fill(query, key, value, real)
+        self._fill(query.detach(), key.detach(), value.detach(), real)
         return result
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -209,6 +210,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         output, weights = attention.attend(
             query, self.keys, self.values, self.positions >= 0, scaling=self.scaling
         )
+        query, weights = query.detach(), weights.detach()
         if self.policy.observes == "attention":
             self.attention.copy_(self.policy.accumulate(self.attention, weights))
         if self.policy.observes == "queries":

@@ -2,21 +2,21 @@
 
 import copy
 import gc
+import resource
+from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import distinct_tokens, held
 from transformers import DynamicCache, LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
+from tests.conftest import distinct_tokens, held
 
 EVICTING = [name for name in POLICIES if name != "full"]
 
 
 def _generate(model: LlamaForCausalLM, ids: torch.Tensor, cache: object, new: int, **more: object):
-    return model.generate(
-        ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **more
-    )
+    return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **more)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -149,9 +149,7 @@ def test_further_prompts_give_what_single_steps_give(make_model: object, policy:
 def test_full_grows_in_powers_of_two(model: LlamaForCausalLM) -> None:
     ids, expected = distinct_tokens(1, 250), []
     cache = CompressedCache("full", 16)
-    assert torch.equal(
-        _generate(model, ids, cache, 20), _generate(model, ids, DynamicCache(), 20)
-    )
+    assert torch.equal(_generate(model, ids, cache, 20), _generate(model, ids, DynamicCache(), 20))
     expected.append(cache.layers[0].keys.shape[2])
     assert expected == [512]
     assert cache.evicted_tokens == 0
@@ -193,19 +191,25 @@ def test_memory_is_the_same_after_300_and_after_5000_tokens(
     model = make_model(num_hidden_layers=1, hidden_size=16, intermediate_size=16, head_dim=4)
     cache = CompressedCache(policy, 16)
     ids = distinct_tokens(1, 8)
-    sizes = []
+    sizes, resident = [], []
 
     def tensors_alive() -> int:
         gc.collect()
-        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        return sum(type(o) is torch.Tensor for o in gc.get_objects())
 
-    with torch.inference_mode():
-        model(ids, past_key_values=cache)
-        for token in range(5000):
-            model(ids[:, token % 8 : token % 8 + 1], past_key_values=cache)
-            if token + 1 in (300, 5000):
-                sizes.append((cache.nbytes, tensors_alive()))
+    def resident_mb() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() >> 20
+
+    # With gradients on, as in a loop that forgets torch.no_grad().
+    model(ids, past_key_values=cache)
+    for token in range(5000):
+        model(ids[:, token % 8 : token % 8 + 1], past_key_values=cache)
+        if token + 1 in (300, 5000):
+            sizes.append((cache.nbytes, tensors_alive()))
+            resident.append(resident_mb())
     assert sizes[0] == sizes[1]
+    assert resident[1] - resident[0] <= 4
     assert cache.get_seq_length() == 5008
 
 

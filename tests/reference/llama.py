@@ -1,0 +1,249 @@
+"""A Llama that reads one token of one row at a time and keeps its cache in plain lists.
+
+The prompt is read token by token with nothing evicted, which is full causal attention. Then every
+key/value head chooses what it keeps, and from there each step evicts first, then stores the new
+token, then attends.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.reference.policies import Row, Rules, Score, Token, Vector, View, attention_row, rank
+
+Kept = list[list[tuple[int, ...]]]
+"""``kept[layer][head]``: positions a key/value head holds, in ascending order."""
+
+
+@dataclass
+class Trace:
+    """What one row did.
+
+    Attributes:
+        tokens: The tokens after the prompt, fed or chosen.
+        logits: ``logits[c]`` is ``[vocabulary]``, from which ``tokens[c]`` is chosen.
+        kept: ``kept[c]`` is the cache at that moment: ``kept[0]`` right after the prompt.
+        gap: Smallest relative difference between two scores whose order decided something. Where it
+            is near the precision of float32, a comparison with the library is a matter of luck.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Vector] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+    gap: float = math.inf
+
+
+class ReferenceLlama:
+    """The weights of a transformers model, computed with in float64."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        # Half of its fields are optional for the type checker, and set by the time a model exists.
+        config: Any = model.config
+        rope = config.rope_parameters
+        assert rope["rope_type"] == "default" and not config.attention_bias and not config.mlp_bias
+        self.num_layers: int = config.num_hidden_layers
+        self.num_heads: int = config.num_key_value_heads
+        self.group_size: int = config.num_attention_heads // config.num_key_value_heads
+        self.head_dim: int = config.head_dim
+        self.theta: float = rope["rope_theta"]
+        self.epsilon: float = config.rms_norm_eps
+        self.weights: dict[str, Vector] = {
+            name: weight.detach().double().numpy() for name, weight in model.state_dict().items()
+        }
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        num_new_tokens: int,
+        *,
+        score: Score,
+        rules: Rules,
+        forced: Sequence[int] | None = None,
+    ) -> Trace:
+        """Continue a prompt under a policy.
+
+        Args:
+            prompt: Token ids.
+            num_new_tokens: How many tokens to choose. The last one is not fed back, as in
+                transformers.
+            score: The policy.
+            rules: Budget, interval and protection.
+            forced: Tokens to feed in place of the most likely ones.
+        """
+        trace = Trace()
+        row = _Row(self)
+        logits = [row.read(token) for token in prompt][-1]
+        row.compress_prompt(score, rules, trace)
+        for step in range(num_new_tokens):
+            trace.logits.append(logits)
+            trace.kept.append(row.kept())
+            trace.tokens.append(int(np.argmax(logits)) if forced is None else forced[step])
+            if step + 1 < num_new_tokens:
+                row.make_room(step, score, rules, trace)
+                logits = row.read(trace.tokens[-1])
+        return trace
+
+    def norm(self, hidden: Vector, name: str) -> Vector:
+        """RMSNorm of ``hidden`` ``[hidden]`` (https://arxiv.org/abs/1910.07467)."""
+        return hidden / math.sqrt(hidden @ hidden / len(hidden) + self.epsilon) * self.weights[name]
+
+    def rotate(self, vector: Vector, position: int) -> Vector:
+        """Turn a query or key ``[D]`` to its position.
+
+        RoPE (https://arxiv.org/abs/2104.09864); channel ``i`` is paired with channel ``i + D / 2``.
+        """
+        cos, sin = _cos_and_sin(position, self.head_dim, self.theta)
+        half = self.head_dim // 2
+        first, second = vector[:half], vector[half:]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin])
+
+    def mlp(self, hidden: Vector, prefix: str) -> Vector:
+        """Gated linear unit with SiLU, ``[hidden]`` to ``[hidden]``."""
+        gate = self.weights[f"{prefix}.gate_proj.weight"] @ hidden
+        up = self.weights[f"{prefix}.up_proj.weight"] @ hidden
+        return self.weights[f"{prefix}.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
+
+
+class _Row:
+    """One text: what every layer and head holds, and everything it has ever seen."""
+
+    def __init__(self, model: ReferenceLlama) -> None:
+        layers, heads = range(model.num_layers), range(model.num_heads)
+        self.model = model
+        self.num_read = 0
+        self.prompt_length = 0
+        self.held: list[list[list[Token]]] = [[[] for _ in heads] for _ in layers]
+        self.queries: list[list[list[Vector]]] = [[[] for _ in heads] for _ in layers]
+        self.rows: list[list[list[Row]]] = [[] for _ in layers]
+        self.victims: list[list[list[int | None]]] = [[[] for _ in heads] for _ in layers]
+
+    def read(self, token: int) -> Vector:
+        """Store a token, attend over everything held, return the logits ``[vocabulary]``."""
+        model, position = self.model, self.num_read
+        hidden = model.weights["model.embed_tokens.weight"][token]
+        for layer in range(model.num_layers):
+            prefix = f"model.layers.{layer}"
+            hidden = hidden + self.attend(
+                model.norm(hidden, f"{prefix}.input_layernorm.weight"), layer, position
+            )
+            hidden = hidden + model.mlp(
+                model.norm(hidden, f"{prefix}.post_attention_layernorm.weight"), f"{prefix}.mlp"
+            )
+        self.num_read += 1
+        return model.weights["lm_head.weight"] @ model.norm(hidden, "model.norm.weight")
+
+    def attend(self, hidden: Vector, layer: int, position: int) -> Vector:
+        """Grouped-query attention of one token, ``[hidden]`` to ``[hidden]``."""
+        model = self.model
+        prefix = f"model.layers.{layer}.self_attn"
+        queries = (model.weights[f"{prefix}.q_proj.weight"] @ hidden).reshape(-1, model.head_dim)
+        keys = (model.weights[f"{prefix}.k_proj.weight"] @ hidden).reshape(-1, model.head_dim)
+        values = (model.weights[f"{prefix}.v_proj.weight"] @ hidden).reshape(-1, model.head_dim)
+        rows: list[Row] = []
+        outputs: list[Vector] = []
+        for head in range(model.num_heads):
+            held = self.held[layer][head]
+            held.append(Token(position, model.rotate(keys[head], position), values[head]))
+            group = [
+                model.rotate(queries[head * model.group_size + member], position)
+                for member in range(model.group_size)
+            ]
+            self.queries[layer][head].append(np.stack(group))
+            for query in group:
+                row = attention_row(query, held)
+                rows.append(row)
+                outputs.append(
+                    sum(
+                        (row[token.position] * token.value for token in held),
+                        np.zeros(model.head_dim),
+                    )
+                )
+        self.rows[layer].append(rows)
+        return model.weights[f"{prefix}.o_proj.weight"] @ np.concatenate(outputs)
+
+    def view(self, layer: int, head: int) -> View:
+        """What a policy may look at."""
+        first = head * self.model.group_size
+        return View(
+            layer=layer,
+            head=head,
+            held=self.held[layer][head],
+            queries=self.queries[layer][head],
+            group_rows=[rows[first : first + self.model.group_size] for rows in self.rows[layer]],
+            layer_rows=self.rows[layer],
+        )
+
+    def compress_prompt(self, score: Score, rules: Rules, trace: Trace) -> None:
+        """Drop the lowest tokens of the prompt until the budget is met."""
+        self.prompt_length = self.num_read
+        excess = self.prompt_length - rules.budget
+        if excess <= 0:
+            return
+        for layer in range(self.model.num_layers):
+            for head in range(self.model.num_heads):
+                ranking = rank(
+                    self.view(layer, head), score, rules, prompt_length=self.prompt_length
+                )
+                if excess > len(ranking.positions):
+                    raise ValueError("protected tokens do not fit into the budget")
+                # Within the dropped ones the order is irrelevant.
+                _note_gaps(trace, ranking.scores[excess - 1 : excess + 1])
+                for position in ranking.positions[:excess]:
+                    self.drop(layer, head, position)
+
+    def make_room(self, step: int, score: Score, rules: Rules, trace: Trace) -> None:
+        """Make sure that every head has a place for the token of decode step ``step``.
+
+        Every ``interval`` steps the next ``interval`` places are listed in advance: free ones
+        first, then the lowest tokens as they rank now.
+        """
+        turn = step % rules.interval
+        for layer in range(self.model.num_layers):
+            for head in range(self.model.num_heads):
+                if turn == 0:
+                    num_free = min(rules.interval, rules.budget - len(self.held[layer][head]))
+                    num_tokens = rules.interval - num_free
+                    victims: list[int | None] = [None] * num_free
+                    if num_tokens:
+                        ranking = rank(
+                            self.view(layer, head), score, rules, prompt_length=self.prompt_length
+                        )
+                        if num_tokens > len(ranking.positions):
+                            raise ValueError("protected tokens do not fit into the budget")
+                        _note_gaps(trace, ranking.scores[: num_tokens + 1])
+                        victims += ranking.positions[:num_tokens]
+                    self.victims[layer][head] = victims
+                victim = self.victims[layer][head][turn]
+                if victim is not None:
+                    self.drop(layer, head, victim)
+
+    def drop(self, layer: int, head: int, position: int) -> None:
+        """Remove one token from one head."""
+        held = self.held[layer][head]
+        held.remove(next(token for token in held if token.position == position))
+
+    def kept(self) -> Kept:
+        """Positions in the cache now."""
+        return [[tuple(token.position for token in held) for held in layer] for layer in self.held]
+
+
+@cache
+def _cos_and_sin(position: int, head_dim: int, theta: float) -> tuple[Vector, Vector]:
+    # Angles are float32 in transformers whatever the dtype of the model. Exact ones would differ by
+    # more than all the rest of this file.
+    frequency = 1 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = position * frequency
+    return angle.cos().double().numpy(), angle.sin().double().numpy()
+
+
+def _note_gaps(trace: Trace, scores: Sequence[float]) -> None:
+    for low, high in pairwise(scores):
+        scale = max(abs(low), abs(high))
+        trace.gap = min(trace.gap, (high - low) / scale if scale else 0.0)
