@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
+from compressed_cache.padding import real_tokens
 from tests.conftest import distinct_tokens, held
 
 LENGTHS = (9, 30, 17, 41)
@@ -45,7 +47,7 @@ def test_rows_of_a_padded_batch_generate_what_they_generate_alone(
     assert batch.evicted_tokens == max(evicted)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_masks_of_all_implementations_are_understood(
     make_model: Callable[..., LlamaForCausalLM], policy: str, implementation: str
@@ -83,6 +85,18 @@ def test_padding_may_differ_in_amount_for_the_same_rows(model: LlamaForCausalLM)
         model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30)
         kept.append([held(cache, layer) for layer in range(2)])
     assert kept[0] == kept[1] == kept[2]
+
+
+def test_block_masks_of_flex_attention_and_masks_of_flash_attention_are_understood() -> None:
+    keys = torch.zeros(2, 2, 6, 4)
+    real = torch.tensor([[False, False, True, True, True, True], [True] * 6])
+
+    def causal_and_real(row: object, head: object, query: object, key: object) -> torch.Tensor:
+        return (key <= query) & real[row, key]
+
+    block_mask = create_block_mask(causal_and_real, 2, None, 6, 6, device="cpu")
+    for mask in (block_mask, real, torch.cat([torch.ones(2, 3), real.float()], dim=1)):
+        assert torch.equal(real_tokens(mask, keys), real)
 
 
 def test_padding_on_the_right_is_refused(model: LlamaForCausalLM) -> None:

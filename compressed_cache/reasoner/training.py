@@ -39,8 +39,12 @@ LEVELS = tuple(
 )
 TOKENS_PER_STEP = 4096
 IGNORED = -100
+DRILL = 120  # tokens
 EMBEDDING = 0.3  # standard deviation at the start: smaller ones change too fast to build upon
 SHORTEST_WINDOW = 28  # a line and what it copies from the line before
+
+
+Drill = tuple[list[int], list[int]]  # token ids, and what follows each where it is asked for
 
 
 class Muon(torch.optim.Optimizer):
@@ -127,21 +131,35 @@ def encode(problem: Problem) -> list[int]:
     return [IDS[word] for word in words]
 
 
-def drill(generator: random.Random, pairs: int = 20, repeats: int = 3) -> tuple[list[int], list[int]]:
-    """A list of facts, then the same facts again in other orders: token ids and targets.
-
-    Ledgers need the skill of looking up what followed a word, but ask for it so seldom that it
-    takes thousands of steps to emerge. Here every second token asks for it.
-    """
+def drill_lookups(generator: random.Random, pairs: int = 20, repeats: int = 3) -> Drill:
+    """A list of facts, then the same facts again in other orders."""
     keys = generator.sample((*LETTERS, *LABELS, *ITEMS), pairs)
     facts = [(key, generator.choice((*ITEMS, *PRICES, *DIGITS))) for key in keys]
-    tokens, targets = [IDS["<bos>"]], []
+    words, asked = ["<bos>"], []
     for repeat in range(repeats):
         generator.shuffle(facts)
         for key, value in facts:
-            tokens += [IDS[key], IDS[value]]
-            targets += [IGNORED, IDS[value] if repeat else IGNORED]
-    return tokens[:-1], targets
+            words += [key, value]
+            asked += [False, repeat > 0]
+    return _drill(words, asked)
+
+
+def drill_sums(generator: random.Random, sums: int = 20) -> Drill:
+    """Unrelated sums, in the two forms that ledgers use."""
+    words, asked = ["<bos>"], []
+    for _ in range(sums):
+        a, b = generator.randrange(10), generator.randrange(10)
+        sign = generator.choice(("plus", "plus tax"))
+        line = f"{a} {sign} {b} is {(a + b) % 10} .".split()
+        words += line
+        asked += [i == len(line) - 2 for i in range(len(line))]
+    return _drill(words[: DRILL + 1], asked[:DRILL])
+
+
+def _drill(words: list[str], asked: list[bool]) -> Drill:
+    ids = [IDS[word] for word in words]
+    targets = [IDS[w] if ask else IGNORED for w, ask in zip(words[1:], asked, strict=True)]
+    return ids[:-1], targets
 
 
 def visible(until: Tensor, *, layers: int, heads: int, groups: int) -> list[Tensor]:
@@ -255,7 +273,9 @@ class Trainer:
         return loss.item(), solved, tokens.numel()
 
     def _drill(self, number: int) -> tuple[float, float, int]:
-        pairs = [drill(self.random) for _ in range(TOKENS_PER_STEP // 256)]
+        # Ledgers ask so seldom for either skill that it takes thousands of steps to emerge from them.
+        drill = drill_sums if number % 4 else drill_lookups
+        pairs = [drill(self.random) for _ in range(TOKENS_PER_STEP // 2 // DRILL)]
         tokens, targets = (torch.tensor(part) for part in zip(*pairs, strict=True))
         self.masks = None
         logits = self.model(tokens, use_cache=False).logits
@@ -308,7 +328,7 @@ def main() -> None:
     for number in range(options.steps):
         loss, solved, tokens = trainer.step(number)
         seen += tokens
-        if number % 20 in (0, 1):
+        if number % 20 in (0, 1, 2):
             print(
                 f"step {number} level {trainer.level} loss {loss:.4f} solved {solved:.2f} "
                 f"hides {trainer.hides} tokens {seen} "
