@@ -27,4 +27,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo_results *.egg-info .pytest_cache .ruff_cache

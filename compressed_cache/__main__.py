@@ -1,0 +1,39 @@
+"""``python -m compressed_cache``: the commands."""
+
+import argparse
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m compressed_cache", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo", help="accuracy, speed and memory of every policy on the shipped model"
+    )
+    _add_demo_options(demo)
+    options = parser.parse_args(arguments)
+    try:
+        from compressed_cache.demo.command import run
+    except ModuleNotFoundError as error:
+        print(f"{error.name} is missing: pip install 'compressed-cache[demo]'", file=sys.stderr)
+        return 1
+    return run(options)
+
+
+def _add_demo_options(demo: argparse.ArgumentParser) -> None:
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    demo.add_argument("--problems", type=int, default=48, help="held-out problems per row")
+    demo.add_argument("--seed", type=int, default=0, help="first seed of the problems")
+    demo.add_argument("--budgets", type=numbers, default=None, help="e.g. 96,128,192")
+    demo.add_argument("--policies", type=lambda text: text.split(","), default=None)
+    demo.add_argument("--out", default="demo_results", help="folder for demo.json and demo.png")
+    demo.add_argument("--model", help="a hub or local model to generate with instead")
+    demo.add_argument("--prompt", help="the text it continues")
+    demo.add_argument("--max-new-tokens", type=int, default=256, help="with --model")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What the demo command does with its options."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from compressed_cache.demo import report, text
+from compressed_cache.demo.measure import BUDGETS, Exam, settings
+from compressed_cache.policies import POLICIES
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the demo, or generates with a model of the user's."""
+    policies = options.policies or list(POLICIES)
+    budgets = options.budgets or list(BUDGETS)
+    unknown = sorted(set(policies) - set(POLICIES))
+    if unknown:
+        print(f"--policies must be among {', '.join(POLICIES)}, got {unknown}", file=sys.stderr)
+        return 2
+    if min(options.problems, options.max_new_tokens, *budgets) < 1 or options.seed < 0:
+        print(
+            "--problems, --budgets and --max-new-tokens must be >= 1, --seed >= 0", file=sys.stderr
+        )
+        return 2
+    if bool(options.model) != bool(options.prompt):
+        print("--model and --prompt must be given together", file=sys.stderr)
+        return 2
+    console = Console()
+    if options.model:
+        text.generate(console, options.model, options.prompt, policies, budgets, options)
+        return 0
+
+    exam = Exam(problems=options.problems, seed=options.seed)
+    planned = settings(policies, budgets)
+    rows = []
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(planned))
+        for setting in planned:
+            progress.update(task, description=str(setting))
+            rows.append(exam.take(setting))
+            progress.advance(task)
+    document = report.document(exam, rows)
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_json(document, folder / "demo.json")
+    report.draw(document, folder / "demo.png")
+    console.print(report.table(document))
+    console.print(f"written to {folder}/demo.json and {folder}/demo.png")
+    return 0

@@ -1,0 +1,117 @@
+"""Held-out problems, solved once per setting by the shipped model."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import binomtest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from compressed_cache.cache import CompressedCache
+from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.reasoner.problems import Difficulty, extract_answer, make_problem
+
+BUDGETS = (96, 128, 192)
+DIFFICULTY = Difficulty(items=8, entries=12)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table. The full cache has no budget and nothing to protect."""
+
+    policy: str
+    budget: int | None = None
+    protect_prompt: bool = False
+
+    def __str__(self) -> str:
+        if self.budget is None:
+            return self.policy
+        return f"{self.policy}, budget {self.budget}{' + prompt' * self.protect_prompt}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one setting gave."""
+
+    policy: str
+    budget: int | None
+    protect_prompt: bool
+    correct: int
+    problems: int
+    accuracy: float
+    accuracy_low: float
+    """Lower end of the 95% Wilson interval."""
+    accuracy_high: float
+    mean_tokens: float
+    """Tokens generated per problem, end of text included."""
+    tokens_per_s: float
+    """Of all rows of the batch together, prefill included."""
+    cache_bytes: int
+    """Of the whole batch, the policy's state included."""
+    evicted_tokens: int
+    """Per head of the first layer, the most of all rows."""
+
+
+def settings(policies: list[str], budgets: list[int]) -> list[Setting]:
+    """All rows of a demo: full once, the others at each budget with and without the prompt."""
+    full = [Setting("full")] if "full" in policies else []
+    return full + [
+        Setting(policy, budget, protect_prompt)
+        for budget in budgets
+        for protect_prompt in (False, True)
+        for policy in policies
+        if policy != "full"
+    ]
+
+
+class Exam:
+    """The model and one left-padded batch of held-out problems."""
+
+    def __init__(self, *, problems: int, seed: int) -> None:
+        self.seed = seed
+        self.tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+        self.model = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
+        self.problems = [make_problem(seed + i, DIFFICULTY) for i in range(problems)]
+        prompts = [problem.prompt for problem in self.problems]
+        self.inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
+        traces = [len(self.tokenizer(problem.trace).input_ids) for problem in self.problems]
+        # A chain of thought that went astray must not run for ever.
+        self.max_new_tokens = int(1.1 * max(traces))
+
+    def take(self, setting: Setting) -> Row:
+        """Solves all problems under one setting."""
+        cache = CompressedCache(
+            setting.policy, setting.budget or 1, protect_prompt=setting.protect_prompt
+        )
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = self.model.generate(
+                **self.inputs,
+                past_key_values=cache,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+            )
+        seconds = time.perf_counter() - started
+        answers = output[:, self.inputs.input_ids.shape[1] :]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        lengths = (answers != self.tokenizer.pad_token_id).sum(dim=1)
+        correct = sum(
+            extract_answer(text) == problem.answer
+            for text, problem in zip(texts, self.problems, strict=True)
+        )
+        total = len(self.problems)
+        interval = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+        return Row(
+            policy=setting.policy,
+            budget=setting.budget,
+            protect_prompt=setting.protect_prompt,
+            correct=correct,
+            problems=total,
+            accuracy=correct / total,
+            accuracy_low=float(interval.low),
+            accuracy_high=float(interval.high),
+            mean_tokens=lengths.float().mean().item(),
+            tokens_per_s=lengths.sum().item() / seconds,
+            cache_bytes=cache.nbytes,
+            evicted_tokens=cache.evicted_tokens,
+        )

@@ -1,0 +1,133 @@
+"""The demo's numbers as a JSON document, a table and a picture."""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import transformers
+from matplotlib.figure import Figure
+from rich.table import Table
+
+import compressed_cache
+from compressed_cache.demo.measure import DIFFICULTY, Exam, Row
+
+COLUMNS = (
+    "policy",
+    "budget",
+    "prompt kept",
+    "accuracy [95%]",
+    "tokens",
+    "tok/s",
+    "cache",
+    "evicted",
+)
+
+
+def document(exam: Exam, rows: list[Row]) -> dict[str, Any]:
+    """Every number of a demo, with what produced it."""
+    return {
+        "versions": {
+            "compressed_cache": compressed_cache.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+        },
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "device": str(exam.model.device),
+        },
+        "problems": {
+            "first_seed": exam.seed,
+            "count": len(exam.problems),
+            "difficulty": asdict(DIFFICULTY),
+            "split": "held_out",
+            "mean_prompt_tokens": exam.inputs.attention_mask.sum(dim=1).float().mean().item(),
+            "max_new_tokens": exam.max_new_tokens,
+        },
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def write_json(document: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """One row of the table, as text in the order of :data:`COLUMNS`."""
+    interval = f"[{row['accuracy_low']:.0%}, {row['accuracy_high']:.0%}]"
+    return (
+        row["policy"],
+        "-" if row["budget"] is None else str(row["budget"]),
+        "yes" if row["protect_prompt"] else "-" if row["budget"] is None else "no",
+        f"{row['accuracy']:.0%} {interval}",
+        f"{row['mean_tokens']:.0f}",
+        f"{row['tokens_per_s']:.0f}",
+        f"{row['cache_bytes'] / 2**20:.1f} MiB",
+        str(row["evicted_tokens"]),
+    )
+
+
+def caption(document: dict[str, Any]) -> str:
+    """The conditions of all rows, in one line."""
+    problems, versions, machine = (document[key] for key in ("problems", "versions", "machine"))
+    return (
+        f"{problems['count']} held-out problems from seed {problems['first_seed']} in one batch, "
+        f"{problems['mean_prompt_tokens']:.0f} prompt tokens each, greedy; "
+        f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}"
+    )
+
+
+def table(document: dict[str, Any]) -> Table:
+    """The table the demo prints."""
+    printed = Table(*COLUMNS, caption=caption(document))
+    for column in printed.columns[3:]:
+        column.justify = "right"
+    group = None
+    for row in document["rows"]:
+        here = row["budget"], row["protect_prompt"]
+        if group not in (None, here):
+            printed.add_section()
+        group = here
+        printed.add_row(*cells(row))
+    return printed
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Accuracy against budget, without and with a protected prompt."""
+    matplotlib.use("Agg")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    rows = document["rows"]
+    full = next((row for row in rows if row["budget"] is None), None)
+    for panel, protect in zip(panels, (False, True), strict=True):
+        panel.set_title("prompt protected" if protect else "prompt not protected")
+        panel.set_xlabel("budget (slots per head)")
+        panel.set_ylim(-0.03, 1.05)
+        if full is not None:
+            panel.axhline(full["accuracy"], color="black", linestyle="--", label="full")
+        shown = [r for r in rows if r["budget"] is not None and r["protect_prompt"] is protect]
+        for number, policy in enumerate(dict.fromkeys(row["policy"] for row in shown)):
+            points = sorted((r["budget"], r["accuracy"]) for r in shown if r["policy"] == policy)
+            marker = "osv^Dpx*"[number % 8]
+            panel.plot(*zip(*points, strict=True), marker=marker, label=policy, alpha=0.8)
+        panel.set_xticks(sorted({row["budget"] for row in shown}))
+    panels[0].set_ylabel("accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, dpi=130)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
