@@ -60,13 +60,16 @@ def resolve_rules(
     if policy.evicts and budget < least:
         raise ValueError(
             f"budget must be at least sinks + recent + interval ({sinks} + {recent} + {interval} = "
-            f"{least}), got {budget}. Raise budget, or lower {_largest(sinks, recent, interval)}."
+            f"{least}), got {budget}. Raise budget or lower "
+            f"{_largest(sinks, recent, interval, windowed=recent == kept)}."
         )
     return Rules(budget, interval, sinks, recent, protect_prompt)
 
 
-def _largest(sinks: int, recent: int, interval: int) -> str:
-    named = {"sinks": sinks, "recent": recent, "interval": interval}
+def _largest(sinks: int, recent: int, interval: int, *, windowed: bool) -> str:
+    # A policy that always keeps its window sets recent by it.
+    named = {"sinks": sinks, "window" if windowed and recent else "recent": recent}
+    named["interval"] = interval
     return max(named, key=lambda name: named[name])
 
 

@@ -1,0 +1,86 @@
+"""What gets installed, and what importing it costs."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAPPED = ("integrations", "tasks", "bench")
+
+
+def _setuptools() -> dict[str, object]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_package_is_listed_and_every_link_leads_to_its_folder() -> None:
+    found = {"compressed_cache"}
+    for init in (ROOT / "compressed_cache").rglob("__init__.py"):
+        if not any(part in MAPPED for part in init.relative_to(ROOT / "compressed_cache").parts):
+            found.add(".".join(init.parent.relative_to(ROOT).parts))
+    for folder in MAPPED:
+        link = ROOT / "compressed_cache" / folder
+        assert link.is_symlink() and link.resolve() == ROOT / folder
+        for init in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join(("compressed_cache", *init.parent.relative_to(ROOT).parts)))
+    assert set(_setuptools()["packages"]) == found
+
+
+def test_folders_on_top_are_the_five() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    folders = {path.split("/")[0] for path in tracked if "/" in path}
+    assert folders == {"compressed_cache", "integrations", "tasks", "bench", "tests", ".ci"}
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    program = (
+        "import sys, compressed_cache\n"
+        "heavy = {'torch', 'transformers', 'lm_eval', 'datasets', 'scipy', 'matplotlib', 'rich'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "compressed_cache.CompressedCache('snapkv', 8)\n"
+        "late = {'lm_eval', 'datasets', 'matplotlib'}\n"
+        "assert not late & set(sys.modules), late & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_puts_only_compressed_cache_on_top_of_site_packages(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"compressed_cache"}
+    for folder in MAPPED:
+        assert f"compressed_cache/{folder}/__init__.py" in names
+    assert "compressed_cache/py.typed" in names
+    assert "compressed_cache/reasoner/model/model.safetensors" in names
+    # Used from elsewhere, with the dependencies of this environment and nothing of this checkout.
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    program = (
+        "import compressed_cache, compressed_cache.integrations, compressed_cache.tasks\n"
+        "import compressed_cache.bench\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from compressed_cache.reasoner import MODEL_PATH\n"
+        "AutoModelForCausalLM.from_pretrained(MODEL_PATH)\n"
+        "print(compressed_cache.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(site / "compressed_cache" / "__init__.py")
