@@ -4,27 +4,37 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench report compat clean
+.PHONY: demo test lint bench readme compat clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m compressed_cache demo
 
 test: $(VENV)/installed
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench --benchmark-only
 
-# A CPU build of torch where the package index has one; a CUDA build is kept if it is there already.
+# The demo of the README, then all its tables.
+readme: $(VENV)/installed
+	$(BIN)/python -m compressed_cache demo --out bench/results
+	$(BIN)/python -m compressed_cache.bench.readme
+
+# The oldest transformers that is supported.
+compat:
+	$(MAKE) test VENV=.venv-compat EXTRA="transformers==5.17.0"
+
+# torch comes first and pinned, so that nothing later pulls another build.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade "pip>=25"
-	$(BIN)/pip install --quiet "torch==$(TORCH)"
+	$(BIN)/pip install --quiet "torch==$(TORCH)" $(EXTRA)
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo_results *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat build dist demo_results *.egg-info .pytest_cache .ruff_cache

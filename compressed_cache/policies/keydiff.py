@@ -13,7 +13,7 @@ from compressed_cache.policies.base import Policy, Slots
 class KeyDiff(Policy):
     """Evicts the token whose key is most like the mean direction of all held keys.
 
-    KeyDiff, section 4 (https://arxiv.org/abs/2504.15364), with the anchor over normalised keys.
+    KeyDiff (https://arxiv.org/abs/2504.15364), with the anchor over normalised keys.
     Differs in one point: the prompt is scored at once, not in blocks of 128 tokens.
     """
 

@@ -13,10 +13,10 @@ class KNorm(Policy):
     """Evicts the token whose key has the largest L2 norm.
 
     "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression"
-    (https://arxiv.org/abs/2406.11430). Differs in two points: every layer is compressed (the
-    authors leave the first one or two alone, but ``budget`` is a cap for all), and from the first
-    token over the budget (the authors wait until 2,048 tokens). As there, nothing is protected by
-    default.
+    (https://arxiv.org/abs/2406.11430). As there, nothing is protected by default.
+    Differs in two points: every layer is compressed (the authors leave the first one or two alone,
+    but ``budget`` is a cap for all), and from the first token over the budget (the authors wait
+    until 2,048 tokens).
     """
 
     name: ClassVar[str] = "knorm"

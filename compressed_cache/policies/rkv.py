@@ -19,7 +19,7 @@ _BLOCK_ROWS = 512
 class RKV(Policy):
     """Trades the attention of the last queries against redundancy among the keys.
 
-    R-KV (https://arxiv.org/abs/2505.24133), section 3, in the form of the authors' code
+    R-KV (https://arxiv.org/abs/2505.24133), in the form of the authors' code
     (Zefan-Cai/R-KV@d15c976): ``mix_lambda * importance - (1 - mix_lambda) * redundancy``.
     Importance is the attention of the last ``window`` queries to the tokens before the window
     (group maximum of the logits, softmax without the window, mean, max-pooled). Redundancy is a

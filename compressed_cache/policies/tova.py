@@ -12,10 +12,9 @@ from compressed_cache.policies.base import Policy, Slots
 class TOVA(Policy):
     """Evicts the token that the last query attended least, averaged over all heads of the layer.
 
-    TOVA, section 4 (https://arxiv.org/abs/2401.06104). All heads of a layer keep the same tokens.
-    The row that decides is the one of the step before: the paper drops a token right after a step,
-    this cache right before the next, so attention sees ``budget`` tokens where the paper sees one
-    more. What is held between two steps is the same.
+    TOVA (https://arxiv.org/abs/2401.06104). All heads of a layer keep the same tokens. Differs in
+    one point: the paper drops a token right after a step, this cache right before the next, by the
+    same row of attention; so attention sees ``budget`` tokens where the paper sees one more.
     """
 
     name: ClassVar[str] = "tova"
