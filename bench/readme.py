@@ -47,8 +47,8 @@ def demo() -> str:
     header = ["accuracy at budget", *(f"{b}{' + prompt' * p}" for b, p in columns)]
     return "\n".join(
         [
-            f"{demo_report.caption(document)}. The full cache holds {_full_length(document)} tokens "
-            "at the end; *+ prompt* means `protect_prompt=True`.",
+            f"{demo_report.caption(document)}. The full cache ends with {_full_length(document)} "
+            "tokens; *+ prompt* means `protect_prompt=True`.",
             "",
             markdown(header, accuracy),
             "",

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from tests.conftest import distinct_tokens
 from transformers import LlamaForCausalLM
 
 from compressed_cache.bench import readme
+from tests.conftest import distinct_tokens
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -1,0 +1,127 @@
+"""The shipped model, its problems, and what the demo claims about them."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from compressed_cache.__main__ import main
+from compressed_cache.demo.measure import DIFFICULTY, Exam, Setting, settings
+from compressed_cache.policies import POLICIES
+from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.reasoner.problems import extract_answer, make_problem, split_of
+
+DEMO = json.loads((Path(__file__).parent.parent / "bench" / "results" / "demo.json").read_text())
+
+
+def test_the_model_is_small_and_in_the_format_of_transformers() -> None:
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
+    assert model.config.model_type == "llama"
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 4_000_000
+    assert sum(path.stat().st_size for path in MODEL_PATH.iterdir()) <= 8_000_000
+
+
+def test_traces_are_long_and_prompts_short() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    for seed in range(50):
+        problem = make_problem(seed, DIFFICULTY)
+        prompt, trace = (
+            len(tokenizer(text, add_special_tokens=False).input_ids)
+            for text in (problem.prompt, problem.trace)
+        )
+        assert 200 <= trace <= 1000
+        assert trace >= 3 * prompt
+        assert extract_answer(problem.trace) == problem.answer
+        assert (
+            tokenizer.unk_token_id not in tokenizer(f"{problem.prompt} {problem.trace}").input_ids
+        )
+
+
+def test_problems_depend_on_the_seed_alone_and_splits_are_disjoint() -> None:
+    for seed in range(200):
+        held_out = make_problem(seed, DIFFICULTY)
+        assert held_out == make_problem(seed, DIFFICULTY)
+        assert split_of(held_out.prompt) == "held_out"
+        assert split_of(make_problem(seed, DIFFICULTY, split="training").prompt) == "training"
+
+
+@pytest.mark.parametrize("text", ["", "answer", "the answer is 4", "step one"])
+def test_a_missing_answer_is_no_answer(text: str) -> None:
+    assert extract_answer(text) is None
+
+
+def test_the_demo_has_every_row() -> None:
+    budgets = sorted({row["budget"] for row in DEMO["rows"] if row["budget"] is not None})
+    assert 2 <= len(budgets) <= 3
+    wanted = {(s.policy, s.budget, s.protect_prompt) for s in settings(list(POLICIES), budgets)}
+    found = {(r["policy"], r["budget"], r["protect_prompt"]) for r in DEMO["rows"]}
+    assert found == wanted
+
+
+def test_full_cache_accuracy_is_at_least_95_percent() -> None:
+    (full,) = [row for row in DEMO["rows"] if row["policy"] == "full"]
+    assert full["accuracy"] >= 0.95
+
+
+@pytest.mark.parametrize("protect_prompt", [False, True])
+def test_the_benchmark_discriminates(protect_prompt: bool) -> None:
+    (full,) = [row for row in DEMO["rows"] if row["policy"] == "full"]
+    length = DEMO["problems"]["mean_prompt_tokens"] + full["mean_tokens"]
+    rows = [row for row in DEMO["rows"] if row["policy"] != "full"]
+    rows = [row for row in rows if row["protect_prompt"] is protect_prompt]
+    discriminating = []
+    for budget in {row["budget"] for row in rows if row["budget"] <= length / 2}:
+        accuracy = [row["accuracy"] for row in rows if row["budget"] == budget]
+        best, worst = max(accuracy), min(accuracy)
+        if best >= full["accuracy"] - 0.02 and worst <= full["accuracy"] - 0.20:
+            discriminating.append(budget)
+    assert discriminating
+
+
+@pytest.mark.parametrize("number", [0, 5, 12])
+def test_numbers_of_the_demo_are_found_again(number: int) -> None:
+    recorded = DEMO["rows"][number]
+    problems = DEMO["problems"]
+    exam = Exam(problems=problems["count"], seed=problems["first_seed"])
+    row = asdict(
+        exam.take(Setting(recorded["policy"], recorded["budget"], recorded["protect_prompt"]))
+    )
+    for name in ("correct", "problems", "accuracy_low", "cache_bytes", "evicted_tokens"):
+        assert row[name] == pytest.approx(recorded[name]), name
+
+
+def test_the_command_writes_table_picture_and_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--problems", "4", "--policies", "full,streaming_llm", "--budgets", "192"]
+    assert main(["demo", *options, "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "demo.json").read_text())
+    assert [row["policy"] for row in document["rows"]] == ["full", *["streaming_llm"] * 2]
+    assert set(document["versions"]) >= {"torch", "transformers", "compressed_cache"}
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "streaming_llm" in capsys.readouterr().out
+
+
+def test_the_command_generates_with_another_model(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = make_problem(0, DIFFICULTY)
+    options = ["--policies", "full,h2o", "--budgets", "64", "--max-new-tokens", "20"]
+    assert main(["demo", "--model", str(MODEL_PATH), "--prompt", problem.prompt, *options]) == 0
+    assert "h2o" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policies", "h3o"], "--policies must be among"),
+        (["--problems", "0"], "must be >= 1"),
+        (["--budgets", "64,0"], "must be >= 1"),
+        (["--model", "x"], "--model and --prompt must be given together"),
+    ],
+)
+def test_bad_options_are_named(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", *options]) == 2
+    assert message in capsys.readouterr().err
