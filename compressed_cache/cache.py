@@ -91,8 +91,7 @@ class CompressedCache(Cache):
                 CompressedLayer(self.policy, self.rules, self.clock, len(self.layers))
             )
         if not torch.compiler.is_compiling():
-            for layer in self.layers:
-                layer.check_attended()
+            self.layers[layer_idx - 1].check_attended()
         if layer_idx == 0:
             self._begin(key_states.shape[2])
         return self.layers[layer_idx].update(key_states, value_states)
@@ -103,7 +102,10 @@ class CompressedCache(Cache):
         Which slots are visible is decided by the layers, so the mask is as small as can be. This is
         also where the host counts steps, because transformers asks for it between two of them.
         """
-        if torch.compiler.is_compiling() or not self._is_filled:
+        if torch.compiler.is_compiling() or not self.layers:
+            return query_length, 0
+        self.layers[-1].check_attended()
+        if not self._is_filled:
             return query_length, 0
         self._advance(query_length)
         return query_length, self.clock.tokens_seen
