@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from compressed_cache import hook
+from compressed_cache import checks, hook
 from compressed_cache.clock import Clock
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.policies import Policy, make_policy
@@ -90,11 +90,14 @@ class CompressedCache(Cache):
             self.layers.append(
                 CompressedLayer(self.policy, self.rules, self.clock, len(self.layers))
             )
+        layer = self.layers[layer_idx]
         if not torch.compiler.is_compiling():
             self.layers[layer_idx - 1].check_attended()
+            if layer.is_filled:
+                checks.check_batch(layer.keys, key_states)
         if layer_idx == 0:
             self._begin(key_states.shape[2])
-        return self.layers[layer_idx].update(key_states, value_states)
+        return layer.update(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask transformers builds before each step: the new tokens only.

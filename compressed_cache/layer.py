@@ -42,8 +42,6 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     ) -> tuple[Tensor, Tensor]:
         """Takes new keys and values ``[B, H, L, D]``; returns tensors tagged for :meth:`attend`."""
         if not torch.compiler.is_compiling():
-            if self.is_filled:
-                checks.check_batch(self.keys, key_states)
             self.awaits_attention = True
         if self.is_filled and key_states.shape[2] == 1:
             # Detached everywhere: a graph through the slots would live as long as the cache.
@@ -224,6 +222,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def _extend(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> Tensor:
         """A further prompt, token by token: slow, and exactly what decoding it would give."""
         if not bool(real.all()):
+            self.clock.running = 0
             raise NotImplementedError(
                 "a further prompt must have no padding, got a padded attention_mask. Run rows of "
                 "different length one by one."

@@ -146,6 +146,7 @@ def test_another_batch_size_needs_a_reset(model: LlamaForCausalLM) -> None:
         model(distinct_tokens(3, 1), past_key_values=cache)
     assert str(caught.value) == message
     assert torch.equal(cache.layers[0].positions, kept)
+    assert cache.get_seq_length() == 27
     cache.reset()
     got = model.generate(distinct_tokens(3, 20), past_key_values=cache, **generate)
     fresh = CompressedCache("h2o", 16)
@@ -269,6 +270,9 @@ def test_a_padded_further_prompt_is_refused(model: LlamaForCausalLM) -> None:
     mask[0, 20:22] = 0
     with pytest.raises(NotImplementedError, match="a further prompt must have no padding"):
         model(distinct_tokens(2, 6), attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 20
+    model(distinct_tokens(2, 6), past_key_values=cache)
+    assert cache.get_seq_length() == 26
 
 
 def test_policy_objects_are_accepted(model: LlamaForCausalLM) -> None:
