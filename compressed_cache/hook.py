@@ -20,16 +20,10 @@ _TAG = "_compressed_layer"
 class Attending(Protocol):
     """A layer that attends for itself."""
 
-    def attend(
-        self,
-        function: Callable[..., Any],
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]: ...
+    @property
+    def attend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Called like an attention function, with the model's own one as first argument."""
+        ...
 
 
 def tag(keys: Tensor, layer: Attending) -> None:
