@@ -39,7 +39,7 @@ DIGITS = tuple("0123456789")
 PRICES = tuple(f"{digit}p" for digit in DIGITS)
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 WORDS = tuple(
-    "tax goods order end solve good plus is so now . step total check minus ok answer".split()
+    "tax goods order end solve good plus is so now . step total check minus ok answer".split()  # noqa: SIM905
 )
 VOCABULARY = (*SPECIALS, *WORDS, *DIGITS, *PRICES, *LETTERS, *LABELS, *ITEMS)
 
@@ -85,7 +85,7 @@ def make_problem(seed: int, difficulty: Difficulty, *, split: Split = "held_out"
 
 
 def split_of(prompt: str) -> Split:
-    """The only split in which a prompt can occur: a tenth is held out, a tenth is for validation."""
+    """The only split where a prompt can occur: a tenth is held out, a tenth is for validation."""
     bucket = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big") % 10
     return "held_out" if bucket == 0 else "validation" if bucket == 1 else "training"
 
@@ -121,9 +121,7 @@ def _draw(generator: random.Random, difficulty: Difficulty) -> Problem:
     )
     prompt = (
         f"tax {tax} goods",
-        *_shuffled(
-            generator, LETTERS, [*(f"{item} {price}p" for item, price in goods), "end"]
-        ),
+        *_shuffled(generator, LETTERS, [*(f"{item} {price}p" for item, price in goods), "end"]),
         "order",
         *_shuffled(generator, LABELS, [*order, "end"]),
         "solve",
@@ -131,9 +129,7 @@ def _draw(generator: random.Random, difficulty: Difficulty) -> Problem:
     return Problem(" ".join(prompt), " ".join(trace), str(total))
 
 
-def _shuffled(
-    generator: random.Random, labels: Sequence[str], entries: Sequence[str]
-) -> list[str]:
+def _shuffled(generator: random.Random, labels: Sequence[str], entries: Sequence[str]) -> list[str]:
     lines = [f"{label} {entry}" for label, entry in zip(labels, entries, strict=False)]
     generator.shuffle(lines)
     return lines

@@ -9,195 +9,73 @@ never missed a key in training collapses under any eviction, which real models d
 """
 
 import argparse
-import math
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from compressed_cache.reasoner.lifetimes import needed_until
-from compressed_cache.reasoner.problems import (
-    DIGITS,
-    ITEMS,
-    LABELS,
-    LETTERS,
-    PRICES,
-    VOCABULARY,
-    Difficulty,
-    Problem,
-    make_problem,
-)
-from compressed_cache.reasoner.tokenizer import build_tokenizer
+from compressed_cache.reasoner.architecture import build_model, encode, save
+from compressed_cache.reasoner.drills import IGNORED, LENGTH, drill_lookups, drill_sums
+from compressed_cache.reasoner.lifetimes import needed_until, visible
+from compressed_cache.reasoner.muon import Muon
+from compressed_cache.reasoner.problems import Difficulty, Problem, make_problem
 
-IDS = {word: i for i, word in enumerate(VOCABULARY)}
-LEVELS = tuple(
-    Difficulty(*size) for size in ((4, 5), (5, 7), (6, 8), (7, 10), (8, 12))
-)
+LEVELS = tuple(Difficulty(*size) for size in ((4, 5), (5, 7), (6, 8), (7, 10), (8, 12)))
 TOKENS_PER_STEP = 4096
-IGNORED = -100
-DRILL = 120  # tokens
-EMBEDDING = 0.3  # standard deviation at the start: smaller ones change too fast to build upon
-SHORTEST_WINDOW = 28  # a line and what it copies from the line before
+PENALTY = 0.05
 
 
-Drill = tuple[list[int], list[int]]  # token ids, and what follows each where it is asked for
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the plainest form, which notes how much of it did not go to ``<bos>``."""
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    if attention_mask is None:
+        attention_mask = torch.ones(length, length, dtype=torch.bool).tril()
+    scores = query @ key.repeat_interleave(groups, dim=1).mT * scaling
+    weights = scores.masked_fill(~attention_mask, -torch.inf).softmax(dim=-1)
+    module.busy = 1 - weights[..., 0].mean()
+    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), None
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon in float32 and in stacks of equal shape: `torch.optim.Muon` iterates in bfloat16, matrix
-    by matrix, which takes longer than the backward pass on a CPU without bfloat16 arithmetic."""
-
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, decay: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            stacks: dict[tuple[int, ...], list[Tensor]] = {}
-            for parameter in group["params"]:
-                stacks.setdefault(tuple(parameter.shape), []).append(parameter)
-            for (rows, columns), parameters in stacks.items():
-                gradients = torch.stack([parameter.grad for parameter in parameters])
-                buffer = self.state[parameters[0]].setdefault(
-                    "momentum", torch.zeros_like(gradients)
-                )
-                buffer.lerp_(gradients, 1 - group["momentum"])
-                update = _orthogonal(gradients.lerp(buffer, group["momentum"]))
-                scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for parameter, change in zip(parameters, update.unbind(), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["decay"]).sub_(change, alpha=scale)
-
-
-def _orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest orthogonal matrices, by the Newton-Schulz iteration of the Muon authors."""
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(iterations):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.mT if tall else x
-
-
-def build_model() -> LlamaForCausalLM:
-    """A Llama of 0.6 million parameters with two query heads for each key/value head."""
-    config = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=IDS["<bos>"],
-        eos_token_id=IDS["<eos>"],
-        pad_token_id=IDS["<pad>"],
-        attn_implementation="sdpa",
-    )
-    model = LlamaForCausalLM(config)
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING)
-    _look_back(model)
-    return model
-
-
-@torch.no_grad()
-def _look_back(model: LlamaForCausalLM) -> None:
-    """Starts one head of the first layer as a previous-token head, half of an induction circuit.
-
-    A component that all embeddings share makes queries and keys constant, and keys are turned by
-    one position, so their rotary products peak at distance one. Found by gradient descent alone,
-    the same head takes most of the training.
-    """
-    config = model.config
-    model.model.embed_tokens.weight[:, 0] = 5 * EMBEDDING
-    attention = model.model.layers[0].self_attn
-    for pair in range(5):
-        angle = config.rope_parameters["rope_theta"] ** (-2 * pair / config.head_dim)
-        for head in range(config.num_attention_heads // config.num_key_value_heads):
-            attention.q_proj.weight[head * config.head_dim + pair, 0] += 1.6
-        attention.k_proj.weight[pair, 0] += 1.6 * math.cos(angle)
-        attention.k_proj.weight[pair + config.head_dim // 2, 0] += 1.6 * math.sin(angle)
-
-
-def encode(problem: Problem) -> list[int]:
-    """Token ids of ``<bos> prompt trace <eos>``."""
-    words = f"<bos> {problem.prompt} {problem.trace} <eos>".split()
-    return [IDS[word] for word in words]
-
-
-def drill_lookups(generator: random.Random, pairs: int = 20, repeats: int = 3) -> Drill:
-    """A list of facts, then the same facts again in other orders."""
-    keys = generator.sample((*LETTERS, *LABELS, *ITEMS), pairs)
-    facts = [(key, generator.choice((*ITEMS, *PRICES, *DIGITS))) for key in keys]
-    words, asked = ["<bos>"], []
-    for repeat in range(repeats):
-        generator.shuffle(facts)
-        for key, value in facts:
-            words += [key, value]
-            asked += [False, repeat > 0]
-    return _drill(words, asked)
-
-
-def drill_sums(generator: random.Random, sums: int = 20) -> Drill:
-    """Unrelated sums, in the two forms that ledgers use."""
-    words, asked = ["<bos>"], []
-    for _ in range(sums):
-        a, b = generator.randrange(10), generator.randrange(10)
-        sign = generator.choice(("plus", "plus tax"))
-        line = f"{a} {sign} {b} is {(a + b) % 10} .".split()
-        words += line
-        asked += [i == len(line) - 2 for i in range(len(line))]
-    return _drill(words[: DRILL + 1], asked[:DRILL])
-
-
-def _drill(words: list[str], asked: list[bool]) -> Drill:
-    ids = [IDS[word] for word in words]
-    targets = [IDS[w] if ask else IGNORED for w, ask in zip(words[1:], asked, strict=True)]
-    return ids[:-1], targets
-
-
-def visible(until: Tensor, *, layers: int, heads: int, groups: int) -> list[Tensor]:
-    """Which keys each query may see when a random share of the stale ones is hidden for good.
-
-    Args:
-        until: ``[B, L]`` position of the last query that needs each token.
-        layers: number of masks, all different.
-        heads: key/value heads, each with its own pattern, as policies evict per head.
-        groups: query heads for each of them.
-
-    Returns:
-        ``[B, heads * groups, L, L]`` bool for each layer.
-    """
-    batch, length = until.shape
-    positions = torch.arange(length)
-    share = (torch.rand(batch, 1, 1) * 1.25).clamp(max=1)
-    spread = torch.randint(8, 100, (batch, 1, 1))
-    keep_first = torch.rand(batch, 1) < 0.85
-    masks = []
-    for _ in range(layers):
-        window = SHORTEST_WINDOW + torch.rand(batch, heads, length) * spread
-        last = torch.maximum(positions + window, until[:, None].float())
-        last = last.masked_fill(torch.rand(batch, heads, length) >= share, length)
-        last[..., 0].masked_fill_(keep_first, length)
-        seen = (positions[:, None] >= positions) & (positions[:, None] <= last[:, :, None])
-        masks.append(seen.repeat_interleave(groups, dim=1))
-    return masks
+ALL_ATTENTION_FUNCTIONS.register("sink_penalty", attend)
 
 
 class Trainer:
     """Model, optimisers and the state of the curriculum."""
 
-    def __init__(self, steps: int, seed: int, model: LlamaForCausalLM | None = None) -> None:
+    def __init__(self, steps: int, seed: int) -> None:
         torch.manual_seed(seed)
         self.random = random.Random(seed)
-        self.model = model or build_model()
+        self.model = build_model()
         self.steps, self.level, self.solved, self.since = steps, 0, 0.0, 0
+        self.tuning, self.peak = False, 1.0
+        self._make_optimizers()
+        self.masks: list[Tensor] | None = None
+        for number, layer in enumerate(self.model.model.layers):
+            layer.self_attn.register_forward_pre_hook(self._masking(number), with_kwargs=True)
+
+    def tune(self, steps: int, seed: int) -> None:
+        """Starts the last phase: fresh optimizers, and idle attention is sent to ``<bos>``."""
+        torch.manual_seed(seed)
+        self.random = random.Random(seed)
+        self.steps, self.level, self.solved, self.since = steps, len(LEVELS) - 1, 1.0, 20
+        self.tuning, self.peak = True, 0.4
+        self._make_optimizers()
+        self.model.set_attn_implementation("sink_penalty")
+
+    def _make_optimizers(self) -> None:
         matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in self.model.named_parameters() if p.ndim != 2 or "embed" in n]
         self.optimizers = (
@@ -205,13 +83,12 @@ class Trainer:
             torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
         )
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
-        self.masks: list[Tensor] | None = None
-        for number, layer in enumerate(self.model.model.layers):
-            layer.self_attn.register_forward_pre_hook(self._masking(number), with_kwargs=True)
 
-    def _masking(self, number: int):
+    def _masking(self, number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
         # transformers hands one mask to all layers; eviction differs from layer to layer.
-        def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        def hook(
+            module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             if self.masks is None:
                 return None
             return args, {**kwargs, "attention_mask": self.masks[number]}
@@ -220,7 +97,7 @@ class Trainer:
 
     @property
     def hides(self) -> bool:
-        return self.level == len(LEVELS) - 1 and self.solved > 0.9
+        return self.tuning or (self.level == len(LEVELS) - 1 and self.solved > 0.5)
 
     def problems(self) -> list[Problem]:
         """Half of the batches have exactly the size of the level, the others any smaller one."""
@@ -266,16 +143,16 @@ class Trainer:
         logits = self.model.lm_head(states[:, start - 1 :])
         targets = tokens[:, start:]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        self._update(loss, number)
+        penalty = self._penalty() if self.tuning else 0.0
+        self._update(loss + penalty, number)
         solved = (logits.argmax(-1) == targets).all(1).float().mean().item()
         if not hidden:
             self._advance(solved)
         return loss.item(), solved, tokens.numel()
 
     def _drill(self, number: int) -> tuple[float, float, int]:
-        # Ledgers ask so seldom for either skill that it takes thousands of steps to emerge from them.
         drill = drill_sums if number % 4 else drill_lookups
-        pairs = [drill(self.random) for _ in range(TOKENS_PER_STEP // 2 // DRILL)]
+        pairs = [drill(self.random) for _ in range(TOKENS_PER_STEP // 2 // LENGTH)]
         tokens, targets = (torch.tensor(part) for part in zip(*pairs, strict=True))
         self.masks = None
         logits = self.model(tokens, use_cache=False).logits
@@ -285,8 +162,14 @@ class Trainer:
         self._update(loss, number)
         return loss.item(), 0.0, tokens.numel()
 
+    def _penalty(self) -> Tensor:
+        # The first layer only looks at neighbours.
+        shares = [layer.self_attn.busy for layer in self.model.model.layers[1:]]
+        return PENALTY * torch.stack(shares).mean()
+
     def _update(self, loss: Tensor, number: int) -> None:
-        rate = min(1.0, (number + 1) / 40, 0.02 + (self.steps - number) / (0.4 * self.steps))
+        ending = 0.01 + (self.steps - number) / (0.8 * self.steps)
+        rate = self.peak * min(1.0, (number + 1) / 40, ending)
         for optimizer, base in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = base * rate
         loss.backward()
@@ -297,46 +180,38 @@ class Trainer:
     def _advance(self, solved: float) -> None:
         self.since += 1
         self.solved += (solved - self.solved) / min(self.since, 20)
-        if self.since >= 20 and self.solved > 0.8 and self.level < len(LEVELS) - 1:
+        if self.since >= 20 and self.solved > 0.5 and self.level < len(LEVELS) - 1:
             self.level, self.solved, self.since = self.level + 1, 0.0, 0
 
 
-def save(model: LlamaForCausalLM, folder: Path) -> None:
-    """Writes weights, configuration and tokenizer in the format of transformers."""
-    model.generation_config = GenerationConfig(
-        bos_token_id=IDS["<bos>"],
-        eos_token_id=IDS["<eos>"],
-        pad_token_id=IDS["<pad>"],
-        do_sample=False,
-    )
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Trains the shipped model on a CPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=1500, help="updates of the first phase")
+    parser.add_argument("--tuning-steps", type=int, default=900, help="updates of the last phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--save-every", type=int, default=100, help="updates between checkpoints")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    trainer = Trainer(options.steps, options.seed)
+    # The rate of the first phase is still high at its end: the last phase takes it down to nothing.
+    trainer = Trainer(steps=options.steps * 8 // 5, seed=options.seed)
     started, seen = time.perf_counter(), 0
-    for number in range(options.steps):
-        loss, solved, tokens = trainer.step(number)
+    for number in range(options.steps + options.tuning_steps):
+        if number == options.steps:
+            trainer.tune(options.tuning_steps, seed=options.seed + 1)
+        loss, solved, tokens = trainer.step(number - options.steps * trainer.tuning)
         seen += tokens
-        if number % 20 in (0, 1, 2):
+        if number % 20 == 19:
             print(
-                f"step {number} level {trainer.level} loss {loss:.4f} solved {solved:.2f} "
-                f"hides {trainer.hides} tokens {seen} "
-                f"seconds {time.perf_counter() - started:.0f}",
+                f"step {number + 1} level {trainer.level} loss {loss:.4f} solved {solved:.2f} "
+                f"tokens {seen} seconds {time.perf_counter() - started:.0f}",
                 flush=True,
             )
-        if (number + 1) % options.save_every == 0 or number + 1 == options.steps:
+        if (number + 1) % options.save_every == 0:
             save(trainer.model, options.out)
+    save(trainer.model, options.out)
 
 
 if __name__ == "__main__":
