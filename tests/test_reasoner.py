@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache.__main__ import main
-from compressed_cache.demo.measure import DIFFICULTY, Exam, Setting, settings
+from compressed_cache.demo.measure import STEPS, Exam, Setting, settings
 from compressed_cache.policies import POLICIES
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import extract_answer, make_problem, split_of
@@ -26,7 +26,7 @@ def test_the_model_is_small_and_in_the_format_of_transformers() -> None:
 def test_traces_are_long_and_prompts_short() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     for seed in range(50):
-        problem = make_problem(seed, DIFFICULTY)
+        problem = make_problem(seed, STEPS)
         prompt, trace = (
             len(tokenizer(text, add_special_tokens=False).input_ids)
             for text in (problem.prompt, problem.trace)
@@ -41,10 +41,10 @@ def test_traces_are_long_and_prompts_short() -> None:
 
 def test_problems_depend_on_the_seed_alone_and_splits_are_disjoint() -> None:
     for seed in range(200):
-        held_out = make_problem(seed, DIFFICULTY)
-        assert held_out == make_problem(seed, DIFFICULTY)
+        held_out = make_problem(seed, STEPS)
+        assert held_out == make_problem(seed, STEPS)
         assert split_of(held_out.prompt) == "held_out"
-        assert split_of(make_problem(seed, DIFFICULTY, split="training").prompt) == "training"
+        assert split_of(make_problem(seed, STEPS, split="training").prompt) == "training"
 
 
 @pytest.mark.parametrize("text", ["", "answer", "the answer is 4", "step one"])
@@ -105,7 +105,7 @@ def test_the_command_writes_table_picture_and_numbers(
 
 
 def test_the_command_generates_with_another_model(capsys: pytest.CaptureFixture[str]) -> None:
-    problem = make_problem(0, DIFFICULTY)
+    problem = make_problem(0, STEPS)
     options = ["--policies", "full,h2o", "--budgets", "64", "--max-new-tokens", "20"]
     assert main(["demo", "--model", str(MODEL_PATH), "--prompt", problem.prompt, *options]) == 0
     assert "h2o" in capsys.readouterr().out

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache.cache import CompressedCache
 from compressed_cache.reasoner import MODEL_PATH
-from compressed_cache.reasoner.problems import Difficulty, extract_answer, make_problem
+from compressed_cache.reasoner.problems import extract_answer, make_problem
 
 BUDGETS = (96, 128, 192)
-DIFFICULTY = Difficulty(items=8, entries=12)
+STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Exam:
         self.seed = seed
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
         self.model = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
-        self.problems = [make_problem(seed + i, DIFFICULTY) for i in range(problems)]
+        self.problems = [make_problem(seed + i, STEPS) for i in range(problems)]
         prompts = [problem.prompt for problem in self.problems]
         self.inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
         traces = [len(self.tokenizer(problem.trace).input_ids) for problem in self.problems]

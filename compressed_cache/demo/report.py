@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import compressed_cache
-from compressed_cache.demo.measure import DIFFICULTY, Exam, Row
+from compressed_cache.demo.measure import STEPS, Exam, Row
 
 COLUMNS = (
     "policy",
@@ -39,14 +39,14 @@ def document(exam: Exam, rows: list[Row]) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "device": str(exam.model.device),
         },
         "problems": {
             "first_seed": exam.seed,
             "count": len(exam.problems),
-            "difficulty": asdict(DIFFICULTY),
+            "steps": STEPS,
             "split": "held_out",
             "mean_prompt_tokens": exam.inputs.attention_mask.sum(dim=1).float().mean().item(),
             "max_new_tokens": exam.max_new_tokens,
@@ -124,7 +124,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

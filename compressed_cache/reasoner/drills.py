@@ -1,12 +1,13 @@
-"""The two skills of a ledger, practised alone.
+"""The two skills of a walk, practised before the first walk.
 
-A ledger asks so seldom for either that it takes thousands of steps to emerge from ledgers alone.
+Both emerge within 300 updates when each update practises both. From walks alone, or from drills
+that alternate with walks, sums did not emerge in 900.
 """
 
 import random
 
 from compressed_cache.reasoner.architecture import IDS
-from compressed_cache.reasoner.problems import DIGITS, ITEMS, LABELS, LETTERS, PRICES
+from compressed_cache.reasoner.problems import DIGITS, ITEMS, PRICES
 
 IGNORED = -100
 LENGTH = 120  # tokens
@@ -15,7 +16,7 @@ Drill = tuple[list[int], list[int]]  # token ids, and what follows each where it
 
 def drill_lookups(generator: random.Random, pairs: int = 20, repeats: int = 3) -> Drill:
     """A list of facts, then the same facts again in other orders."""
-    keys = generator.sample((*LETTERS, *LABELS, *ITEMS), pairs)
+    keys = generator.sample((*DIGITS, *ITEMS), pairs)
     facts = [(key, generator.choice((*ITEMS, *PRICES, *DIGITS))) for key in keys]
     words, asked = ["<bos>"], []
     for repeat in range(repeats):
@@ -26,15 +27,17 @@ def drill_lookups(generator: random.Random, pairs: int = 20, repeats: int = 3) -
     return _drill(words, asked)
 
 
-def drill_sums(generator: random.Random, sums: int = 20) -> Drill:
-    """Unrelated sums, in the two forms that ledgers use."""
+def drill_sums(generator: random.Random) -> Drill:
+    """Unrelated sums, in the two forms that walks use."""
     words, asked = ["<bos>"], []
-    for _ in range(sums):
-        a, b = generator.randrange(10), generator.randrange(10)
-        sign = generator.choice(("plus", "plus tax"))
-        line = f"{a} {sign} {b} is {(a + b) % 10} .".split()
+    while len(words) <= LENGTH:
+        a, b, c = (generator.randrange(10) for _ in range(3))
+        ab, abc = (a + b) % 10, (a + b + c) % 10
+        line = generator.choice(
+            (f"{a}p plus tax {b} is {ab} .", f"total {a} plus {b} is {ab} plus {c} is {abc} .")
+        ).split()
         words += line
-        asked += [i == len(line) - 2 for i in range(len(line))]
+        asked += [word == "is" for word in ("", *line[:-1])]
     return _drill(words[: LENGTH + 1], asked[:LENGTH])
 
 

@@ -1,9 +1,9 @@
-"""Until when each token of a solved ledger is needed: what training may hide from the model."""
+"""Until when each token of a solved walk is needed: what training may hide from the model."""
 
 import torch
 from torch import Tensor
 
-from compressed_cache.reasoner.problems import PRICES, Problem
+from compressed_cache.reasoner.problems import DIGITS, ITEMS, PRICES, Problem
 
 SHORTEST_WINDOW = 28  # a line and what it copies from the line before
 
@@ -15,28 +15,35 @@ def needed_until(problem: Problem) -> list[int]:
     that is being written stays in sight is the caller's business.
     """
     tokens = f"{problem.prompt} {problem.trace}".split()
-    goods, order, start = tokens.index("goods"), tokens.index("order"), tokens.index("solve") + 1
+    solve = tokens.index("solve")
     until = list(range(len(tokens)))
+    found: dict[str, int] = {}  # a place, a good or a cost, and where it was stated
 
-    entry, price, cost, tax = {}, {}, {}, 1
-    for i in range(start, len(tokens)):
-        if tokens[i - 1] == "good":
-            entry[tokens[i]], price[tokens[i + 1]] = i, i + 1
-        elif tokens[i - 1] == "step":
-            entry[tokens[i]], cost[tokens[i + 1]] = i, i + 1
-        elif tokens[i] == "tax":
-            tax = i
+    def look_up(position: int, *names: str) -> None:
+        for name in names:
+            for fact in (found[name] - 1, found[name]):
+                until[fact] = max(until[fact], position)
 
-    until[0] = until[1] = tax
-    for i in range(goods + 1, start - 1):
-        if tokens[i] in entry:
-            until[i] = entry[tokens[i]]
-            until[i + 1] = max(until[i], price.get(tokens[i + 1], 0) if i < order else 0)
-        elif tokens[i] in PRICES:
-            until[i] = price[tokens[i - 1]]
-    for i in range(start, len(tokens)):
-        if tokens[i] == "now":
-            until[i + 1] = until[i + 2] = max(i + 2, cost.get(tokens[i + 1], 0))
+    for i, token in enumerate(tokens):
+        before, after = tokens[i - 1], tokens[min(i + 1, len(tokens) - 1)]
+        if i < solve:
+            if token in ITEMS:
+                found[f"place {before}"], found[f"price {token}"] = i, i + 1
+            elif before in ("tax", "start"):
+                found[before] = i
+        elif before == "tax":
+            look_up(i - 1, "tax")
+        elif token in DIGITS and after in ITEMS and before in ("solve", ".", "at"):
+            look_up(i, f"place {token}")
+        elif token in ITEMS and after in PRICES:
+            look_up(i, f"price {token}")
+        elif token in ITEMS and before == "so":
+            found[f"cost {token}"] = i + 1
+        elif token in ITEMS:
+            look_up(i, f"cost {token}")
+    found["steps"] = solve - 1
+    first = tokens.index("left")
+    look_up(first + 3, "start", "steps")
     return until
 
 

@@ -1,85 +1,71 @@
-"""Generated shopping ledgers, each solved by a long written chain of thought.
+"""Generated market walks, each solved by a long written chain of thought.
 
-The prompt states every fact once. Entries are shuffled, so they can only be found by content::
+The prompt states every fact once and in random order: which good stands at which of ten places,
+its price, the tax, where the walk starts and how many steps it takes::
 
-    tax 4 goods b jam 7p a tea 3p c end order two tea three end one jam solve
+    tax 4 goods 3 oil 2p 0 tea 7p 1 jam 3p ... start 1 steps 1 8 solve
 
-The trace first works out what every good costs, then walks through the order with a running total.
-All arithmetic keeps the last digit only::
+The trace first works out what every good costs and lists it, then walks. Each step buys the good
+of the place that the total points to, so no one can tell which fact will be needed next. All
+arithmetic keeps the last digit only::
 
-    good a tea 3p so 3 plus tax 4 is 7 now tea 7 .
-    good b jam 7p so 7 plus tax 4 is 1 now jam 1 .
-    good c end .
-    step one jam 1 . total 0 plus 1 is 1 . check 1 minus 1 is 0 ok .
-    step two tea 7 . total 1 plus 7 is 8 . check 8 minus 7 is 1 ok .
-    step three end . answer 8
+    0 tea 7p plus tax 4 is 1 so tea 1 .
+    1 jam 3p plus tax 4 is 7 so jam 7 .
+    ...
+    list tea 1 jam 7 ... .
+    left 1 8 at 1 jam 7 . total 1 plus 7 is 8 plus 8 is 6 .
+    left 1 7 at 6 ...
+    ...
+    left 0 0 answer 3
 
-Three kinds of tokens result: facts of the prompt, needed once and possibly late; the costs, which
-exist only in the trace and are needed again at irregular intervals; and the rest, which is useless
-a line later.
+Three kinds of tokens result: facts of the prompt, and costs that exist only in the trace, both
+needed again and again at irregular intervals; and the rest, which is useless a line later.
 """
 
 import hashlib
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Split = Literal["training", "validation", "held_out"]
 
-LETTERS = tuple("abcdefghi")
-LABELS = tuple(
-    "one two three four five six seven eight nine ten eleven twelve thirteen".split()  # noqa: SIM905
-)
-ITEMS = tuple(
-    "tea jam oil rye egg ham fig nut pea soy cod bun lime corn leek plum".split()  # noqa: SIM905
-)
+PLACES = 10
+ITEMS = tuple("tea jam oil rye egg ham fig nut pea soy".split())  # noqa: SIM905
 DIGITS = tuple("0123456789")
 PRICES = tuple(f"{digit}p" for digit in DIGITS)
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 WORDS = tuple(
-    "tax goods order end solve good plus is so now . step total check minus ok answer".split()  # noqa: SIM905
+    "tax goods start steps solve plus is so . list left at total answer".split()  # noqa: SIM905
 )
-VOCABULARY = (*SPECIALS, *WORDS, *DIGITS, *PRICES, *LETTERS, *LABELS, *ITEMS)
+VOCABULARY = (*SPECIALS, *WORDS, *DIGITS, *PRICES, *ITEMS)
 
 _ANSWER = re.compile(r"\banswer (\d)\b")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One ledger: what the model is given, what it should write, and the digit that counts."""
+    """One walk: what the model is given, what it should write, and the digit that counts."""
 
     prompt: str
     trace: str
     answer: str
 
 
-@dataclass(frozen=True)
-class Difficulty:
-    """How many goods are priced and how many entries are ordered."""
-
-    items: int
-    entries: int
-
-    def __post_init__(self) -> None:
-        for name, value, limit in (
-            ("items", self.items, len(LETTERS) - 1),
-            ("entries", self.entries, len(LABELS) - 1),
-        ):
-            if not 1 <= value <= limit:
-                raise ValueError(f"{name} must be between 1 and {limit}, got {value}")
-
-
-def make_problem(seed: int, difficulty: Difficulty, *, split: Split = "held_out") -> Problem:
-    """A ledger that depends on nothing but the arguments.
+def make_problem(seed: int, steps: int, *, split: Split = "held_out") -> Problem:
+    """A walk that depends on nothing but the arguments.
 
     The splits are disjoint in content, not only in seeds: a hash of the prompt decides which split
-    a ledger belongs to, and ledgers of another split are thrown away.
+    a walk belongs to, and walks of another split are thrown away.
+
+    Raises:
+        ValueError: `steps` is not between 1 and 99.
     """
-    generator = random.Random(f"{seed} {difficulty.items} {difficulty.entries}")
+    if not 1 <= steps <= 99:
+        raise ValueError(f"steps must be between 1 and 99, got {steps}")
+    generator = random.Random(f"{seed} {steps}")
     while True:
-        problem = _draw(generator, difficulty)
+        problem = _draw(generator, steps)
         if split_of(problem.prompt) == split:
             return problem
 
@@ -96,40 +82,33 @@ def extract_answer(text: str) -> str | None:
     return found.group(1) if found else None
 
 
-def _draw(generator: random.Random, difficulty: Difficulty) -> Problem:
-    tax = generator.randrange(10)
-    goods = [(item, generator.randrange(10)) for item in generator.sample(ITEMS, difficulty.items)]
-    order = [generator.choice(goods)[0] for _ in range(difficulty.entries)]
-    costs = {item: (price + tax) % 10 for item, price in goods}
+def _draw(generator: random.Random, steps: int) -> Problem:
+    tax, start = generator.randrange(10), generator.randrange(10)
+    goods = generator.sample(ITEMS, PLACES)
+    prices = [generator.randrange(10) for _ in goods]
+    costs = [(price + tax) % 10 for price in prices]
 
-    total, steps = 0, []
-    for label, item in zip(LABELS, order, strict=False):
-        before, total = total, (total + costs[item]) % 10
-        steps.append(
-            f"step {label} {item} {costs[item]} . total {before} plus {costs[item]} is "
-            f"{total} . check {total} minus {costs[item]} is {before} ok ."
+    entries = [f"{place} {goods[place]} {prices[place]}p" for place in range(PLACES)]
+    generator.shuffle(entries)
+    prompt = (f"tax {tax} goods", *entries, f"start {start} steps {_spaced(steps)} solve")
+
+    trace = [
+        f"{place} {good} {price}p plus tax {tax} is {cost} so {good} {cost} ."
+        for place, (good, price, cost) in enumerate(zip(goods, prices, costs, strict=True))
+    ]
+    trace += ["list", *(f"{good} {costs[goods.index(good)]}" for good in ITEMS), "."]
+    total = start
+    for left in range(steps, 0, -1):
+        place, cost = total, costs[total]
+        subtotal, total = (place + cost) % 10, (place + cost + left) % 10
+        trace.append(
+            f"left {_spaced(left)} at {place} {goods[place]} {cost} . "
+            f"total {place} plus {cost} is {subtotal} plus {left % 10} is {total} ."
         )
-    trace = (
-        *(
-            f"good {letter} {item} {price}p so {price} plus tax {tax} is {costs[item]} now {item} "
-            f"{costs[item]} ."
-            for letter, (item, price) in zip(LETTERS, goods, strict=False)
-        ),
-        f"good {LETTERS[difficulty.items]} end .",
-        *steps,
-        f"step {LABELS[difficulty.entries]} end . answer {total}",
-    )
-    prompt = (
-        f"tax {tax} goods",
-        *_shuffled(generator, LETTERS, [*(f"{item} {price}p" for item, price in goods), "end"]),
-        "order",
-        *_shuffled(generator, LABELS, [*order, "end"]),
-        "solve",
-    )
+    trace.append(f"left 0 0 answer {total}")
     return Problem(" ".join(prompt), " ".join(trace), str(total))
 
 
-def _shuffled(generator: random.Random, labels: Sequence[str], entries: Sequence[str]) -> list[str]:
-    lines = [f"{label} {entry}" for label, entry in zip(labels, entries, strict=False)]
-    generator.shuffle(lines)
-    return lines
+def _spaced(number: int) -> str:
+    """Two digits, one token each."""
+    return " ".join(f"{number:02}")

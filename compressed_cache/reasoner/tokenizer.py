@@ -1,4 +1,4 @@
-"""One token per word, because every word of a ledger matters."""
+"""One token per word, because every word of a walk matters."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast

@@ -2,7 +2,7 @@
 
     python -m compressed_cache.reasoner.training --out model --steps 3000
 
-Three ideas make it short: Muon for the matrices; a curriculum that goes on to longer ledgers as
+Three ideas make it short: Muon for the matrices; a curriculum that goes on to longer walks as
 soon as the present ones are solved; batches of one length each, so nothing is padded. The last
 phase hides stale tokens in half of the batches, per layer and head as eviction does: a model that
 never missed a key in training collapses under any eviction, which real models do not.
@@ -23,9 +23,10 @@ from compressed_cache.reasoner.architecture import build_model, encode, save
 from compressed_cache.reasoner.drills import IGNORED, LENGTH, drill_lookups, drill_sums
 from compressed_cache.reasoner.lifetimes import needed_until, visible
 from compressed_cache.reasoner.muon import Muon
-from compressed_cache.reasoner.problems import Difficulty, Problem, make_problem
+from compressed_cache.reasoner.problems import Problem, make_problem
 
-LEVELS = tuple(Difficulty(*size) for size in ((4, 5), (5, 7), (6, 8), (7, 10), (8, 12)))
+LEVELS = (1, 3, 6, 10, 20)  # steps of a walk
+DRILLS = 300  # updates
 TOKENS_PER_STEP = 4096
 PENALTY = 0.05
 
@@ -103,11 +104,9 @@ class Trainer:
         """Half of the batches have exactly the size of the level, the others any smaller one."""
         size = LEVELS[self.level]
         if self.random.random() < 0.5:
-            size = Difficulty(
-                self.random.randint(3, size.items), self.random.randint(3, size.entries)
-            )
+            size = self.random.randint(1, size)
         first = make_problem(self.random.getrandbits(48), size, split="training")
-        count = max(1, TOKENS_PER_STEP // (1 + (self.level == 0)) // len(encode(first)))
+        count = max(1, TOKENS_PER_STEP // len(encode(first)))
         return [
             first,
             *(
@@ -117,8 +116,8 @@ class Trainer:
         ]
 
     def step(self, number: int) -> tuple[float, float, int]:
-        """One update. Returns the loss, the share of ledgers without any error, and the tokens."""
-        if self.level == 0 and number % 2 == 0:
+        """One update. Returns the loss, the share of walks without any error, and the tokens."""
+        if not self.tuning and number < DRILLS:
             return self._drill(number)
         problems = self.problems()
         tokens = torch.tensor([encode(problem) for problem in problems])
@@ -151,16 +150,18 @@ class Trainer:
         return loss.item(), solved, tokens.numel()
 
     def _drill(self, number: int) -> tuple[float, float, int]:
-        drill = drill_sums if number % 4 else drill_lookups
-        pairs = [drill(self.random) for _ in range(TOKENS_PER_STEP // 2 // LENGTH)]
-        tokens, targets = (torch.tensor(part) for part in zip(*pairs, strict=True))
         self.masks = None
-        logits = self.model(tokens, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
-        )
+        loss, seen = torch.zeros(()), 0
+        for drill in (drill_sums, drill_lookups):
+            pairs = [drill(self.random) for _ in range(TOKENS_PER_STEP // 3 // LENGTH)]
+            tokens, targets = (torch.tensor(part) for part in zip(*pairs, strict=True))
+            logits = self.model(tokens, use_cache=False).logits
+            loss = loss + torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+            )
+            seen += tokens.numel()
         self._update(loss, number)
-        return loss.item(), 0.0, tokens.numel()
+        return loss.item(), 0.0, seen
 
     def _penalty(self) -> Tensor:
         # The first layer only looks at neighbours.

@@ -1,0 +1,45 @@
+"""Keeps what the benchmarks measured in bench/results, one file per device."""
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import compressed_cache
+from compressed_cache.bench.contenders import BUDGET, PROMPT
+from compressed_cache.demo.report import processor
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    session = terminalreporter.config._benchmarksession
+    rows: dict[str, list[dict[str, object]]] = {}
+    for benchmark in session.benchmarks:
+        row = {**benchmark.extra_info, "ms_per_token": 1000 * benchmark.stats.median}
+        rows.setdefault(row["device"], []).append(row)
+    for device, measured in rows.items():
+        document = {"conditions": _conditions(device), "rows": measured}
+        path = RESULTS / f"decode-{device}.json"
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        terminalreporter.write_line(json.dumps({"written": path.name, "rows": len(measured)}))
+
+
+def _conditions(device: str) -> dict[str, object]:
+    return {
+        "hardware": processor() if device == "cpu" else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32" if device == "cpu" else "bfloat16",
+        "prompt": PROMPT,
+        "budget": BUDGET,
+        "versions": {
+            "compressed_cache": compressed_cache.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
