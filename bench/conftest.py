@@ -3,6 +3,7 @@
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    session = terminalreporter.config._benchmarksession
+    session: Any = vars(terminalreporter.config)["_benchmarksession"]
     rows: dict[str, list[dict[str, object]]] = {}
     for benchmark in session.benchmarks:
         row = {**benchmark.extra_info, "ms_per_token": 1000 * benchmark.stats.median}

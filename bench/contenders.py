@@ -17,7 +17,7 @@ PROMPT = 2048  # tokens
 LONGEST = PROMPT + 512  # tokens that the static cache has room for
 
 
-def make_model(device: str) -> LlamaForCausalLM:
+def make_model(device: str) -> Any:
     """Four random layers: float32 on a CPU, bfloat16 on CUDA."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -33,7 +33,8 @@ def make_model(device: str) -> LlamaForCausalLM:
         pad_token_id=0,
     )
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return LlamaForCausalLM(config).to(device, dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device, dtype).eval()
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Contender:
     """A cache, and whether ``generate`` compiles the decode step."""
 
     name: str
-    make_cache: Callable[[LlamaForCausalLM], Cache]
+    make_cache: Callable[[Any], Cache]
     compiled: bool = False
 
     def __str__(self) -> str:
@@ -67,7 +68,7 @@ class Generation:
     """
 
     def __init__(
-        self, contender: Contender, model: LlamaForCausalLM, *, batch: int, prompt: int = PROMPT
+        self, contender: Contender, model: Any, *, batch: int, prompt: int = PROMPT
     ) -> None:
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(1, model.config.vocab_size, (batch, prompt), generator=generator)
@@ -75,7 +76,7 @@ class Generation:
         self.cache = contender.make_cache(model)
         self.options: dict[str, Any] = {"disable_compile": not contender.compiled}
         if contender.compiled and model.device.type == "cpu":
-            config = CompileConfig(fullgraph=True, mode="default")
+            config: Any = CompileConfig(fullgraph=True, mode="default")
             config._compile_all_devices = True
             self.options["compile_config"] = config
 

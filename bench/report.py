@@ -6,7 +6,14 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COMMAND = "pytest bench/ --benchmark-only"
-HEADER = ("device", "batch", "cache", "decode step", "ms per token", "times as fast as DynamicCache")
+HEADER = (
+    "device",
+    "batch",
+    "cache",
+    "decode step",
+    "ms per token",
+    "times as fast as DynamicCache",
+)
 Row = dict[str, Any]
 
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.stats import binomtest
@@ -11,7 +12,7 @@ from compressed_cache.cache import CompressedCache
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import extract_answer, make_problem
 
-BUDGETS = (96, 128, 192)
+BUDGETS: tuple[int, ...] = (96, 128, 192)
 STEPS = 16
 
 
@@ -70,7 +71,7 @@ class Exam:
     def __init__(self, *, problems: int, seed: int) -> None:
         self.seed = seed
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
-        self.model = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
         self.problems = [make_problem(seed + i, STEPS) for i in range(problems)]
         prompts = [problem.prompt for problem in self.problems]
         self.inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,7 +23,8 @@ def generate(
     """Prints what the model writes under each policy, and what it cost."""
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype="auto").to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype="auto")
+    model = model.to(device).eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     costs = Table("policy", "budget", "tokens", "tok/s", "cache", "evicted")
     runs = [("full", None)] if "full" in policies else []

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -10,6 +11,11 @@ from compressed_cache.reasoner.problems import VOCABULARY, Problem
 from compressed_cache.reasoner.tokenizer import build_tokenizer
 
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
+LAYERS = 4
+KEY_VALUE_HEADS = 2
+GROUPS = 2  # query heads for each of them
+HEAD_DIM = 32
+ROPE_THETA = 10_000.0
 EMBEDDING = 0.3  # standard deviation at the start: smaller ones change too fast to build upon
 
 
@@ -19,16 +25,16 @@ def build_model() -> LlamaForCausalLM:
         vocab_size=len(VOCABULARY),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=KEY_VALUE_HEADS * GROUPS,
+        num_key_value_heads=KEY_VALUE_HEADS,
+        head_dim=HEAD_DIM,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         bos_token_id=IDS["<bos>"],
         eos_token_id=IDS["<eos>"],
         pad_token_id=IDS["<pad>"],
-        attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING)
@@ -44,15 +50,14 @@ def _look_back(model: LlamaForCausalLM) -> None:
     one position, so their rotary products peak at distance one. Found by gradient descent alone,
     the same head takes most of the training.
     """
-    config = model.config
     model.model.embed_tokens.weight[:, 0] = 5 * EMBEDDING
-    attention = model.model.layers[0].self_attn
+    attention: Any = model.model.layers[0].self_attn
     for pair in range(5):
-        angle = config.rope_parameters["rope_theta"] ** (-2 * pair / config.head_dim)
-        for head in range(config.num_attention_heads // config.num_key_value_heads):
-            attention.q_proj.weight[head * config.head_dim + pair, 0] += 1.6
+        angle = ROPE_THETA ** (-2 * pair / HEAD_DIM)
+        for head in range(GROUPS):
+            attention.q_proj.weight[head * HEAD_DIM + pair, 0] += 1.6
         attention.k_proj.weight[pair, 0] += 1.6 * math.cos(angle)
-        attention.k_proj.weight[pair + config.head_dim // 2, 0] += 1.6 * math.sin(angle)
+        attention.k_proj.weight[pair + HEAD_DIM // 2, 0] += 1.6 * math.sin(angle)
 
 
 def encode(problem: Problem) -> list[int]:

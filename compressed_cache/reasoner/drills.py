@@ -1,6 +1,6 @@
 """The two skills of a walk, practised before the first walk.
 
-Both emerge within 300 updates when each update practises both. From walks alone, or from drills
+Both emerge within 300 updates where each update practises both. From walks alone, or from drills
 that alternate with walks, sums did not emerge in 900.
 """
 

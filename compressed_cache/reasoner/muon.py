@@ -19,13 +19,13 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             stacks: dict[tuple[int, ...], list[Tensor]] = {}
             for parameter in group["params"]:
                 stacks.setdefault(tuple(parameter.shape), []).append(parameter)
             for (rows, columns), parameters in stacks.items():
-                gradients = torch.stack([parameter.grad for parameter in parameters])
+                gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
                 buffer = self.state[parameters[0]].setdefault(
                     "momentum", torch.zeros_like(gradients)
                 )

@@ -1,11 +1,15 @@
 """Trains the shipped model from nothing on a CPU.
 
-    python -m compressed_cache.reasoner.training --out model --steps 3000
+    python -m compressed_cache.reasoner.training --out compressed_cache/reasoner/model
 
-Three ideas make it short: Muon for the matrices; a curriculum that goes on to longer walks as
-soon as the present ones are solved; batches of one length each, so nothing is padded. The last
-phase hides stale tokens in half of the batches, per layer and head as eviction does: a model that
-never missed a key in training collapses under any eviction, which real models do not.
+Four ideas make it short: Muon for the matrices; drills of the two skills before the first walk; a
+curriculum that goes on to longer walks as soon as the present ones are solved; batches of one
+length each, so nothing is padded.
+
+In the last phase stale tokens are hidden in half of the batches, per layer and head as eviction
+does: a model that never missed a key in training collapses under any eviction, which real models
+do not. A small penalty sends idle attention to ``<bos>``, the attention sink that large models
+learn by themselves.
 """
 
 import argparse
@@ -19,14 +23,21 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from compressed_cache.reasoner.architecture import build_model, encode, save
+from compressed_cache.reasoner.architecture import (
+    GROUPS,
+    KEY_VALUE_HEADS,
+    LAYERS,
+    build_model,
+    encode,
+    save,
+)
 from compressed_cache.reasoner.drills import IGNORED, LENGTH, drill_lookups, drill_sums
 from compressed_cache.reasoner.lifetimes import needed_until, visible
 from compressed_cache.reasoner.muon import Muon
 from compressed_cache.reasoner.problems import Problem, make_problem
 
 LEVELS = (1, 3, 6, 10, 20)  # steps of a walk
-DRILLS = 300  # updates
+DRILLED = 0.1  # loss of sums, averaged over some updates, with which walks begin
 TOKENS_PER_STEP = 4096
 PENALTY = 0.05
 
@@ -61,11 +72,12 @@ class Trainer:
         self.random = random.Random(seed)
         self.model = build_model()
         self.steps, self.level, self.solved, self.since = steps, 0, 0.0, 0
-        self.tuning, self.peak = False, 1.0
+        self.tuning, self.peak, self.drill_loss = False, 1.0, 3.0
         self._make_optimizers()
         self.masks: list[Tensor] | None = None
-        for number, layer in enumerate(self.model.model.layers):
-            layer.self_attn.register_forward_pre_hook(self._masking(number), with_kwargs=True)
+        self.attentions: list[Any] = [layer.self_attn for layer in self.model.model.layers]
+        for number, attention in enumerate(self.attentions):
+            attention.register_forward_pre_hook(self._masking(number), with_kwargs=True)
 
     def tune(self, steps: int, seed: int) -> None:
         """Starts the last phase: fresh optimizers, and idle attention is sent to ``<bos>``."""
@@ -117,7 +129,7 @@ class Trainer:
 
     def step(self, number: int) -> tuple[float, float, int]:
         """One update. Returns the loss, the share of walks without any error, and the tokens."""
-        if not self.tuning and number < DRILLS:
+        if self.drill_loss > DRILLED:
             return self._drill(number)
         problems = self.problems()
         tokens = torch.tensor([encode(problem) for problem in problems])
@@ -125,7 +137,6 @@ class Trainer:
         hidden = self.hides and self.random.random() < 0.5
         self.masks = None
         if hidden:
-            config = self.model.config
             until = torch.tensor(
                 [
                     [0, *(1 + p for p in needed_until(problem)), tokens.shape[1]]
@@ -134,9 +145,9 @@ class Trainer:
             )
             self.masks = visible(
                 until[:, :-1],
-                layers=config.num_hidden_layers,
-                heads=config.num_key_value_heads,
-                groups=config.num_attention_heads // config.num_key_value_heads,
+                layers=LAYERS,
+                heads=KEY_VALUE_HEADS,
+                groups=GROUPS,
             )
         states = self.model.model(tokens[:, :-1], use_cache=False).last_hidden_state
         logits = self.model.lm_head(states[:, start - 1 :])
@@ -151,21 +162,24 @@ class Trainer:
 
     def _drill(self, number: int) -> tuple[float, float, int]:
         self.masks = None
-        loss, seen = torch.zeros(()), 0
-        for drill in (drill_sums, drill_lookups):
-            pairs = [drill(self.random) for _ in range(TOKENS_PER_STEP // 3 // LENGTH)]
+        losses, seen = [], 0
+        for drill in (drill_lookups, drill_sums):
+            pairs = [drill(self.random) for _ in range(TOKENS_PER_STEP // 2 // LENGTH)]
             tokens, targets = (torch.tensor(part) for part in zip(*pairs, strict=True))
             logits = self.model(tokens, use_cache=False).logits
-            loss = loss + torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+            losses.append(
+                torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+                )
             )
             seen += tokens.numel()
-        self._update(loss, number)
-        return loss.item(), 0.0, seen
+        self._update(torch.stack(losses).sum(), number)
+        self.drill_loss += (losses[-1].item() - self.drill_loss) / 20
+        return losses[-1].item(), 0.0, seen
 
     def _penalty(self) -> Tensor:
         # The first layer only looks at neighbours.
-        shares = [layer.self_attn.busy for layer in self.model.model.layers[1:]]
+        shares = [attention.busy for attention in self.attentions[1:]]
         return PENALTY * torch.stack(shares).mean()
 
     def _update(self, loss: Tensor, number: int) -> None:
