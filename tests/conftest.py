@@ -2,10 +2,15 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.reference import comparison
+from tests.reference.llama import ReferenceLlama
+from tests.reference.policies import Rules, full
 
 VOCABULARY = 400
 
@@ -43,6 +48,29 @@ def make_model() -> Callable[..., LlamaForCausalLM]:
 @pytest.fixture(scope="session")
 def model(make_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def precise_model() -> LlamaForCausalLM:
+    """Float64, for comparisons with the reference."""
+    return comparison.make_model()
+
+
+@pytest.fixture(scope="session")
+def reference(precise_model: LlamaForCausalLM) -> ReferenceLlama:
+    return ReferenceLlama(precise_model)
+
+
+@pytest.fixture(scope="session")
+def tolerance(reference: ReferenceLlama) -> float:
+    """Four times what transformers loses in float32 over a full cache; logits are around 2."""
+    text = comparison.distinct_tokens(50, seed=0)
+    with torch.no_grad():
+        output = comparison.make_model(torch.float32)(torch.tensor([text]), use_cache=False)
+    trace = reference.generate(text[:1], 50, score=full, rules=Rules(64), forced=[*text[1:], 0])
+    error = float(np.abs(output.logits[0].double().numpy() - np.stack(trace.logits)).max())
+    assert error < 1e-4
+    return 4 * error
 
 
 def distinct_tokens(rows: int, length: int, *, seed: int = 0) -> Tensor:

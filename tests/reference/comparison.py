@@ -1,0 +1,156 @@
+"""Runs the library and the reference side by side and compares what they keep."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+
+from compressed_cache import CompressedCache
+from tests.reference.llama import Kept, ReferenceLlama, Trace
+from tests.reference.policies import POLICIES, Rules
+
+VOCABULARY = 160
+NUM_STEPS = 30
+# Small windows, so that they end, wrap and are pooled many times in a short text.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "h2o": {},
+    "keydiff": {},
+    "knorm": {},
+    "rkv": {"window": 4, "kernel_size": 3, "mix_lambda": 0.4, "similarity_threshold": 0.3},
+    "snapkv": {"window": 6, "kernel_size": 3},
+    "streaming_llm": {},
+    "tova": {},
+}
+NAMES = sorted(OPTIONS)
+
+
+def make_model(
+    dtype: torch.dtype = torch.float64, *, seed: int = 0, num_key_value_heads: int = 2
+) -> LlamaForCausalLM:
+    """Two layers with four query heads each; attention is far from uniform."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=16,
+        initializer_range=0.25,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+        # A padding token would have zeros as embedding and key, and a zero has no cosine.
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    return model.double() if dtype == torch.float64 else model.float()
+
+
+def distinct_tokens(count: int, *, seed: int) -> list[int]:
+    """Tokens without repetition: equal tokens have equal key norms in the first layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randperm(VOCABULARY - 1, generator=generator)[:count] + 1).tolist()
+
+
+class Watch(LogitsProcessor):
+    """Notes logits and kept positions before each choice, and may make the choice itself."""
+
+    def __init__(self, cache: CompressedCache, forced: Tensor | None) -> None:
+        self.cache = cache
+        self.forced = forced
+        self.logits: list[Tensor] = []
+        self.positions: list[list[Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = len(self.logits)
+        self.logits.append(scores.clone())
+        self.positions.append([layer.positions.clone() for layer in self.cache.layers])
+        if self.forced is None:
+            return scores
+        chosen = torch.full_like(scores, -math.inf)
+        return chosen.scatter(1, self.forced[:, step : step + 1], 0.0)
+
+    def kept(self, step: int, row: int) -> Kept:
+        return [
+            [tuple(sorted(p for p in head if p >= 0)) for head in positions[row].tolist()]
+            for positions in self.positions[step]
+        ]
+
+
+def run_library(
+    model: LlamaForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    num_new_tokens: int,
+    *,
+    name: str,
+    rules: Rules,
+    forced: Sequence[Sequence[int]] | None = None,
+    options: dict[str, Any] | None = None,
+) -> tuple[Tensor, Watch]:
+    """Generate for a batch, padded on the left; returns the new tokens ``[B, L]`` and the notes."""
+    width = max(len(prompt) for prompt in prompts)
+    padding = [width - len(prompt) for prompt in prompts]
+    input_ids = torch.tensor([[0] * pad + [*p] for pad, p in zip(padding, prompts, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
+    cache = CompressedCache(name, **asdict(rules), **(options or {}))
+    watch = Watch(cache, None if forced is None else torch.tensor(forced))
+    output = cast(Any, model).generate(
+        input_ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=num_new_tokens,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([watch]),
+    )
+    assert isinstance(output, Tensor)
+    return output[:, width:], watch
+
+
+def assert_same_kept(trace: Trace, watch: Watch, row: int) -> None:
+    """Every step, layer and head holds the same tokens."""
+    for step, expected in enumerate(trace.kept):
+        found = watch.kept(step, row)
+        assert found == expected, (
+            f"row {row}, step {step}: the library keeps {found}, the reference {expected} "
+            f"(closest decision of the reference: {trace.gap:.1e})"
+        )
+
+
+def assert_same_logits(trace: Trace, watch: Watch, row: int, tolerance: float) -> None:
+    """Logits agree as well as float32 can."""
+    found = np.stack([logits[row].double().numpy() for logits in watch.logits])
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, np.stack(trace.logits), rtol=0, atol=tolerance)
+
+
+def assert_agree(
+    model: LlamaForCausalLM,
+    reference: ReferenceLlama,
+    texts: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    *,
+    name: str,
+    rules: Rules,
+    tolerance: float,
+) -> None:
+    """A batch fed the same texts keeps the same tokens, row by row, and gives the same logits."""
+    pairs = list(zip(texts, prompt_lengths, strict=True))
+    prompts, forced = [t[:n] for t, n in pairs], [t[n:] for t, n in pairs]
+    steps = len(forced[0])
+    options = OPTIONS[name]
+    _, watch = run_library(
+        model, prompts, steps, name=name, rules=rules, forced=forced, options=options
+    )
+    score = partial(POLICIES[name], **options)
+    for row, (prompt, rest) in enumerate(zip(prompts, forced, strict=True)):
+        trace = reference.generate(prompt, steps, score=score, rules=rules, forced=rest)
+        assert_same_kept(trace, watch, row)
+        assert_same_logits(trace, watch, row, tolerance)
