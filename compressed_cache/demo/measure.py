@@ -12,7 +12,7 @@ from compressed_cache.cache import CompressedCache
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import extract_answer, make_problem
 
-BUDGETS: tuple[int, ...] = (96, 128, 192)
+BUDGETS: tuple[int, ...] = (160, 200, 240)
 STEPS = 16
 
 

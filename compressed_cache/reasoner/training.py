@@ -6,15 +6,16 @@ Four ideas make it short: Muon for the matrices; drills of the two skills before
 curriculum that goes on to longer walks as soon as the present ones are solved; batches of one
 length each, so nothing is padded.
 
-In the last phase stale tokens are hidden in half of the batches, per layer and head as eviction
+In the later phases stale tokens are hidden in half of the batches, per layer and head as eviction
 does: a model that never missed a key in training collapses under any eviction, which real models
-do not. A small penalty sends idle attention to ``<bos>``, the attention sink that large models
-learn by themselves.
+do not. A penalty, small and then larger, sends idle attention to ``<bos>``: the attention sink that
+large models learn by themselves, without which scores by attention see mostly noise.
 """
 
 import argparse
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ from compressed_cache.reasoner.problems import Problem, make_problem
 LEVELS = (1, 3, 6, 10, 20)  # steps of a walk
 DRILLED = 0.1  # loss of sums, averaged over some updates, with which walks begin
 TOKENS_PER_STEP = 4096
-PENALTY = 0.05
+LEARNING = 1500  # updates
+TUNING = ((900, 0.05), (400, 0.3))  # updates, and the weight of attention off the sink in the loss
 
 
 def attend(
@@ -72,19 +74,19 @@ class Trainer:
         self.random = random.Random(seed)
         self.model = build_model()
         self.steps, self.level, self.solved, self.since = steps, 0, 0.0, 0
-        self.tuning, self.peak, self.drill_loss = False, 1.0, 3.0
+        self.penalty, self.peak, self.drill_loss = 0.0, 1.0, 3.0
         self._make_optimizers()
         self.masks: list[Tensor] | None = None
         self.attentions: list[Any] = [layer.self_attn for layer in self.model.model.layers]
         for number, attention in enumerate(self.attentions):
             attention.register_forward_pre_hook(self._masking(number), with_kwargs=True)
 
-    def tune(self, steps: int, seed: int) -> None:
-        """Starts the last phase: fresh optimizers, and idle attention is sent to ``<bos>``."""
+    def tune(self, steps: int, seed: int, penalty: float) -> None:
+        """Starts a later phase: fresh optimizers, and idle attention is sent to ``<bos>``."""
         torch.manual_seed(seed)
         self.random = random.Random(seed)
         self.steps, self.level, self.solved, self.since = steps, len(LEVELS) - 1, 1.0, 20
-        self.tuning, self.peak = True, 0.4
+        self.penalty, self.peak = penalty, 0.4
         self._make_optimizers()
         self.model.set_attn_implementation("sink_penalty")
 
@@ -110,7 +112,7 @@ class Trainer:
 
     @property
     def hides(self) -> bool:
-        return self.tuning or (self.level == len(LEVELS) - 1 and self.solved > 0.5)
+        return self.penalty > 0 or (self.level == len(LEVELS) - 1 and self.solved > 0.5)
 
     def problems(self) -> list[Problem]:
         """Half of the batches have exactly the size of the level, the others any smaller one."""
@@ -153,8 +155,8 @@ class Trainer:
         logits = self.model.lm_head(states[:, start - 1 :])
         targets = tokens[:, start:]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        penalty = self._penalty() if self.tuning else 0.0
-        self._update(loss + penalty, number)
+        off_sink = self._off_sink() if self.penalty else 0.0
+        self._update(loss + self.penalty * off_sink, number)
         solved = (logits.argmax(-1) == targets).all(1).float().mean().item()
         if not hidden:
             self._advance(solved)
@@ -177,10 +179,10 @@ class Trainer:
         self.drill_loss += (losses[-1].item() - self.drill_loss) / 20
         return losses[-1].item(), 0.0, seen
 
-    def _penalty(self) -> Tensor:
+    def _off_sink(self) -> Tensor:
         # The first layer only looks at neighbours.
         shares = [attention.busy for attention in self.attentions[1:]]
-        return PENALTY * torch.stack(shares).mean()
+        return torch.stack(shares).mean()
 
     def _update(self, loss: Tensor, number: int) -> None:
         ending = 0.01 + (self.steps - number) / (0.8 * self.steps)
@@ -202,31 +204,31 @@ class Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the shipped model on a CPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
-    parser.add_argument("--steps", type=int, default=1500, help="updates of the first phase")
-    parser.add_argument("--tuning-steps", type=int, default=900, help="updates of the last phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=100, help="updates between checkpoints")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    # The rate of the first phase is still high at its end: the last phase takes it down to nothing.
-    trainer = Trainer(steps=options.steps * 8 // 5, seed=options.seed)
-    started, seen = time.perf_counter(), 0
-    for number in range(options.steps + options.tuning_steps):
-        if number == options.steps:
-            trainer.tune(options.tuning_steps, seed=options.seed + 1)
-        loss, solved, tokens = trainer.step(number - options.steps * trainer.tuning)
-        seen += tokens
-        if number % 20 == 19:
-            print(
-                f"step {number + 1} level {trainer.level} loss {loss:.4f} solved {solved:.2f} "
-                f"tokens {seen} seconds {time.perf_counter() - started:.0f}",
-                flush=True,
-            )
-        if (number + 1) % options.save_every == 0:
-            save(trainer.model, options.out)
-    save(trainer.model, options.out)
+    # The rate of the first phase is still high at its end: the later ones take it down to nothing.
+    trainer = Trainer(steps=LEARNING * 8 // 5, seed=options.seed)
+    started, total = time.perf_counter(), Counter[str]()
+    for phase, (steps, penalty) in enumerate(((LEARNING, 0.0), *TUNING)):
+        if phase:
+            trainer.tune(steps, options.seed + phase, penalty)
+        for number in range(steps):
+            loss, solved, tokens = trainer.step(number)
+            total.update(steps=1, tokens=tokens)
+            if number % 20 == 19:
+                seconds = time.perf_counter() - started
+                print(
+                    f"step {total['steps']} level {trainer.level} loss {loss:.4f} solved "
+                    f"{solved:.2f} tokens {total['tokens']} seconds {seconds:.0f}",
+                    flush=True,
+                )
+            if number % options.save_every == options.save_every - 1:
+                save(trainer.model, options.out)
+        save(trainer.model, options.out)
 
 
 if __name__ == "__main__":
