@@ -81,7 +81,7 @@ def compare(
         STATIC,
         *(
             compressed(policy, compiled=compiled)
-            for policy in ("snapkv", "h2o", "streaming_llm")
+            for policy in ("snapkv", "h2o")
             for compiled in (False, True)
         ),
     ],
@@ -103,7 +103,7 @@ def test_decode(benchmark: BenchmarkFixture, contender: Contender, device: str, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("policy", ["snapkv", "h2o"])
+@pytest.mark.parametrize("policy", ["snapkv"])
 def test_long(benchmark: BenchmarkFixture, policy: str, device: str) -> None:
     model = make_model(device)
     contender = compressed(policy, compiled=True)

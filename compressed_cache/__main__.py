@@ -1,6 +1,7 @@
 """``python -m compressed_cache``: the commands."""
 
 import argparse
+import os
 import sys
 
 
@@ -25,10 +26,11 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    demo.add_argument("--problems", type=int, default=48, help="held-out problems per row")
+    demo.add_argument("--problems", type=int, default=40, help="held-out problems per row")
     demo.add_argument("--seed", type=int, default=0, help="first seed of the problems")
-    demo.add_argument("--budgets", type=numbers, default=None, help="e.g. 96,128,192")
+    demo.add_argument("--budgets", type=numbers, default=None, help="e.g. 180,280")
     demo.add_argument("--policies", type=lambda text: text.split(","), default=None)
+    demo.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     demo.add_argument("--out", default="demo_results", help="folder for demo.json and demo.png")
     demo.add_argument("--model", help="a hub or local model to generate with instead")
     demo.add_argument("--prompt", help="the text it continues")

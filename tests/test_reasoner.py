@@ -95,7 +95,16 @@ def test_numbers_of_the_demo_are_found_again(number: int) -> None:
 def test_the_command_writes_table_picture_and_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--problems", "4", "--policies", "full,streaming_llm", "--budgets", "192"]
+    options = [
+        "--problems",
+        "4",
+        "--policies",
+        "full,streaming_llm",
+        "--budgets",
+        "192",
+        "--workers",
+        "1",
+    ]
     assert main(["demo", *options, "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "demo.json").read_text())
     assert [row["policy"] for row in document["rows"]] == ["full", *["streaming_llm"] * 2]

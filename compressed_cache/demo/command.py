@@ -1,6 +1,7 @@
 """What the demo command does with its options."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compressed_cache.demo import report, text
-from compressed_cache.demo.measure import BUDGETS, Exam, settings
+from compressed_cache.demo.measure import BUDGETS, Exam, rows, settings
 from compressed_cache.policies import POLICIES
 
 
@@ -20,9 +21,11 @@ def run(options: argparse.Namespace) -> int:
     if unknown:
         print(f"--policies must be among {', '.join(POLICIES)}, got {unknown}", file=sys.stderr)
         return 2
-    if min(options.problems, options.max_new_tokens, *budgets) < 1 or options.seed < 0:
+    counts = options.problems, options.max_new_tokens, options.workers, *budgets
+    if min(counts) < 1 or options.seed < 0:
         print(
-            "--problems, --budgets and --max-new-tokens must be >= 1, --seed >= 0", file=sys.stderr
+            "--problems, --budgets, --workers and --max-new-tokens must be >= 1, --seed >= 0",
+            file=sys.stderr,
         )
         return 2
     if bool(options.model) != bool(options.prompt):
@@ -35,15 +38,16 @@ def run(options: argparse.Namespace) -> int:
 
     exam = Exam(problems=options.problems, seed=options.seed)
     planned = settings(policies, budgets)
-    rows = []
+    found = []
+    workers = min(options.workers, len(planned))
+    threads = max(1, (os.cpu_count() or 1) // workers)
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=len(planned))
-        for setting in planned:
-            progress.update(task, description=str(setting))
-            rows.append(exam.take(setting))
-            progress.advance(task)
-    document = report.document(exam, rows)
+        for row in rows(exam, planned, workers=workers, threads=threads):
+            found.append(row)
+            progress.update(task, advance=1, description=f"{row.policy} {row.accuracy:.0%}")
+    document = report.document(exam, found, workers=workers, threads=threads)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     report.write_json(document, folder / "demo.json")

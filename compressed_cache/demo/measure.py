@@ -1,6 +1,9 @@
 """Held-out problems, solved once per setting by the shipped model."""
 
+import multiprocessing
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +15,8 @@ from compressed_cache.cache import CompressedCache
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import extract_answer, make_problem
 
-BUDGETS: tuple[int, ...] = (160, 200, 240)
-STEPS = 16
+BUDGETS: tuple[int, ...] = (180, 280)
+STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -116,3 +119,31 @@ class Exam:
             cache_bytes=cache.nbytes,
             evicted_tokens=cache.evicted_tokens,
         )
+
+
+def rows(exam: Exam, planned: Sequence[Setting], *, workers: int, threads: int) -> Iterator[Row]:
+    """Rows in the order planned, measured by so many processes of so many threads each."""
+    if workers == 1:
+        torch.set_num_threads(threads)
+        yield from map(exam.take, planned)
+        return
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(len(exam.problems), exam.seed, threads),
+    ) as pool:
+        yield from pool.map(_take, planned)
+
+
+_worker: Exam
+
+
+def _start_worker(problems: int, seed: int, threads: int) -> None:
+    global _worker
+    torch.set_num_threads(threads)
+    _worker = Exam(problems=problems, seed=seed)
+
+
+def _take(setting: Setting) -> Row:
+    return _worker.take(setting)

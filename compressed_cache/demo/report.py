@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import compressed_cache
@@ -19,16 +20,16 @@ from compressed_cache.demo.measure import STEPS, Exam, Row
 COLUMNS = (
     "policy",
     "budget",
-    "prompt kept",
+    "prompt",
     "accuracy [95%]",
     "tokens",
     "tok/s",
-    "cache",
+    "MiB",
     "evicted",
 )
 
 
-def document(exam: Exam, rows: list[Row]) -> dict[str, Any]:
+def document(exam: Exam, rows: list[Row], *, workers: int, threads: int) -> dict[str, Any]:
     """Every number of a demo, with what produced it."""
     return {
         "versions": {
@@ -40,7 +41,8 @@ def document(exam: Exam, rows: list[Row]) -> dict[str, Any]:
         },
         "machine": {
             "processor": processor(),
-            "threads": torch.get_num_threads(),
+            "workers": workers,
+            "threads": threads,
             "device": str(exam.model.device),
         },
         "problems": {
@@ -61,15 +63,15 @@ def write_json(document: dict[str, Any], path: Path) -> None:
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """One row of the table, as text in the order of :data:`COLUMNS`."""
-    interval = f"[{row['accuracy_low']:.0%}, {row['accuracy_high']:.0%}]"
+    interval = f"[{100 * row['accuracy_low']:.0f}, {100 * row['accuracy_high']:.0f}]"
     return (
         row["policy"],
         "-" if row["budget"] is None else str(row["budget"]),
-        "yes" if row["protect_prompt"] else "-" if row["budget"] is None else "no",
+        "kept" if row["protect_prompt"] else "-",
         f"{row['accuracy']:.0%} {interval}",
         f"{row['mean_tokens']:.0f}",
         f"{row['tokens_per_s']:.0f}",
-        f"{row['cache_bytes'] / 2**20:.1f} MiB",
+        f"{row['cache_bytes'] / 2**20:.1f}",
         str(row["evicted_tokens"]),
     )
 
@@ -80,14 +82,17 @@ def caption(document: dict[str, Any]) -> str:
     return (
         f"{problems['count']} held-out problems from seed {problems['first_seed']} in one batch, "
         f"{problems['mean_prompt_tokens']:.0f} prompt tokens each, greedy; "
-        f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, "
+        f"{machine['processor']}, {machine['workers']} rows at a time with {machine['threads']} "
+        f"threads each, {machine['device']}, "
         f"torch {versions['torch']}, transformers {versions['transformers']}"
     )
 
 
 def table(document: dict[str, Any]) -> Table:
     """The table the demo prints."""
-    printed = Table(*COLUMNS, caption=caption(document))
+    printed = Table(*COLUMNS, caption=caption(document), box=SIMPLE_HEAD, pad_edge=False)
+    for column in printed.columns:
+        column.no_wrap = True
     for column in printed.columns[3:]:
         column.justify = "right"
     group = None
