@@ -13,13 +13,48 @@ def main(arguments: list[str] | None = None) -> int:
         "demo", help="accuracy, speed and memory of every policy on the shipped model"
     )
     _add_demo_options(demo)
-    options = parser.parse_args(arguments)
+    commands.add_parser(
+        "eval", help="lm_eval with this project's tasks; takes lm_eval's own options", add_help=False
+    )
+    commands.add_parser("model", help="prints the folder of the shipped model")
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "eval":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return {"demo": _demo, "eval": _eval, "model": _model}[options.command](options, rest)
+
+
+def _demo(options: argparse.Namespace, rest: list[str]) -> int:
     try:
         from compressed_cache.demo.command import run
     except ModuleNotFoundError as error:
-        print(f"{error.name} is missing: pip install 'compressed-cache[demo]'", file=sys.stderr)
-        return 1
+        return _missing(error, "demo")
     return run(options)
+
+
+def _eval(options: argparse.Namespace, rest: list[str]) -> int:
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ModuleNotFoundError as error:
+        return _missing(error, "eval")
+    from compressed_cache.integrations.harness.autoload import install
+    from compressed_cache.tasks import PATH
+
+    install()
+    sys.argv = ["lm_eval", *rest, "--include_path", str(PATH)]
+    cli_evaluate()
+    return 0
+
+
+def _model(options: argparse.Namespace, rest: list[str]) -> int:
+    from compressed_cache.reasoner import MODEL_PATH
+
+    print(MODEL_PATH)
+    return 0
+
+
+def _missing(error: ModuleNotFoundError, extra: str) -> int:
+    print(f"{error.name} is missing: pip install 'compressed-cache[{extra}]'", file=sys.stderr)
+    return 1
 
 
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:

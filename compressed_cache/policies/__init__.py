@@ -1,9 +1,9 @@
 """The methods by name."""
 
-import difflib
 from dataclasses import fields
 from typing import Any
 
+from compressed_cache.names import listing, nearest
 from compressed_cache.policies.base import Defaults, Policy, Slots
 from compressed_cache.policies.full import Full
 from compressed_cache.policies.h2o import H2O
@@ -43,24 +43,16 @@ def make_policy(name: str, **options: Any) -> Policy:
     """
     if name not in POLICIES:
         raise ValueError(
-            f"unknown policy {name!r}, expected one of {_listing(POLICIES)}"
-            f"{_nearest(name, POLICIES)}"
+            f"unknown policy {name!r}, expected one of {listing(POLICIES)}"
+            f"{nearest(name, POLICIES)}"
         )
     known = [field.name for field in fields(POLICIES[name])]
     for option in options:
         if option not in known:
-            expected = f"expected one of {_listing(known)}" if known else "it has no options"
+            expected = f"expected one of {listing(known)}" if known else "it has no options"
             raise TypeError(
                 f"unknown option {option!r} for policy {name!r}, {expected}"
-                f"{_nearest(option, known)}"
+                f"{nearest(option, known)}"
             )
     return POLICIES[name](**options)
 
-
-def _listing(names: Any) -> str:
-    return ", ".join(repr(name) for name in sorted(names))
-
-
-def _nearest(name: str, names: Any) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f". Did you mean {near[0]!r}?" if near else ""

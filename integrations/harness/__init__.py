@@ -1,0 +1,1 @@
+"""``lm_eval --model hf`` takes a compressed cache by arguments that begin with ``kv_``."""

@@ -1,0 +1,107 @@
+"""The ``kv_`` arguments of one run."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from compressed_cache.names import listing, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from compressed_cache.cache import CompressedCache
+
+PREFIX = "kv_"
+_RULES = ("budget", "interval", "sinks", "recent", "protect_prompt")
+
+
+@dataclass(frozen=True)
+class Press:
+    """A recipe for caches: every batch gets a fresh one.
+
+    Named as in ``kv_press=``, the word users of kvpress know.
+    """
+
+    policy: Any
+    """A name, or a policy object where the harness is called from Python."""
+    arguments: Mapping[str, Any]
+    """Further arguments of :class:`~compressed_cache.CompressedCache`, without the prefix."""
+
+    def make_cache(self, config: "PreTrainedConfig | None" = None) -> "CompressedCache":
+        """A cache as the user asked for; ``config`` lets it refuse a model it cannot serve."""
+        from compressed_cache.cache import CompressedCache
+
+        return CompressedCache(self.policy, config=config, **self.arguments)
+
+    def describe(self) -> dict[str, Any]:
+        """Every number that shapes an answer, defaults filled in."""
+        cache = self.make_cache()
+        policy = cache.policy
+        return {
+            "policy": policy.name or type(policy).__name__,
+            **asdict(cache.rules),
+            **asdict(policy),
+        }
+
+
+def take_press(arguments: dict[str, Any]) -> Press | None:
+    """Removes the ``kv_`` arguments from a model's arguments and checks them.
+
+    Args:
+        arguments: keyword arguments of the model class, changed in place. The text ``none`` means
+            ``None``, which the harness has no spelling for.
+
+    Returns:
+        What they ask for, or None if there are none.
+
+    Raises:
+        ValueError: no ``kv_press`` beside other ``kv_`` arguments, an unknown policy, a value out
+            of range, or a budget too small for what is protected.
+        TypeError: an unknown argument, or a value of the wrong type.
+    """
+    given = {
+        name: None if str(value).lower() == "none" else value
+        for name, value in arguments.items()
+        if name.startswith(PREFIX)
+    }
+    if not given:
+        return None
+    for name in given:
+        del arguments[name]
+    policy = given.pop("kv_press", None)
+    if policy is None and not given:
+        return None
+    if policy is None:
+        raise ValueError(
+            f"{listing(given)} given without kv_press. Add e.g. kv_press=snapkv, or leave out all "
+            "arguments that begin with kv_."
+        )
+    options = {name.removeprefix(PREFIX): value for name, value in given.items()}
+    _check_names(policy, options)
+    press = Press(policy, options)
+    try:
+        press.make_cache()
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"kv_press={policy!r}: {error} (each argument carries the prefix kv_ here)"
+        ) from None
+    return press
+
+
+def _check_names(policy: Any, options: dict[str, Any]) -> None:
+    from compressed_cache.policies import POLICIES
+
+    if isinstance(policy, str) and policy not in POLICIES:
+        raise ValueError(
+            f"unknown policy kv_press={policy!r}, expected one of {listing(POLICIES)}"
+            f"{nearest(policy, POLICIES)}"
+        )
+    own = [field.name for field in fields(POLICIES[policy])] if isinstance(policy, str) else []
+    known = [PREFIX + name for name in ("press", *_RULES, *own)]
+    for name in options:
+        if PREFIX + name not in known:
+            raise TypeError(
+                f"unknown model argument {PREFIX + name!r} for kv_press={policy!r}, expected one "
+                f"of {listing(known)}{nearest(PREFIX + name, known)}"
+            )
+

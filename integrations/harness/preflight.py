@@ -1,0 +1,95 @@
+"""Faults of tasks and data, found before the weights are loaded."""
+
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+def check_tasks(lm: Any, max_length: int | None) -> None:
+    """Loads this project's tasks of the run and measures their prompts.
+
+    The harness itself loads tasks after the model, so that a missing dataset or a prompt that is
+    too long shows only when gigabytes of weights are in memory.
+
+    Args:
+        lm: the harness's model, with config and tokenizer but no weights yet.
+        max_length: what the user set as the model's limit in tokens, if anything.
+
+    Raises:
+        ValueError: a broken row, or a prompt that leaves no room for the reply.
+        FileNotFoundError: no local rows where the user said they are.
+        RuntimeError: a dataset that the hub does not give.
+    """
+    run = _running_evaluation()
+    if run is None or run.get("task_manager") is None:
+        return
+    manager = run["task_manager"]
+    ours = [name for name in run["tasks"] if isinstance(name, str) and _is_ours(manager, name)]
+    if not ours:
+        return
+    limit = max_length or _model_limit(lm)
+    for task in manager.load(ours)["tasks"].values():
+        _check_prompts(lm, task, run, limit)
+
+
+def _running_evaluation() -> dict[str, Any] | None:
+    """What the caller passed to ``simple_evaluate``, which gives models no other way to know."""
+    frame = sys._getframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__")
+        if frame.f_code.co_name == "simple_evaluate" and module == "lm_eval.evaluator":
+            return frame.f_locals
+        frame = frame.f_back
+    return None
+
+
+def _is_ours(manager: Any, name: str) -> bool:
+    from compressed_cache.tasks import PATH
+
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return PATH in Path(name).resolve().parents
+    if entry.yaml_path is None:
+        return any(_is_ours(manager, member) for member in entry.tags)
+    return PATH in Path(entry.yaml_path).resolve().parents
+
+
+def _model_limit(lm: Any) -> int:
+    from lm_eval.models.utils import resolve_max_length
+
+    return resolve_max_length(lm.config, lm.tokenizer, default=lm._DEFAULT_MAX_LENGTH)
+
+
+def _check_prompts(lm: Any, task: Any, run: dict[str, Any], limit: int) -> None:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    arguments = dict(task.config.generation_kwargs) | dict(run["gen_kwargs"] or {})
+    reply = normalize_gen_kwargs(arguments, lm.max_gen_toks)["max_gen_toks"]
+    chat = bool(run["apply_chat_template"])
+    for number in _chosen(task, run):
+        prompt = task.fewshot_context(
+            task.eval_docs[number],
+            num_fewshot=0,
+            system_instruction=run["system_instruction"],
+            apply_chat_template=chat,
+            fewshot_as_multiturn=run["fewshot_as_multiturn"],
+            chat_template=partial(lm.tokenizer.apply_chat_template, tokenize=False),
+        )
+        tokens = len(lm.tokenizer(prompt).input_ids)
+        if tokens + reply > limit:
+            raise ValueError(
+                f"{task.config.task}: the prompt of document {number} has {tokens} tokens and its "
+                f"reply may have {reply}, together more than the model's {limit}. Allow shorter "
+                f"replies (--gen_kwargs max_gen_toks={max(1, limit - tokens)}) or, if the model "
+                "can read more, raise max_length in --model_args."
+            )
+
+
+def _chosen(task: Any, run: dict[str, Any]) -> Iterable[int]:
+    from lm_eval.evaluator_utils import get_sample_size
+
+    if run["samples"] is not None:
+        return run["samples"].get(task.config.task, [])
+    return range(len(task.eval_docs))[: get_sample_size(task, run["limit"])]

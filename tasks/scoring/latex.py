@@ -1,0 +1,52 @@
+"""Mathematical expressions, compared by the library math-verify."""
+
+import threading
+
+from compressed_cache.tasks.scoring.numbers import parse_number
+from compressed_cache.tasks.scoring.plain import plain
+
+_SECONDS = 5
+
+
+def same_expression(answer: str, gold: str) -> bool:
+    """Whether two LaTeX expressions mean the same.
+
+    Equal texts are, spaces aside, and so are equal numbers, whose unit the answer may add. All else
+    is decided by math-verify (https://github.com/huggingface/Math-Verify), which parses both into
+    SymPy. What it cannot read, or not in time, is wrong.
+
+    Raises:
+        ImportError: math-verify is not installed.
+    """
+    if _squeezed(answer) == _squeezed(gold):
+        return True
+    number = parse_number(gold, bare=True)
+    stated = parse_number(answer)
+    if number is not None and stated is not None:
+        return number == stated
+    return _verified(plain(answer), plain(gold))
+
+
+def _squeezed(text: str) -> str:
+    return plain(text).replace(" ", "").replace("dfrac", "frac").replace("tfrac", "frac")
+
+
+def _verified(answer: str, gold: str) -> bool:
+    try:
+        import math_verify
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{error.name} is missing: pip install 'compressed-cache[eval]'"
+        ) from error
+    # Its timeouts are signals, which only the main thread gets.
+    main = threading.current_thread() is threading.main_thread()
+    seconds = _SECONDS if main else None
+    try:
+        parsed = [
+            math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=seconds)
+            for text in (gold, answer)
+        ]
+        return bool(all(parsed) and math_verify.verify(*parsed, timeout_seconds=seconds))
+    except Exception:
+        # SymPy raises many things on what a model may write.
+        return False

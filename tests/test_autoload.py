@@ -1,0 +1,213 @@
+"""The stock ``lm_eval`` command, in processes of its own."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.tasks import PATH
+
+BIN = Path(sys.executable).parent
+TASK = "reasoning_shipped_easy"
+MODEL = f"pretrained={MODEL_PATH}"
+H2O = f"{MODEL},kv_press=h2o,kv_budget=140"
+
+
+def _environment(**extra: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | extra
+
+
+def _run(*command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env=_environment(**environment),
+    )
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    (path,) = folder.rglob("results_*.json")
+    return json.loads(path.read_text())
+
+
+def _arguments(folder: Path, model_arguments: str, *more: Any) -> list[Any]:
+    return [
+        "--model_args",
+        model_arguments,
+        "--tasks",
+        TASK,
+        "--limit",
+        2,
+        "--device",
+        "cpu",
+        "--output_path",
+        folder,
+        *more,
+    ]
+
+
+def test_the_entry_points_are_declared() -> None:
+    declared = importlib.metadata.distribution("compressed-cache").entry_points
+    groups = {entry.group: entry for entry in declared}
+    assert set(groups) == {"torch.backends", "lm_eval.models", "lm_eval.tasks"}
+    assert callable(groups["torch.backends"].load())
+    from lm_eval.models.huggingface import HFLM
+
+    assert issubclass(groups["lm_eval.models"].load(), HFLM)
+    assert list(Path(groups["lm_eval.tasks"].load().__path__[0]).glob("*.yaml"))
+
+
+@pytest.mark.slow
+def test_the_stock_command_takes_kv_arguments(tmp_path: Path) -> None:
+    done = _run(
+        BIN / "lm_eval",
+        "--model",
+        "hf",
+        *_arguments(tmp_path, H2O, "--include_path", PATH, "--batch_size", 1),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = _results(tmp_path)
+    assert results["results"][TASK]["evicted_tokens,none"] > 0
+    assert results["config"]["compressed_cache"]["policy"] == "h2o"
+    assert f"|{TASK}" in done.stdout
+
+
+@pytest.mark.slow
+def test_as_a_module_by_an_alias_without_seeds_in_automatic_batches(tmp_path: Path) -> None:
+    # Without seeds the model's own module is the first to import torch.
+    done = _run(
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "huggingface",
+        *_arguments(tmp_path, H2O, "--include_path", PATH, "--batch_size", "auto"),
+        "--max_batch_size",
+        4,
+        "--seed",
+        "None",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert _results(tmp_path)["results"][TASK]["evicted_tokens,none"] > 0
+
+
+@pytest.mark.slow
+def test_two_cpu_processes_share_the_documents(tmp_path: Path) -> None:
+    done = _run(
+        BIN / "accelerate",
+        "launch",
+        "--cpu",
+        "--num_processes",
+        2,
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "-m",
+        "compressed_cache",
+        "eval",
+        "--model",
+        "hf",
+        *_arguments(tmp_path, H2O, "--log_samples", "--limit", 5),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = _results(tmp_path)
+    (samples,) = tmp_path.rglob("samples_*.jsonl")
+    numbers = [json.loads(line)["doc_id"] for line in samples.read_text().splitlines()]
+    assert sorted(numbers) == [0, 1, 2, 3, 4]
+    assert results["n-samples"][TASK]["effective"] == 5
+    # Each process answered its half, three with the one that evens them out.
+    assert results["config"]["compressed_cache"]["replies"] == 3
+    assert results["results"][TASK]["evicted_tokens,none"] > 0
+
+
+PROGRAM = """
+import json, logging, sys
+{first}
+import lm_eval
+from lm_eval.tasks import TaskManager
+results = lm_eval.simple_evaluate(
+    model="hf", model_args={arguments!r}, tasks=[{task!r}], limit=1, batch_size=4, device="cpu",
+    task_manager=TaskManager(include_path={path!r}, include_defaults=False),
+    bootstrap_iters=0, gen_kwargs="max_gen_toks=80",
+)
+print(json.dumps([
+    results["results"][{task!r}].get("tokens,none"),
+    "compressed_cache.integrations.harness.meter" in sys.modules,
+]))
+"""
+
+
+def _program(arguments: str, first: str = "", **environment: str) -> Any:
+    program = PROGRAM.format(arguments=arguments, task=TASK, path=str(PATH), first=first)
+    done = _run(sys.executable, "-c", program, **environment)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "",
+        "import torch",
+        "from lm_eval.models.huggingface import HFLM",
+        "import lm_eval.api.registry",
+        "import compressed_cache.integrations.harness.model",
+    ],
+)
+def test_called_from_python_in_any_order_of_imports(first: str) -> None:
+    assert _program(H2O, first) == [80, True]
+
+
+def test_inert_without_kv_arguments() -> None:
+    assert _program(MODEL) == [None, False]
+
+
+@pytest.mark.parametrize("variable", ["COMPRESSED_CACHE_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+def test_can_be_switched_off(variable: str) -> None:
+    assert "unexpected keyword argument 'kv_press'" in _program(H2O, **{variable: "0"})
+
+
+def test_never_raises_while_torch_is_imported(tmp_path: Path) -> None:
+    # A harness that has changed beyond recognition.
+    package = tmp_path / "lm_eval"
+    for name in ("__init__", "api/__init__", "api/registry", "models/__init__"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / f"{name}.py").write_text("")
+    broken = "import lm_eval.api.registry, torch; print('alive')"
+    for program in (broken, f"import torch; {broken}", "import torch; print('alive')"):
+        done = _run(sys.executable, "-c", program, PYTHONPATH=str(tmp_path))
+        assert done.stdout == "alive\n", done.stderr
+    (package / "models/huggingface.py").write_text(
+        "import torch\nfrom lm_eval.api.registry import register_model\n"
+        "@register_model('hf')\nclass HFLM: pass\n"
+    )
+    (package / "api/registry.py").write_text(
+        "def register_model(*names):\n    return lambda model_class: model_class\n"
+    )
+    program = "from lm_eval.models.huggingface import HFLM; print('alive')"
+    done = _run(sys.executable, "-c", program, PYTHONPATH=str(tmp_path))
+    assert done.stdout == "alive\n"
+    assert "kv_ arguments are not available with this lm_eval" in done.stderr
+
+
+def test_importing_torch_loads_one_small_module() -> None:
+    program = (
+        "import sys, torch\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('compressed_cache')))"
+    )
+    done = _run(sys.executable, "-c", program)
+    assert done.stdout.split() == [
+        "compressed_cache",
+        "compressed_cache.integrations",
+        "compressed_cache.integrations.harness",
+        "compressed_cache.integrations.harness.autoload",
+    ]

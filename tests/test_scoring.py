@@ -1,0 +1,140 @@
+"""Scoring: a table of hand-made answers, an oracle on real rows, and garbage."""
+
+import json
+import random
+import threading
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from compressed_cache.tasks.benchmarks import BENCHMARKS
+from compressed_cache.tasks.rows import checked_row
+from compressed_cache.tasks.scoring.boxed import final_answer
+from compressed_cache.tasks.scoring.choices import same_choice
+from compressed_cache.tasks.scoring.drop import drop_scores
+from compressed_cache.tasks.scoring.latex import same_expression
+from compressed_cache.tasks.scoring.numbers import parse_number, same_number
+from compressed_cache.tasks.scoring.truth import same_truth
+from tests import scoring_cases as cases
+from tests.harness import DATA
+
+
+def test_the_table_is_large() -> None:
+    table = (cases.BOXED, cases.NUMBERS, cases.EXPRESSIONS, cases.CHOICES, cases.TRUTHS, cases.DROP)
+    assert sum(map(len, table)) >= 200
+
+
+@pytest.mark.parametrize(("reply", "answer"), cases.BOXED)
+def test_boxed(reply: str, answer: str | None) -> None:
+    assert final_answer(reply) == answer
+
+
+@pytest.mark.parametrize(("answer", "gold", "right"), cases.NUMBERS)
+def test_numbers(answer: str, gold: str, right: bool) -> None:
+    assert same_number(answer, gold) is right
+
+
+def test_numbers_are_exact() -> None:
+    assert parse_number("0.1") == Fraction(1, 10)
+    assert parse_number(r"-2\frac{3}{4}") == Fraction(-11, 4)
+    assert parse_number("5 apples", bare=True) is None
+    assert same_number("70", 70)
+
+
+@pytest.mark.parametrize(("answer", "gold", "right"), cases.EXPRESSIONS)
+def test_expressions(answer: str, gold: str, right: bool) -> None:
+    assert same_expression(answer, gold) is right
+
+
+def test_expressions_outside_the_main_thread() -> None:
+    found: list[bool] = []
+    pairs = [(r"\sqrt{117}", r"3\sqrt{13}"), ("2(k+1)", "2k+1")]
+    thread = threading.Thread(target=lambda: found.extend(same_expression(*pair) for pair in pairs))
+    thread.start()
+    thread.join()
+    assert found == [True, False]
+
+
+@pytest.mark.parametrize(("answer", "gold", "labels", "texts", "right"), cases.CHOICES)
+def test_choices(
+    answer: str, gold: int, labels: tuple[str, ...], texts: tuple[str, ...], right: bool
+) -> None:
+    assert same_choice(answer, gold, labels, texts) is right
+
+
+@pytest.mark.parametrize(("answer", "gold", "right"), cases.TRUTHS)
+def test_truths(answer: str, gold: str, right: bool) -> None:
+    assert same_truth(answer, gold) is right
+
+
+@pytest.mark.parametrize(("answer", "golds", "match", "f1"), cases.DROP)
+def test_drop(answer: str, golds: tuple[str, ...], match: float, f1: float) -> None:
+    assert drop_scores(answer, golds) == (match, f1)
+
+
+def _rows() -> Iterator[Any]:
+    for name in BENCHMARKS:
+        path = DATA / f"{name}.jsonl"
+        if path.exists():
+            for line in path.read_text().splitlines():
+                yield pytest.param(name, json.loads(line))
+
+
+REAL = list(_rows())
+
+
+@pytest.mark.skipif(not REAL, reason="the real rows are not here")
+def test_an_oracle_is_right_on_every_real_row_and_a_contrarian_on_none() -> None:
+    seen: dict[str, int] = {}
+    for parameters in REAL:
+        name, row = parameters.values
+        benchmark = BENCHMARKS[name]
+        kept = checked_row(row, benchmark)
+        gold = benchmark.gold(kept)
+        answer = benchmark.answer(f"Not \\boxed{{0}} but $\\boxed{{{gold}}}$.")
+        assert answer is not None
+        assert set(benchmark.grade(answer, kept).values()) == {1.0}, (name, row)
+        assert benchmark.grade(_wrong(name, gold, kept), kept)["accuracy"] == 0.0, (name, row)
+        seen[name] = seen.get(name, 0) + 1
+    assert seen == {name: 30 if name.startswith("aime") else 100 for name in seen}
+    assert len(seen) == 10
+
+
+def _wrong(name: str, gold: str, row: dict[str, Any]) -> str:
+    if name in ("folio", "strategyqa"):
+        return "False" if gold == "True" else "True"
+    if name == "logiqa":
+        return str(int(gold) % 4 + 1)
+    if name in ("commonsenseqa", "openbookqa"):
+        return "B" if gold == "A" else "A"
+    if name == "math500":
+        return f"{gold} + 1"
+    if name == "drop":
+        return "something else entirely"
+    return str(int(gold.replace(",", "")) + 1)
+
+
+def test_every_span_of_drop_is_right() -> None:
+    for parameters in REAL:
+        name, row = parameters.values
+        if name == "drop":
+            spans = row["answers_spans"]["spans"]
+            assert all(drop_scores(span, spans) == (1.0, 1.0) for span in spans)
+
+
+def test_nothing_a_model_may_write_raises() -> None:
+    generator = random.Random(0)
+    pieces = [*"0123456789.,+-*/=^_()[]{}$%xab \n", "\\frac", "\\text{", "\\boxed{", "\\sqrt"]
+    pieces += ["\\begin{pmatrix}", "\\\\", "&", "\\left(", "</think>", "10^{", "e9", "\u00e9"]
+    for _ in range(300):
+        text = "".join(generator.choices(pieces, k=generator.randrange(1, 25)))
+        final_answer(text)
+        same_number(text, "5")
+        same_choice(text, 0, ("A", "B"), ("x", "y"))
+        same_truth(text, "True")
+        drop_scores(text, ["5"])
+    for _ in range(30):
+        text = "".join(generator.choices(pieces, k=generator.randrange(1, 25)))
+        same_expression(text, r"\frac{5}{2}x")
