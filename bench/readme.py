@@ -1,6 +1,7 @@
 """Writes the tables of the README from results and docstrings, so that none is typed.
 
     python -m compressed_cache demo --out bench/results
+    python -m compressed_cache.bench.harness
     pytest bench/ --benchmark-only
     python -m compressed_cache.bench.readme
 
@@ -21,6 +22,18 @@ from compressed_cache.policies import POLICIES
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 EXAMPLE_BUDGET = 256
+COSTS = (
+    "policy",
+    "budget",
+    "task",
+    "accuracy",
+    "answered",
+    "truncated",
+    "evicted",
+    "tokens",
+    "held",
+    "MiB",
+)
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -96,7 +109,57 @@ def decode() -> str:
     return report()
 
 
-PARTS: dict[str, Callable[[], str]] = {"demo": demo, "policies": policies, "decode": decode}
+def harness() -> str:
+    """The shipped model in lm-evaluation-harness."""
+    document = json.loads((RESULTS / "harness.json").read_text())
+    rows = document["rows"]
+    found = {(row["policy"], row["budget"], row["task"]): row for row in rows}
+    budgets = [budget for budget in dict.fromkeys(row["budget"] for row in rows) if budget]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    cells = [(task, budget) for task in tasks for budget in budgets]
+    lines = []
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        chosen = [
+            found[policy, None if policy == "full" else budget, task] for task, budget in cells
+        ]
+        lines.append([policy, *map(_accuracy, chosen)])
+    costs = [
+        [
+            *(row["policy"], str(row["budget"] or "-"), row["task"], _accuracy(row)),
+            *(f"{row[name]:.0%}" for name in ("answered", "truncated", "evicted_share")),
+            *(f"{row[name]:.0f}" for name in ("tokens", "held_tokens")),
+            f"{row['cache_bytes'] / 2**20:.2f}",
+        ]
+        for row in rows
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    return "\n".join(
+        [
+            f"{rows[0]['documents']} held-out problems per task, greedy, batches of "
+            f"{document['batch_size']}; accuracy with its 95% interval; {versions}, cpu.",
+            "",
+            markdown(["policy", *(f"{task} at {budget}" for task, budget in cells)], lines),
+            "",
+            "<details><summary>What it cost</summary>",
+            "",
+            markdown(COSTS, costs),
+            "",
+            "</details>",
+        ]
+    )
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    low, high = (100 * row[f"accuracy_{end}"] for end in ("low", "high"))
+    return f"{row['accuracy']:.0%} [{low:.0f}, {high:.0f}]"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "policies": policies,
+    "harness": harness,
+    "decode": decode,
+}
 
 
 def filled(text: str) -> str:

@@ -14,7 +14,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     _add_demo_options(demo)
     commands.add_parser(
-        "eval", help="lm_eval with this project's tasks; takes lm_eval's own options", add_help=False
+        "eval",
+        help="lm_eval with this project's tasks; takes lm_eval's own options",
+        add_help=False,
     )
     commands.add_parser("model", help="prints the folder of the shipped model")
     options, rest = parser.parse_known_args(arguments)

@@ -8,7 +8,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from compressed_cache.tasks import rows
 from compressed_cache.tasks.benchmarks import BENCHMARKS
-from compressed_cache.tasks.record import Record
+from compressed_cache.tasks.record import Record, Reply
 
 # As in the study, whose 100 documents per dataset are the first of this order.
 _SHUFFLE_SEED = 42
@@ -87,7 +87,7 @@ class ReasoningTask(ConfigurableTask):
             metrics["f1"] = _mean([grade.get("f1", 0.0) for grade in grades])
         if len(replies) > 1:
             metrics["pass@k"] = max(scores)
-        records = [reply.record for reply in replies if hasattr(reply, "record")]
+        records = [reply.record for reply in replies if isinstance(reply, Reply)]
         return metrics | _costs(records, scores) if len(records) == len(replies) else metrics
 
 

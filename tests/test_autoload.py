@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def test_two_cpu_processes_share_the_documents(tmp_path: Path) -> None:
     done = _run(
         BIN / "accelerate",
         "launch",
-        "--cpu",
+        # accelerate starts several local processes under this name only.
+        "--multi_gpu",
         "--num_processes",
         2,
         "--num_machines",
@@ -118,6 +120,7 @@ def test_two_cpu_processes_share_the_documents(tmp_path: Path) -> None:
         "--model",
         "hf",
         *_arguments(tmp_path, H2O, "--log_samples", "--limit", 5),
+        ACCELERATE_USE_CPU="true",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = _results(tmp_path)
@@ -147,33 +150,45 @@ print(json.dumps([
 """
 
 
+ORDERS = (
+    "",
+    "import torch",
+    "from lm_eval.models.huggingface import HFLM",
+    "import lm_eval.api.registry",
+    "import compressed_cache.integrations.harness.model",
+)
+SWITCHES = ("COMPRESSED_CACHE_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+
+
 def _program(arguments: str, first: str = "", **environment: str) -> Any:
     program = PROGRAM.format(arguments=arguments, task=TASK, path=str(PATH), first=first)
     done = _run(sys.executable, "-c", program, **environment)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "",
-        "import torch",
-        "from lm_eval.models.huggingface import HFLM",
-        "import lm_eval.api.registry",
-        "import compressed_cache.integrations.harness.model",
-    ],
-)
-def test_called_from_python_in_any_order_of_imports(first: str) -> None:
-    assert _program(H2O, first) == [80, True]
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    """Of one program under many conditions, two at a time because each takes long to start."""
+    with ThreadPoolExecutor(2) as pool:
+        running = {first: pool.submit(_program, H2O, first) for first in ORDERS}
+        running["no arguments"] = pool.submit(_program, MODEL)
+        for variable in SWITCHES:
+            running[variable] = pool.submit(_program, H2O, **{variable: "0"})
+        return {condition: program.result() for condition, program in running.items()}
 
 
-def test_inert_without_kv_arguments() -> None:
-    assert _program(MODEL) == [None, False]
+@pytest.mark.parametrize("first", ORDERS)
+def test_called_from_python_in_any_order_of_imports(outcomes: dict[str, Any], first: str) -> None:
+    assert outcomes[first] == [80, True]
 
 
-@pytest.mark.parametrize("variable", ["COMPRESSED_CACHE_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
-def test_can_be_switched_off(variable: str) -> None:
-    assert "unexpected keyword argument 'kv_press'" in _program(H2O, **{variable: "0"})
+def test_inert_without_kv_arguments(outcomes: dict[str, Any]) -> None:
+    assert outcomes["no arguments"] == [None, False]
+
+
+@pytest.mark.parametrize("variable", SWITCHES)
+def test_can_be_switched_off(outcomes: dict[str, Any], variable: str) -> None:
+    assert "unexpected keyword argument 'kv_press'" in outcomes[variable]
 
 
 def test_never_raises_while_torch_is_imported(tmp_path: Path) -> None:

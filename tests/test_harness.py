@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache import POLICIES, CompressedCache
+from compressed_cache.integrations.harness.arguments import take_press
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks.record import Record, Reply
 from tests.harness import evaluate, messages, replies
@@ -92,6 +94,57 @@ def test_the_results_say_which_press_it_was() -> None:
     sample = results["samples"][EASY][0]
     assert described["evicted_tokens"] == sample["evicted_tokens"] > 0
     assert json.loads(json.dumps(sample["resps"])) == sample["resps"]
+
+
+def test_every_argument_is_reachable() -> None:
+    arguments = {
+        "kv_press": "snapkv",
+        "kv_budget": 100,
+        "kv_interval": 4,
+        "kv_sinks": 3,
+        "kv_recent": 20,
+        "kv_protect_prompt": True,
+        "kv_window": 16,
+        "kv_kernel_size": 3,
+    }
+    given = dict(arguments, pretrained="x")
+    press = take_press(given)
+    assert press is not None and given == {"pretrained": "x"}
+    expected = {name.removeprefix("kv_"): value for name, value in arguments.items()}
+    expected["policy"] = expected.pop("press")
+    assert press.describe() == expected
+    assert take_press({"kv_press": "none", "dtype": "auto"}) is None
+    unset = take_press({"kv_press": "snapkv", "kv_interval": "none"})
+    assert unset is not None and unset.describe()["interval"] == 32
+
+
+def test_a_chat_template_applies_and_is_measured(tmp_path: Path) -> None:
+    shutil.copytree(MODEL_PATH, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    tokenizer.chat_template = (
+        "{% for message in messages %}nut {{ message['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}so{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    arguments = {**H2O, "pretrained": str(tmp_path / "model")}
+    options: dict[str, Any] = {"limit": 1, "apply_chat_template": True}
+    results = evaluate([EASY], model_args=arguments, **options)
+    (sample,) = results["samples"][EASY]
+    prompt = sample["arguments"][0][0]
+    assert prompt == f"nut {sample['doc']['prompt']} so"
+    length = len(tokenizer(prompt).input_ids)
+    assert sample["resps"][0][0].record.seen_tokens == length + sample["tokens"] - 1
+    with pytest.raises(ValueError, match=rf"document 0 has {length} tokens"):
+        evaluate([EASY], model_args={**arguments, "max_length": length + 399}, **options)
+
+
+@pytest.mark.parametrize("extra", [{"device_map": "auto"}, {"parallelize": True}])
+def test_models_spread_by_accelerate_work(extra: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"limit": 1, "gen_kwargs": {"max_gen_toks": 120}}
+    plain = evaluate([EASY], model_args=H2O, **options)
+    spread = evaluate([EASY], model_args=H2O | extra, **options)
+    assert replies(plain, EASY) == replies(spread, EASY)
+    assert spread["results"][EASY]["evicted_tokens,none"] > 0
 
 
 def test_a_budget_without_effect_is_said_loudly() -> None:

@@ -43,16 +43,13 @@ def make_policy(name: str, **options: Any) -> Policy:
     """
     if name not in POLICIES:
         raise ValueError(
-            f"unknown policy {name!r}, expected one of {listing(POLICIES)}"
-            f"{nearest(name, POLICIES)}"
+            f"unknown policy {name!r}, expected one of {listing(POLICIES)}{nearest(name, POLICIES)}"
         )
     known = [field.name for field in fields(POLICIES[name])]
     for option in options:
         if option not in known:
             expected = f"expected one of {listing(known)}" if known else "it has no options"
             raise TypeError(
-                f"unknown option {option!r} for policy {name!r}, {expected}"
-                f"{nearest(option, known)}"
+                f"unknown option {option!r} for policy {name!r}, {expected}{nearest(option, known)}"
             )
     return POLICIES[name](**options)
-

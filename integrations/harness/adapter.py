@@ -63,7 +63,8 @@ def _wrap(original: Any, wrapper: Any) -> Any:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return wrapper(original, self, *args, **kwargs)
 
-    method.compressed_cache = wrapper  # pyright: ignore[reportFunctionMemberAccess]
+    # How a subclass's own method is told apart.
+    method.compressed_cache = wrapper  # pyright: ignore[reportAttributeAccessIssue]
     return method
 
 

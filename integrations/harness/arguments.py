@@ -104,4 +104,3 @@ def _check_names(policy: Any, options: dict[str, Any]) -> None:
                 f"unknown model argument {PREFIX + name!r} for kv_press={policy!r}, expected one "
                 f"of {listing(known)}{nearest(PREFIX + name, known)}"
             )
-

@@ -42,7 +42,7 @@ class Meter:
         self._replies[_key(request)].append(reply)
         self._hook.add_partial(method, request, reply)
 
-    def replies(self, requests: Sequence[Any], texts: Sequence[str]) -> list[str]:
+    def replies(self, requests: Sequence[Any], texts: Sequence[str]) -> list[Reply]:
         """The harness's texts, in its order, with their records."""
         replies = [self._replies[_key(request.args)].popleft() for request in requests]
         if replies != list(texts):

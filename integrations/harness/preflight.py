@@ -66,7 +66,8 @@ def _check_prompts(lm: Any, task: Any, run: dict[str, Any], limit: int) -> None:
     from lm_eval.models.utils import normalize_gen_kwargs
 
     arguments = dict(task.config.generation_kwargs) | dict(run["gen_kwargs"] or {})
-    reply = normalize_gen_kwargs(arguments, lm.max_gen_toks)["max_gen_toks"]
+    normal: dict[str, Any] = {**normalize_gen_kwargs(arguments, lm.max_gen_toks)}
+    reply = normal["max_gen_toks"]
     chat = bool(run["apply_chat_template"])
     for number in _chosen(task, run):
         prompt = task.fewshot_context(

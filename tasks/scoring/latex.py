@@ -1,6 +1,7 @@
 """Mathematical expressions, compared by the library math-verify."""
 
 import threading
+from typing import Any
 
 from compressed_cache.tasks.scoring.numbers import parse_number
 from compressed_cache.tasks.scoring.plain import plain
@@ -40,13 +41,14 @@ def _verified(answer: str, gold: str) -> bool:
         ) from error
     # Its timeouts are signals, which only the main thread gets.
     main = threading.current_thread() is threading.main_thread()
-    seconds = _SECONDS if main else None
+    seconds: Any = _SECONDS if main else None
     try:
-        parsed = [
+        gold_, answer_ = (
             math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=seconds)
             for text in (gold, answer)
-        ]
-        return bool(all(parsed) and math_verify.verify(*parsed, timeout_seconds=seconds))
+        )
+        same = math_verify.verify(gold_, answer_, timeout_seconds=seconds)
+        return bool(gold_ and answer_ and same)
     except Exception:
         # SymPy raises many things on what a model may write.
         return False

@@ -1,0 +1,221 @@
+"""The tasks: prompts, rows, grading through the harness, and the form of its results."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.tasks import PATH
+from compressed_cache.tasks.benchmarks import BENCHMARKS
+from tests.harness import DATA, Scripted, evaluate, manager, replies
+
+STUDY = [name for name in BENCHMARKS if not name.startswith("shipped")]
+# Its rows may not be passed on, so this one is made up.
+RECLOR = {
+    "context": "Whoever reads learns. Ada reads.",
+    "question": "Which one follows?",
+    "answers": ["Ada teaches.", "Ada learns.", "Ada writes.", "Ada sleeps."],
+    "label": 1,
+}
+SHIPPED = ["compressed_cache", "model"]
+EXPECTED = Path(__file__).parent / "expected_results.json"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """All eleven datasets as a folder of local rows."""
+    if not DATA.exists():
+        pytest.skip("the real rows are not here")
+    folder = tmp_path_factory.mktemp("rows")
+    for path in DATA.glob("*.jsonl"):
+        (folder / path.name).write_text(path.read_text())
+    (folder / "reclor.jsonl").write_text(json.dumps(RECLOR) + "\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def prompts(data: str) -> dict[str, dict[str, Any]]:
+    """Of every task: the prompts, each with its row."""
+    loaded = manager(data_dir=data).load([f"reasoning_{name}" for name in STUDY])["tasks"]
+    return {
+        name.removeprefix("reasoning_"): {task.doc_to_text(row): row for row in task.eval_docs}
+        for name, task in loaded.items()
+    }
+
+
+def _oracle(prompts: dict[str, dict[str, Any]]) -> Callable[[str], str]:
+    answers = {
+        prompt: BENCHMARKS[name].gold(row)
+        for name, rows in prompts.items()
+        for prompt, row in rows.items()
+    }
+    return lambda prompt: f"<think>\\boxed{{no}}</think> So it is $\\boxed{{{answers[prompt]}}}$."
+
+
+def test_a_model_that_knows_all_answers_scores_one_on_every_real_row(
+    data: str, prompts: dict[str, dict[str, Any]]
+) -> None:
+    results = evaluate(["reasoning"], model=Scripted(_oracle(prompts)), metadata={"data_dir": data})
+    summaries = results["results"]
+    assert set(summaries) == {"reasoning", *(f"reasoning_{name}" for name in STUDY)}
+    for name, summary in summaries.items():
+        assert (summary["accuracy,none"], summary["answered,none"]) == (1.0, 1.0), name
+    assert summaries["reasoning_drop"]["f1,none"] == 1.0
+    sizes = {name: results["n-samples"][f"reasoning_{name}"]["effective"] for name in STUDY}
+    assert sizes == {
+        name: {"aime24": 30, "aime25": 30, "reclor": 1}.get(name, 100) for name in STUDY
+    }
+
+
+def test_silence_is_wrong_and_counted_apart(data: str) -> None:
+    model = Scripted(lambda prompt: "It must be 18.")
+    results = evaluate(["reasoning"], model=model, limit=5, metadata={"data_dir": data})
+    for summary in results["results"].values():
+        assert (summary["accuracy,none"], summary["answered,none"]) == (0.0, 0.0)
+
+
+def test_the_group_weighs_every_task_alike(data: str, prompts: dict[str, dict[str, Any]]) -> None:
+    oracle = _oracle(prompts)
+    model = Scripted(lambda text: oracle(text) if text in prompts["aime24"] else r"\boxed{?}")
+    results = evaluate(["reasoning"], model=model, metadata={"data_dir": data})
+    assert results["results"]["reasoning"]["accuracy,none"] == pytest.approx(1 / 11)
+
+
+def test_tags_and_groups_name_the_tasks_of_the_study(data: str) -> None:
+    known = manager(data_dir=data)
+    members = {tag: set(known.task_index[tag].tags) for tag in known.all_tags}
+    assert {tag: {name.removeprefix("reasoning_") for name in members[tag]} for tag in members} == {
+        "reasoning_math": {"gsm8k", "math500", "aime24", "aime25"},
+        "reasoning_logic": {"folio", "strategyqa", "logiqa"},
+        "reasoning_reading": {"drop", "reclor"},
+        "reasoning_commonsense": {"commonsenseqa", "openbookqa"},
+    }
+    assert set(known.all_groups) == {"reasoning", "reasoning_shipped"}
+    assert len(known.all_subtasks) == 11 + 2
+
+
+HUB = {
+    "gsm8k": ("openai/gsm8k", "main", "test"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+    "folio": ("yale-nlp/FOLIO", None, "validation"),
+    "drop": ("ucinlp/drop", None, "validation"),
+    "strategyqa": ("ChilleD/StrategyQA", None, "test"),
+    "reclor": ("metaeval/reclor", None, "validation"),
+    "commonsenseqa": ("tau/commonsense_qa", None, "validation"),
+    "openbookqa": ("allenai/openbookqa", "main", "test"),
+    "logiqa": ("lucasmccabe/logiqa", None, "test"),
+    "aime24": ("math-ai/aime24", None, "test"),
+    "aime25": ("math-ai/aime25", None, "test"),
+}
+
+
+@pytest.mark.parametrize("name", STUDY)
+def test_rows_come_from_the_hub_as_the_study_drew_them(
+    name: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(*arguments: Any, **keywords: Any) -> Any:
+        asked.append((arguments, keywords))
+        lines = (Path(data) / f"{name}.jsonl").read_text().splitlines()
+        return datasets.Dataset.from_list([json.loads(line) for line in lines])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = manager().load([f"reasoning_{name}"])["tasks"][f"reasoning_{name}"]
+    path, config, split = HUB[name]
+    revision = {"revision": "refs/convert/parquet"} if name == "logiqa" else {}
+    assert asked == [((path, config), {"split": split, **revision})]
+    # The study: ds.shuffle(seed=42).select(range(100)).
+    column = next(iter(BENCHMARKS[name].columns))
+    drawn = load_dataset().shuffle(seed=42)
+    assert task.eval_docs[column][:10] == drawn[column][:10]
+    assert task.config.num_fewshot == 0
+    assert task.config.generation_kwargs == {
+        "until": [],
+        "max_gen_toks": 2048,
+        "do_sample": False,
+        "temperature": 0.0,
+    }
+
+
+def test_prompts_are_the_study_s(prompts: dict[str, dict[str, Any]]) -> None:
+    expected = json.loads((Path(__file__).parent / "expected_prompts.json").read_text())
+    assert set(expected) == set(STUDY)
+    for name, (start, end) in expected.items():
+        for prompt in prompts[name]:
+            assert prompt.startswith(start) and prompt.endswith(end), (name, prompt)
+            assert prompt.strip() == prompt
+    (reclor,) = prompts["reclor"]
+    assert reclor == (
+        "Given a context, a question and some options, pick the correct option.\n"
+        "Context:\nWhoever reads learns. Ada reads.\n"
+        "Question:\nWhich one follows?\n"
+        "Options:\n1. Ada teaches.\n2. Ada learns.\n3. Ada writes.\n4. Ada sleeps.\n"
+        "Solve the problem step by step. Answer with the option number and wrap your final answer "
+        'in "\\boxed{}".'
+    )
+    choices = next(text for text in prompts["openbookqa"] if "fog around" in text)
+    assert "\nChoices:\nA. a marsh\nB. a tundra\nC. the plains\nD. a desert\nSolve" in choices
+
+
+def test_an_environment_variable_names_the_folder_too(
+    data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESSED_CACHE_DATA", data)
+    task = manager().load(["reasoning_aime25"])["tasks"]["reasoning_aime25"]
+    assert len(task.eval_docs) == 30
+
+
+def test_the_shipped_model_runs_every_task_under_a_press(data: str) -> None:
+    # It knows none of these words; what counts is that it runs and that the counts are right.
+    names = [f"reasoning_{name}" for name in STUDY]
+    results = evaluate(
+        names,
+        limit=2,
+        batch_size=8,
+        gen_kwargs={"max_gen_toks": 8},
+        model_args={"kv_press": "streaming_llm", "kv_budget": 24},
+        metadata={"data_dir": data},
+    )
+    for name in names:
+        summary = results["results"][name]
+        assert summary["held_tokens,none"] == 24
+        assert summary["evicted_tokens,none"] > 0
+        assert 1 <= summary["tokens,none"] <= 8
+
+
+def test_results_are_as_stored(data: str, tmp_path: Path) -> None:
+    results = evaluate(
+        ["reasoning_shipped", "reasoning_gsm8k"],
+        limit=3,
+        batch_size=6,
+        gen_kwargs={"max_gen_toks": 300},
+        model_args={"kv_press": "h2o", "kv_budget": 160, "dtype": "float32"},
+        metadata={"data_dir": data},
+        stderr=True,
+    )
+    found = {
+        "results": results["results"],
+        "compressed_cache": results["config"]["compressed_cache"],
+        "higher_is_better": results["higher_is_better"]["reasoning_gsm8k"],
+        "n-samples": results["n-samples"],
+        "first_reply": replies(results, "reasoning_shipped_easy")[0],
+    }
+    # Where a change is meant, copy this file over the stored one and read the diff.
+    (tmp_path / EXPECTED.name).write_text(json.dumps(found, indent=1) + "\n")
+    assert json.loads(json.dumps(found)) == json.loads(EXPECTED.read_text()), tmp_path
+
+
+def test_the_commands_that_print_paths() -> None:
+    for arguments, path in ((["compressed_cache.tasks"], PATH), (SHIPPED, MODEL_PATH)):
+        command = [sys.executable, "-m", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        (line,) = done.stdout.splitlines()
+        assert Path(line).samefile(path)
