@@ -41,6 +41,13 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     from compressed_cache.integrations.harness.autoload import install
     from compressed_cache.tasks import PATH
 
+    if "--include_path" in rest:
+        print(
+            "eval fills in --include_path. Name a task of your own by its file, --tasks mine.yaml, "
+            "or use lm_eval itself.",
+            file=sys.stderr,
+        )
+        return 2
     install()
     sys.argv = ["lm_eval", *rest, "--include_path", str(PATH)]
     cli_evaluate()

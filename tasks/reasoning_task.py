@@ -52,7 +52,7 @@ class ReasoningTask(ConfigurableTask):
             return rows.hub_rows(path, name, split, self.benchmark, **arguments)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self.config.task}: the hub does not give {path}. {error}. "
+                f"{self.config.task}: the hub does not give {path}. {str(error).rstrip('.')}. "
                 f"{metadata.get('hint', '')} Without the hub: put its rows into {self.name}.jsonl "
                 f"and name the folder, --metadata data_dir=FOLDER or {rows.FOLDER_VARIABLE}=FOLDER."
             ) from error
@@ -87,8 +87,9 @@ class ReasoningTask(ConfigurableTask):
             metrics["f1"] = _mean([grade.get("f1", 0.0) for grade in grades])
         if len(replies) > 1:
             metrics["pass@k"] = max(scores)
-        records = [reply.record for reply in replies if isinstance(reply, Reply)]
-        return metrics | _costs(records, scores) if len(records) == len(replies) else metrics
+        records = [reply.record for reply in replies if isinstance(reply, Reply) and reply.record]
+        # Without kv_press nothing was counted.
+        return metrics | _costs(records, scores) if records else metrics
 
 
 def _costs(records: Sequence[Record], scores: Sequence[float]) -> dict[str, Any]:

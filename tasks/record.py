@@ -34,13 +34,14 @@ class Reply(str):
     """A generated text that remembers what it cost.
 
     The harness hands tasks nothing but text; a string that carries its record passes through its
-    filters, its gathering across processes and its response cache.
+    filters, its gathering across processes and its response cache. Some of its tasks turn the right
+    answer into the type of the reply, hence replies without a record.
     """
 
-    record: Record
+    record: Record | None
 
-    def __new__(cls, text: str, record: Record) -> "Reply":
-        """A string equal to ``text``."""
+    def __new__(cls, text: object = "", record: Record | None = None) -> "Reply":
+        """A string equal to ``str(text)``."""
         reply = super().__new__(cls, text)
         reply.record = record
         return reply

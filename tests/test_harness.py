@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from compressed_cache import POLICIES, CompressedCache
 from compressed_cache.integrations.harness.arguments import take_press
 from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.reasoner.problems import make_problem
 from compressed_cache.tasks.record import Record, Reply
 from tests.harness import evaluate, messages, replies
 
@@ -253,9 +254,47 @@ def test_log_likelihoods_are_those_of_the_full_cache_and_that_is_said_once() -> 
     ]
 
 
+FOREIGN = """
+task: foreign
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["answer 0", "list"], max_gen_toks: 150}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+filter_list:
+  - name: whole
+    filter: [{{function: take_first}}]
+  - name: last
+    filter:
+      - {{function: regex, regex_pattern: "([0-9]) [.]", group_select: -1}}
+      - {{function: take_first}}
+"""
+
+
+def test_other_tasks_take_compressed_caches_too(tmp_path: Path) -> None:
+    problem = make_problem(0, 3)
+    last = problem.trace.partition(" list")[0].split()[-2]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": problem.prompt, "answer": last}))
+    (tmp_path / "foreign.yaml").write_text(FOREIGN.format(rows=rows))
+    results = evaluate([str(tmp_path / "foreign.yaml")], model_args=H2O)
+    summary = results["results"]["foreign"]
+    assert (summary["exact_match,whole"], summary["exact_match,last"]) == (0.0, 1.0)
+    # Cut at a stop string, which is counted as generated.
+    assert (
+        results["config"]["compressed_cache"]["tokens"] == problem.trace.split().index("list") + 1
+    )
+
+
 def test_a_reply_survives_pickling() -> None:
     reply = pickle.loads(pickle.dumps(Reply("text", Record(5, False, 9, 4, 100))))
-    assert (reply, reply.record.evicted_tokens) == ("text", 5)
+    assert (reply, reply.record) == ("text", Record(5, False, 9, 4, 100))
+    assert reply.record.evicted_tokens == 5
+    assert Reply(7) == "7" and Reply(7).record is None
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -393,7 +432,7 @@ def test_missing_data_is_said_before_the_weights_are_loaded(
         evaluate(["reasoning_logic"], model_args=H2O)
     assert str(caught.value).startswith(
         "reasoning_folio: the hub does not give yale-nlp/FOLIO. PermissionError: Dataset "
-        "'yale-nlp/FOLIO' is a gated dataset on the Hub.. The dataset is gated: accept its terms"
+        "'yale-nlp/FOLIO' is a gated dataset on the Hub. The dataset is gated: accept its terms"
     )
     assert "--metadata data_dir=FOLDER or COMPRESSED_CACHE_DATA=FOLDER" in str(caught.value)
 
