@@ -35,6 +35,13 @@ BOXED: list[tuple[str, str | None]] = [
     ("\\boxed{a\nb}", "a\nb"),
     (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     (r"\boxed{50\%}", r"50\%"),
+    (r"\boxed{3}, in \boxed as asked.", "3"),
+    (r"$\boxed -5$", "-5"),
+    (r"\boxed B.", "B"),
+    (r"\boxed{8 \boxed{7} 9}", "7"),
+    (r"\boxed{a \} b}", r"a \} b"),
+    (r"\\boxed{5}", "5"),
+    (r"} \boxed{5} {", "5"),
 ]
 
 # Answer, gold, worth.
@@ -98,6 +105,19 @@ NUMBERS: list[tuple[str, str, bool]] = [
     ("3, 4", "3", W),
     ("between 3 and 5", "3", W),
     ("3-4", "3", W),
+    ("3 or four", "3", W),
+    ("3 dollars or four dollars", "3", W),
+    ("3 and a half", "3", W),
+    ("3 to four", "3", W),
+    ("3 times x", "3", W),
+    ("x = 3, y = 4", "4", W),
+    ("x = 3 and y = 4", "4", W),
+    ("1 + 2 = 3", "3", R),
+    ("18a", "18", W),
+    ("18 m", "18", R),
+    ("18 boys and girls", "18", R),
+    (r"$\$18$", "18", R),
+    ("1E3", "1000", R),
     ("18 + 2", "20", W),
     ("eighteen", "18", W),
     (r"\text{none}", "0", W),
@@ -123,6 +143,11 @@ EXPRESSIONS: list[tuple[str, str, bool]] = [
     (r"\text{Carla}", r"\text{Evelyn}", W),
     ("east", r"\text{east}", R),
     ("west", r"\text{east}", W),
+    ("East", r"\text{east}", R),
+    ("5a", "5", W),
+    ("1 2", "12", W),
+    ("14 or fifteen", "14", W),
+    ("14 and a half", "14", W),
     ("90", r"90^\circ", R),
     (r"90^{\circ}", r"90^\circ", R),
     ("80", r"90^\circ", W),
@@ -142,6 +167,8 @@ EXPRESSIONS: list[tuple[str, str, bool]] = [
     ("52_8", "52_8", R),
     ("52_{8}", "52_8", R),
     ("53_8", "52_8", W),
+    # The question names the base; math-verify takes the missing subscript.
+    ("52", "52_8", R),
     (r"11\sqrt{2}", r"11\sqrt2", R),
     ("3/20", "0.15", R),
     ("0.15", "0.15", R),
@@ -173,6 +200,7 @@ LETTERS = ("A", "B", "C", "D")
 NUMERALS = ("1", "2", "3", "4")
 FOG = ("a marsh", "a tundra", "the plains", "a desert")
 COUNTS = ("2", "3", "4", "5")
+DEEDS = ("answer questions", "eat", "choice of words", "rest")
 BANKS = ("bank", "river bank", "department store", "bank")
 
 # Answer, index of the right choice, labels, texts, worth.
@@ -219,11 +247,15 @@ CHOICES: list[tuple[str, int, tuple[str, ...], tuple[str, ...], bool]] = [
     ("2", 0, LETTERS, COUNTS, R),
     ("2", 1, LETTERS, COUNTS, W),
     ("B. 3", 1, LETTERS, COUNTS, R),
+    ("answer questions", 0, LETTERS, DEEDS, R),
+    ("choice of words", 2, LETTERS, DEEDS, R),
+    ("Answer: answer questions", 0, LETTERS, DEEDS, R),
+    ("answer questions", 2, LETTERS, DEEDS, W),
     ("bank", 0, LETTERS, BANKS, W),
     ("D. bank", 3, LETTERS, BANKS, R),
 ]
 
-TRUTHS: list[tuple[str, str, bool]] = [
+TRUTHS: list[tuple[str, str | bool, bool]] = [
     ("True", "True", R),
     ("true", "True", R),
     ("TRUE.", "True", R),
@@ -240,6 +272,9 @@ TRUTHS: list[tuple[str, str, bool]] = [
     ("False", "True", W),
     ("True", "Uncertain", W),
     ("Uncertain", "False", W),
+    ("yes", True, R),
+    ("no", False, R),
+    ("yes", False, W),
     ("True or False", "True", W),
     ("not true", "False", W),
     ("A", "True", W),

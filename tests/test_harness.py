@@ -150,8 +150,11 @@ def test_models_spread_by_accelerate_work(extra: dict[str, Any]) -> None:
 
 def test_a_budget_without_effect_is_said_loudly() -> None:
     with messages() as heard:
-        evaluate([EASY], limit=1, model_args={"kv_press": "h2o", "kv_budget": 1000})
-    assert any("evicted_tokens = 0" in message for message in heard)
+        evaluate([EASY, LONG], limit=1, batch_size=2, model_args={**H2O, "kv_budget": 300})
+    assert [message for message in heard if "evicted_tokens" in message] == [
+        "reasoning_shipped_easy: evicted_tokens = 0. None of 1 replies outgrew the budget of 300 "
+        "(the longest had 244 tokens, prompt included), so this measured a full cache."
+    ]
     with messages() as heard:
         evaluate([EASY], limit=1, model_args=H2O)
         evaluate([EASY], limit=1, model_args={"kv_press": "full"})

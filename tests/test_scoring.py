@@ -65,7 +65,7 @@ def test_choices(
 
 
 @pytest.mark.parametrize(("answer", "gold", "right"), cases.TRUTHS)
-def test_truths(answer: str, gold: str, right: bool) -> None:
+def test_truths(answer: str, gold: str | bool, right: bool) -> None:
     assert same_truth(answer, gold) is right
 
 
@@ -122,6 +122,15 @@ def test_every_span_of_drop_is_right() -> None:
         if name == "drop":
             spans = row["answers_spans"]["spans"]
             assert all(drop_scores(span, spans) == (1.0, 1.0) for span in spans)
+
+
+def test_a_model_that_repeats_itself_is_wrong_at_once() -> None:
+    # Each of these once raised, or took minutes.
+    assert final_answer("\\boxed{" * 20000) is None
+    digits = "9" * 5000
+    for answer in (digits, f"1/{digits}", f"1e{digits}", "18 " + "percent" * 30 + "#"):
+        assert not same_number(answer, "18")
+        assert not same_expression(answer, "18")
 
 
 def test_nothing_a_model_may_write_raises() -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from compressed_cache.integrations.harness.arguments import Press, take_press
+from compressed_cache.tasks.record import Reply
 
 OLDEST, TOO_NEW = (0, 4, 13), (0, 5)
 
@@ -95,15 +96,15 @@ def generate_until(original: Any, self: Any, requests: Any, *args: Any, **kwargs
     session: Session | None = self.compressed_cache
     if session is None:
         return original(self, requests, *args, **kwargs)
-    before = len(session.meter.records)
     hook = self.cache_hook
     self.cache_hook = session.meter.listen(hook)
     try:
         texts = original(self, requests, *args, **kwargs)
     finally:
         self.cache_hook = hook
-    _warn_without_eviction(session, before)
-    return session.meter.replies(requests, texts)
+    replies = session.meter.replies(requests, texts)
+    _warn_without_eviction(session.press, requests, replies)
+    return replies
 
 
 def _model_generate(
@@ -235,18 +236,22 @@ def _seeded(session: Session, context: Any) -> Iterator[None]:
         yield
 
 
-def _warn_without_eviction(session: Session, before: int) -> None:
-    cache = session.press.make_cache()
-    records = session.meter.records[before:]
-    if records and cache.policy.evicts and not any(record.evicted_tokens for record in records):
-        longest = max(record.seen_tokens for record in records)
-        _log.warning(
-            "evicted_tokens = 0: none of these %d replies outgrew the budget (the longest had %d "
-            "tokens, prompt included), so they are those of a full cache. %s",
-            len(records),
-            longest,
-            cache,
-        )
+def _warn_without_eviction(press: Press, requests: Any, replies: list[Reply]) -> None:
+    if not press.make_cache().policy.evicts:
+        return
+    records: dict[str, list[Any]] = {}
+    for request, reply in zip(requests, replies, strict=True):
+        records.setdefault(request.task_name, []).append(reply.record)
+    for task, group in records.items():
+        if not any(record.evicted_tokens for record in group):
+            _log.warning(
+                "%s: evicted_tokens = 0. None of %d replies outgrew the budget of %d (the longest "
+                "had %d tokens, prompt included), so this measured a full cache.",
+                task,
+                len(group),
+                press.describe()["budget"],
+                max(record.seen_tokens for record in group),
+            )
 
 
 def _patch_response_cache() -> None:

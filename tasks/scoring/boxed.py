@@ -3,8 +3,10 @@
 import re
 
 _END_OF_THOUGHT = "</think>"
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_BARE = re.compile(r"[\w.,/+-]*\w")
+# An escaped brace is no brace.
+_MARK = re.compile(r"\\+(?:boxed|fbox)(?![a-zA-Z])\s*(?P<box>\{?)|\\.|[{}]", re.S)
+# No words: "in \boxed as asked" holds no answer.
+_BARE = re.compile(r"[+-]?(?:[\d.][\d.,/]*)?\d|[A-Z](?!\w)")
 
 
 def final_answer(reply: str) -> str | None:
@@ -15,30 +17,21 @@ def final_answer(reply: str) -> str | None:
     a box there is no answer, whatever the words say: the prompts ask for one.
     """
     text = reply.rpartition(_END_OF_THOUGHT)[2]
-    answer = None
-    for start in _BOX.finditer(text):
-        content = _content(text, start.end())
-        if content is not None:
-            answer = content.strip()
+    last, answer = -1, None
+    # Where the boxes that are open begin, None for other braces. One pass: a reply that loops may
+    # open thousands.
+    opened: list[int | None] = []
+    for mark in _MARK.finditer(text):
+        start, content = None, ""
+        if mark.group() == "}":
+            start = opened.pop() if opened else None
+            content = text[start : mark.start()] if start is not None else ""
+        elif mark.group() == "{":
+            opened.append(None)
+        elif mark["box"]:
+            opened.append(mark.end())
+        elif mark["box"] is not None and (bare := _BARE.match(text, mark.end())):
+            start, content = bare.start(), bare.group()
+        if start is not None and start > last:
+            last, answer = start, content.strip()
     return answer or None
-
-
-def _content(text: str, start: int) -> str | None:
-    if not text.startswith("{", start):
-        bare = _BARE.match(text, start)
-        return bare.group() if bare else None
-    depth = 0
-    position = start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            # An escaped brace is no brace.
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start + 1 : position]
-        position += 1
-    return None

@@ -29,7 +29,9 @@ def same_choice(answer: str, gold: int, labels: Sequence[str], texts: Sequence[s
 
 
 def _picked(answer: str, labels: Sequence[str], texts: Sequence[str]) -> int | None:
-    answer = _LEAD.sub("", answer)
+    # Not if the lead is the choice's own text, as in "answer questions".
+    if all(_normal(text) != _normal(answer) for text in texts):
+        answer = _LEAD.sub("", answer)
     label = _LABEL.fullmatch(answer)
     if label and label.group(1).upper() in labels:
         return labels.index(label.group(1).upper())

@@ -1,5 +1,6 @@
 """Mathematical expressions, compared by the library math-verify."""
 
+import re
 import threading
 from typing import Any
 
@@ -12,14 +13,19 @@ _SECONDS = 5
 def same_expression(answer: str, gold: str) -> bool:
     """Whether two LaTeX expressions mean the same.
 
-    Equal texts are, spaces aside, and so are equal numbers, whose unit the answer may add. All else
-    is decided by math-verify (https://github.com/huggingface/Math-Verify), which parses both into
-    SymPy. What it cannot read, or not in time, is wrong.
+    Equal texts are, spaces aside and words in any case, and so are equal numbers, whose unit the
+    answer may add. All else is decided by math-verify
+    (https://github.com/huggingface/Math-Verify), which parses both into SymPy. What it cannot read,
+    or not in time, is wrong.
 
     Raises:
         ImportError: math-verify is not installed.
     """
-    if _squeezed(answer) == _squeezed(gold):
+    stated_text, gold_text = _squeezed(answer), _squeezed(gold)
+    if stated_text == gold_text:
+        return True
+    # "East" is east, but X need not be x.
+    if len(gold_text) > 2 and gold_text.isalpha() and stated_text.lower() == gold_text.lower():
         return True
     number = parse_number(gold, bare=True)
     stated = parse_number(answer)
@@ -29,7 +35,9 @@ def same_expression(answer: str, gold: str) -> bool:
 
 
 def _squeezed(text: str) -> str:
-    return plain(text).replace(" ", "").replace("dfrac", "frac").replace("tfrac", "frac")
+    # A space between digits separates numbers.
+    text = re.sub(r"(?<!\d) | (?!\d)", "", plain(text))
+    return text.replace("dfrac", "frac").replace("tfrac", "frac")
 
 
 def _verified(answer: str, gold: str) -> bool:

@@ -13,17 +13,22 @@ _NUMBER = re.compile(
         (?:(?P<whole>\d+)\s*)?
             (?:\((?P<top>\d+)\)/\((?P<bottom>\d+)\)|(?<!\d)(?P<over>\d+)\s*/\s*(?P<under>\d+))
       | (?P<decimal>{_DIGITS}(?:\.\d*)?|\.\d+)
-            (?:e(?P<power>[+-]?\d+)|\s*(?:\\times|\\cdot|\u00d7|\*)\s*10\^\{{?(?P<tens>[+-]?\d+)\}}?)?
+            (?:[eE](?P<power>[+-]?\d+)|\s*(?:\\times|\\cdot|\u00d7|\*)\s*10\^\{{?(?P<tens>[+-]?\d+)\}}?)?
     )
     (?P<scale>k(?![a-zA-Z])|\s*(?:thousand|million|billion)(?![a-zA-Z]))?
-    \s*(?P<unit>%|[€£¥]|(?:percent|[a-zA-Z°²³'\u2019().,/\s]|(?<=[a-zA-Z])-(?=[a-zA-Z])|\^\{{?[23]\}}?)*)
+    \s*(?P<unit>%|[€£¥]|(?:[a-zA-Z°²³'\u2019().,/\s]|(?<=[a-zA-Z])-(?=[a-zA-Z])|\^\{{?[23]\}}?)*)
     """,
     re.VERBOSE,
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{\s*(-?)(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
 _SCALES = {"": 1, "k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-# A letter that stands for a number, not for a unit.
-_UNKNOWNS = {"x", "y", "z", "n", "i", "e"}
+# Any other single letter stands for a number.
+_SHORT_UNITS = {"m", "g", "s", "h", "l", "L"}
+# Where one of these opens what follows a number, or "or" occurs at all, another number follows.
+_JOINING = re.compile(r"\s*(?:and|to|plus|minus|times|not)\b|.*\bor\b", re.I)
+_SEVERAL = re.compile(r"[,;]|\b(?:and|or)\b", re.I)
+# No answer is longer; Python refuses to read integers beyond 4300 digits.
+_LONGEST = 500
 
 
 def same_number(answer: str, gold: str | int) -> bool:
@@ -31,7 +36,7 @@ def same_number(answer: str, gold: str | int) -> bool:
 
     Understood are separators of thousands, currency signs and units, percent (``50%`` is 50, as
     GSM8K states it, and not 0.5), fractions and mixed numbers, decimals, powers of ten, and a
-    leading ``x =``. Two numbers, as in "3 or 4", are no answer.
+    leading ``x =``. Two numbers, as in "3 or 4" or "x = 3, y = 4", are no answer.
     """
     value = parse_number(answer)
     return value is not None and value == parse_number(str(gold))
@@ -39,12 +44,19 @@ def same_number(answer: str, gold: str | int) -> bool:
 
 def parse_number(text: str, *, bare: bool = False) -> Fraction | None:
     """The number in a text, None unless it holds exactly one; ``bare`` allows no unit in words."""
-    text = re.sub(r"\\approx|≈", "=", plain(text)).rpartition("=")[2].strip()
-    text = _FRACTION.sub(_spelled, text)
+    left, _, text = re.sub(r"\\approx|≈", "=", plain(text)).rpartition("=")
+    if _SEVERAL.search(left):
+        return None
+    text = _FRACTION.sub(_spelled, text.strip())
+    if len(text) > _LONGEST:
+        return None
     found = _NUMBER.fullmatch(text)
     if found is None or (bare and found["unit"] not in ("", "%", "°")):
         return None
-    if found["unit"].strip().lower() in _UNKNOWNS or (found["sign"] and found["inner"]):
+    unit = found["unit"].strip()
+    if len(unit) == 1 and unit.isalpha() and unit not in _SHORT_UNITS:
+        return None
+    if _JOINING.match(unit) or (found["sign"] and found["inner"]):
         return None
     sign = -1 if "-" in found["sign"] + found["inner"] else 1
     value = _value(found)

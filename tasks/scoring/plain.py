@@ -37,6 +37,6 @@ def _unfenced(answer: str) -> str:
         if answer.startswith(opening) and answer.endswith(closing) and len(answer) > longest:
             inner = answer[len(opening) : -len(closing)]
             # "$5 or $6$" is no formula between fences.
-            if opening not in inner:
+            if opening not in inner.replace("\\$", ""):
                 return inner
     return answer

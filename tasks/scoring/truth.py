@@ -16,6 +16,10 @@ _WORDS = {
 }
 
 
-def same_truth(answer: str, gold: str) -> bool:
-    """Whether an answer is one of the words for ``gold``: "True", "False" or "Uncertain"."""
-    return " ".join(plain(answer).lower().split()) in _WORDS[gold]
+def same_truth(answer: str, gold: str | bool) -> bool:
+    """Whether an answer is one of the words for ``gold``: "True", "False" or "Uncertain".
+
+    Raises:
+        KeyError: ``gold`` is none of the three, nor a bool.
+    """
+    return " ".join(plain(answer).lower().split()) in _WORDS[str(gold)]
