@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m compressed_cache demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

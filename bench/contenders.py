@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from compressed_cache import CompressedCache
+from compressed_cache.versions import cache_argument
 
 BUDGET = 128
 PROMPT = 2048  # tokens
@@ -87,7 +88,7 @@ class Generation:
             self.ids = self.model.generate(
                 self.ids,
                 attention_mask=torch.ones_like(self.ids),
-                past_key_values=self.cache,
+                **cache_argument(self.cache),
                 max_new_tokens=tokens + 1,
                 do_sample=False,
                 streamer=clock,

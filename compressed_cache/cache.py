@@ -31,8 +31,9 @@ class CompressedCache(Cache):
         policy: a name from ``compressed_cache.POLICIES`` or a policy object.
         budget: slots per key/value head and layer, allocated once and never exceeded.
         interval: decode steps between two rankings. The ``interval`` lowest-ranked slots are
-            overwritten in order until the next ranking and stay attended until then. With 1 the
-            victim is chosen anew in every step. None: the policy's default.
+            overwritten in order until the next ranking and stay attended until then; where fewer
+            are unprotected, the oldest of the recent ones follow. With 1 the victim is chosen anew
+            in every step. None: the policy's default.
         sinks: positions below it are never evicted. None: the policy's default.
         recent: so many tokens before the incoming one are never evicted. None: the policy's
             default.

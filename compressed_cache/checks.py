@@ -28,12 +28,12 @@ def check_prompt(real: Tensor, rules: Rules) -> None:
     if not rules.protect_prompt:
         return
     longest = int(real.sum(dim=1).max())
-    least = longest + rules.recent + rules.interval
+    least = longest + rules.recent + 1
     if least > rules.budget:
         raise ValueError(
-            "budget must be at least prompt + recent + interval with protect_prompt=True "
-            f"({longest} + {rules.recent} + {rules.interval} = {least}), got {rules.budget}. "
-            "Raise budget, lower recent or interval, or set protect_prompt=False."
+            "budget must be at least prompt + recent + 1 with protect_prompt=True "
+            f"({longest} + {rules.recent} + 1 = {least}), got {rules.budget}. "
+            "Raise budget, lower recent, or set protect_prompt=False."
         )
 
 

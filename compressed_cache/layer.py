@@ -196,8 +196,13 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         if self.rules.interval == 1:
             return slots.lowest_slot(self._scores(self._held()), self.positions)
         if ranks:
-            order = slots.rank(self._scores(self._held()), self.positions)
-            self.victims.copy_(order[..., : self.rules.interval])
+            victims = slots.next_victims(
+                self._scores(self._held()),
+                self.positions,
+                protected_prefix=self.protected_prefix,
+                count=self.rules.interval,
+            )
+            self.victims.copy_(victims)
             self.phase.zero_()
         slot = self.victims.index_select(2, self.phase)
         self.phase.add_(1)

@@ -43,34 +43,27 @@ def resolve_rules(
 
     defaults = policy.defaults(budget)
     kept = policy.kept_recent
-    room = budget - (sinks or 0) - max(recent or 0, kept) - (interval or 1)
+    room = budget - (sinks or 0) - max(recent or 0, kept) - 1
     if sinks is None:
         sinks = max(0, min(defaults.sinks, room))
         room -= sinks
     if recent is None:
         recent = max(kept, min(defaults.recent, kept + room))
-        room -= recent - kept
     recent = max(recent, kept)
     if interval is None:
-        interval = max(1, min(defaults.interval, 1 + room))
+        interval = defaults.interval
     if protect_prompt is None:
         protect_prompt = defaults.protect_prompt
 
-    least = sinks + recent + interval
+    least = sinks + recent + 1
     if policy.evicts and budget < least:
+        # A policy that always keeps its window sets recent by it.
+        largest = "sinks" if sinks > recent else "window" if recent == kept else "recent"
         raise ValueError(
-            f"budget must be at least sinks + recent + interval ({sinks} + {recent} + {interval} = "
-            f"{least}), got {budget}. Raise budget or lower "
-            f"{_largest(sinks, recent, interval, windowed=recent == kept)}."
+            f"budget must be at least sinks + recent + 1 ({sinks} + {recent} + 1 = {least}), got "
+            f"{budget}. Raise budget or lower {largest}."
         )
     return Rules(budget, interval, sinks, recent, protect_prompt)
-
-
-def _largest(sinks: int, recent: int, interval: int, *, windowed: bool) -> str:
-    # A policy that always keeps its window sets recent by it.
-    named = {"sinks": sinks, "window" if windowed and recent else "recent": recent}
-    named["interval"] = interval
-    return max(named, key=lambda name: named[name])
 
 
 def _check_int(name: str, value: Any, *, least: int) -> None:

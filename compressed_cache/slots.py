@@ -76,6 +76,29 @@ def rank(scores: Tensor, positions: Tensor) -> Tensor:
     return by_position.gather(-1, by_score)
 
 
+def next_victims(
+    scores: Tensor, positions: Tensor, *, protected_prefix: Tensor, count: int
+) -> Tensor:
+    """The slots to overwrite in the next ``count`` steps, in that order.
+
+    Lowest score first. Should these not suffice, the tokens that are protected as recent follow,
+    the oldest first: by then they are recent no more. Then it starts over, for the same reason.
+
+    Args:
+        scores: ``[B, H, S]`` float32 with protection applied.
+        positions: ``[B, H, S]`` int64.
+        protected_prefix: ``[B]`` int64, positions below it are never evicted.
+        count: how many steps.
+
+    Returns:
+        ``[B, H, count]`` int64 slot numbers.
+    """
+    for_good = (positions >= 0) & (positions < protected_prefix[:, None, None])
+    order = rank(scores, positions.masked_fill(for_good, _NO_POSITION))
+    num_slots = (~for_good).sum(dim=-1, keepdim=True)
+    return order.gather(-1, torch.arange(count, device=order.device) % num_slots)
+
+
 def keep_best(scores: Tensor, positions: Tensor, *, count: int) -> Tensor:
     """The ``count`` highest-ranked slots, in the order of their positions.
 

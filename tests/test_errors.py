@@ -59,20 +59,20 @@ CONSTRUCTOR = [
     (
         dict(policy="h2o", budget=32, sinks=4, recent=64),
         ValueError,
-        "budget must be at least sinks + recent + interval (4 + 64 + 1 = 69), got 32. Raise budget "
-        "or lower recent.",
+        "budget must be at least sinks + recent + 1 (4 + 64 + 1 = 69), got 32. Raise budget or "
+        "lower recent.",
     ),
     (
-        dict(policy="knorm", budget=32, interval=40),
+        dict(policy="knorm", budget=32, sinks=32),
         ValueError,
-        "budget must be at least sinks + recent + interval (0 + 0 + 40 = 40), got 32. Raise budget "
-        "or lower interval.",
+        "budget must be at least sinks + recent + 1 (32 + 0 + 1 = 33), got 32. Raise budget or "
+        "lower sinks.",
     ),
     (
         dict(policy="rkv", budget=8),
         ValueError,
-        "budget must be at least sinks + recent + interval (0 + 8 + 1 = 9), got 8. Raise budget or "
-        "lower window.",
+        "budget must be at least sinks + recent + 1 (0 + 8 + 1 = 9), got 8. Raise budget or lower "
+        "window.",
     ),
     (
         dict(policy="snapkv", windows=4),
@@ -159,9 +159,8 @@ def test_a_protected_prompt_that_leaves_no_room_says_what_to_do(model: LlamaForC
     with pytest.raises(ValueError) as caught:
         model.generate(distinct_tokens(2, 20), past_key_values=cache, max_new_tokens=8)
     assert str(caught.value) == (
-        "budget must be at least prompt + recent + interval with protect_prompt=True "
-        "(20 + 4 + 1 = 25), got 24. Raise budget, lower recent or interval, or set "
-        "protect_prompt=False."
+        "budget must be at least prompt + recent + 1 with protect_prompt=True (20 + 4 + 1 = 25), "
+        "got 24. Raise budget, lower recent, or set protect_prompt=False."
     )
     # Nothing is lost: the same cache takes a prompt that fits.
     shorter = distinct_tokens(2, 19)

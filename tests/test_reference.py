@@ -53,6 +53,24 @@ def test_library_keeps_the_tokens_of_the_reference(
     )
 
 
+@pytest.mark.parametrize(("budget", "protect_prompt"), [(12, False), (22, True)])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_interval_longer_than_what_is_unprotected_goes_on_with_the_oldest(
+    precise_model: LlamaForCausalLM,
+    reference: ReferenceLlama,
+    tolerance: float,
+    name: str,
+    budget: int,
+    protect_prompt: bool,
+) -> None:
+    lengths = [15, 11]
+    texts = [distinct_tokens(length + NUM_STEPS, seed=40 + length) for length in lengths]
+    rules = Rules(budget, 13, sinks=2, recent=6, protect_prompt=protect_prompt)
+    assert_agree(
+        precise_model, reference, texts, lengths, name=name, rules=rules, tolerance=tolerance
+    )
+
+
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_left_padded_rows_keep_what_they_would_keep_alone(

@@ -94,3 +94,11 @@ def test_pooling_follows_positions_and_skips_empty_slots() -> None:
                         near = order[max(0, i - kernel_size // 2) : i + kernel_size // 2 + 1]
                         expected = combine([values[b, h, n].item() for n in near])
                         assert math.isclose(pooled[b, h, s].item(), expected, rel_tol=1e-5)
+
+
+def test_next_victims_go_on_with_the_oldest_and_never_take_what_is_protected_for_good() -> None:
+    positions = torch.tensor([[[0, 7, 1, 9, 8, -1, 4]]])
+    # Sinks below 2, recent from 7 on, one free slot, one token to choose.
+    scores = torch.tensor([[[math.inf] * 5 + [-math.inf, 0.5]]])
+    victims = slots.next_victims(scores, positions, protected_prefix=torch.tensor([2]), count=7)
+    assert victims[0, 0].tolist() == [5, 6, 1, 4, 3, 5, 6]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from compressed_cache.cache import CompressedCache
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import extract_answer, make_problem
+from compressed_cache.versions import cache_argument
 
 BUDGETS: tuple[int, ...] = (180, 280)
 STEPS = 20
@@ -91,7 +92,7 @@ class Exam:
         with torch.inference_mode():
             output = self.model.generate(
                 **self.inputs,
-                past_key_values=cache,
+                **cache_argument(cache),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
             )

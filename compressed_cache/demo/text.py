@@ -10,6 +10,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache.cache import CompressedCache
+from compressed_cache.versions import cache_argument
 
 
 def generate(
@@ -34,7 +35,7 @@ def generate(
         started = time.perf_counter()
         output = model.generate(
             **inputs,
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=options.max_new_tokens,
             do_sample=False,
         )[0, inputs.input_ids.shape[1] :]

@@ -114,12 +114,13 @@ def _model_generate(
     if session is None:
         return original(self, context, max_length, stop, **kwargs)
     from compressed_cache.integrations.harness.meter import batch_records
+    from compressed_cache.versions import cache_argument
 
     if kwargs.get("do_sample"):
         _fill_in_sampling(session, self.model.generation_config, kwargs)
     cache = session.press.make_cache(config=self.config)
     with _seeded(session, context):
-        output = original(self, context, max_length, stop, past_key_values=cache, **kwargs)
+        output = original(self, context, max_length, stop, **cache_argument(cache), **kwargs)
     ends = self.model.generation_config.eos_token_id
     records = batch_records(
         cache,

@@ -202,7 +202,8 @@ class _Row:
         """Make sure that every head has a place for the token of decode step ``step``.
 
         Every ``interval`` steps the next ``interval`` places are listed in advance: free ones
-        first, then the lowest tokens as they rank now.
+        first, then the lowest tokens as they rank now. Where the list is too short, the oldest
+        token goes that is not a sink or of a protected prompt.
         """
         turn = step % rules.interval
         for layer in range(self.model.num_layers):
@@ -215,12 +216,22 @@ class _Row:
                         ranking = rank(
                             self.view(layer, head), score, rules, prompt_length=self.prompt_length
                         )
-                        if num_tokens > len(ranking.positions):
+                        if not ranking.positions and not num_free:
                             raise ValueError("protected tokens do not fit into the budget")
                         _note_gaps(trace, ranking.scores[: num_tokens + 1])
                         victims += ranking.positions[:num_tokens]
                     self.victims[layer][head] = victims
-                victim = self.victims[layer][head][turn]
+                listed = self.victims[layer][head]
+                if turn < len(listed):
+                    victim = listed[turn]
+                else:
+                    victim = min(
+                        token.position
+                        for token in self.held[layer][head]
+                        if not rules.protects_for_good(
+                            token.position, prompt_length=self.prompt_length
+                        )
+                    )
                 if victim is not None:
                     self.drop(layer, head, victim)
 

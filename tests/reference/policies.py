@@ -69,11 +69,13 @@ class Rules:
 
     def protects(self, position: int, *, incoming: int, prompt_length: int) -> bool:
         """Whether a token is safe at a ranking made before the token ``incoming`` is stored."""
-        return (
-            position < self.sinks
-            or position >= incoming - self.recent
-            or (self.protect_prompt and position < prompt_length)
+        return position >= incoming - self.recent or self.protects_for_good(
+            position, prompt_length=prompt_length
         )
+
+    def protects_for_good(self, position: int, *, prompt_length: int) -> bool:
+        """Whether a token can never become unsafe."""
+        return position < self.sinks or (self.protect_prompt and position < prompt_length)
 
 
 class Ranking(NamedTuple):
