@@ -16,6 +16,7 @@ from compressed_cache.versions import cache_argument
 BUDGET = 128
 PROMPT = 2048  # tokens
 LONGEST = PROMPT + 512  # tokens that the static cache has room for
+SHORTEST = 16  # slots of the floor
 
 
 def make_model(device: str) -> Any:
@@ -45,6 +46,8 @@ class Contender:
     name: str
     make_cache: Callable[[Any], Cache]
     compiled: bool = False
+    capacity: int | None = None
+    """Tokens after which the text starts anew, for a cache that cannot hold more."""
 
     def __str__(self) -> str:
         return f"{self.name}-{'compiled' if self.compiled else 'eager'}"
@@ -58,6 +61,13 @@ BASELINE = Contender("DynamicCache", lambda model: DynamicCache(config=model.con
 STATIC = Contender(
     "StaticCache", lambda model: StaticCache(model.config, max_cache_len=LONGEST), compiled=True
 )
+FLOOR = Contender(
+    f"StaticCache of {SHORTEST} slots",
+    lambda model: StaticCache(model.config, max_cache_len=SHORTEST),
+    compiled=True,
+    capacity=SHORTEST,
+)
+"""The model with next to no cache: what no cache can beat."""
 
 
 class Generation:
@@ -72,6 +82,9 @@ class Generation:
         self, contender: Contender, model: Any, *, batch: int, prompt: int = PROMPT
     ) -> None:
         generator = torch.Generator().manual_seed(1)
+        self.capacity = contender.capacity
+        if self.capacity is not None:
+            prompt = 1
         ids = torch.randint(1, model.config.vocab_size, (batch, prompt), generator=generator)
         self.model, self.ids = model, ids.to(model.device)
         self.cache = contender.make_cache(model)
@@ -83,6 +96,17 @@ class Generation:
 
     def continue_by(self, tokens: int) -> list[float]:
         """Generates so many tokens after an untimed first one; seconds of each."""
+        if self.capacity is None:
+            return self._continue_by(tokens)
+        seconds: list[float] = []
+        while len(seconds) < tokens:
+            with torch.inference_mode():
+                self.cache.reset()
+            self.ids = self.ids[:, :1]
+            seconds += self._continue_by(min(self.capacity - 2, tokens - len(seconds)))
+        return seconds
+
+    def _continue_by(self, tokens: int) -> list[float]:
         clock = _TokenClock()
         with torch.inference_mode():
             self.ids = self.model.generate(
