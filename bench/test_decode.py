@@ -15,7 +15,14 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from compressed_cache.bench import contenders
-from compressed_cache.bench.contenders import BASELINE, FLOOR, STATIC, Contender, Generation, compressed
+from compressed_cache.bench.contenders import (
+    BASELINE,
+    FLOOR,
+    STATIC,
+    Contender,
+    Generation,
+    compressed,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ROUNDS = 12

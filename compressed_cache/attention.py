@@ -1,12 +1,42 @@
-"""Attention over slots, and the attention a prompt pays to itself, both in float32."""
+"""Attention over slots and over prompts, with the weights that policies ask for, in float32."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 24
-"""Largest block of attention weights held at once while a prompt is scored (64 MiB of float32)."""
+"""Largest block of attention weights held at once while a prompt is read (64 MiB of float32)."""
+
+
+class Form(NamedTuple):
+    """How a model turns products of queries and keys into attention weights."""
+
+    scaling: float
+    """Factor of the logits, usually ``D ** -0.5``."""
+    softcap: float | None = None
+    """Logits are bent to stay within plus and minus this (Gemma 2); None: they are not."""
+    sinks: Tensor | None = None
+    """``[H * G]`` a learned logit of each query head that takes a share of the weights and gives
+    no value (GPT-OSS); None: there is none."""
+
+    def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Float32 logits ``[..., W, S]`` of queries ``[..., W, D]`` over keys ``[..., S, D]``.
+
+        float64 stays float64, so that references can be compared exactly.
+        """
+        exact = torch.promote_types(keys.dtype, torch.float32)
+        logits = (queries.to(exact) @ keys.to(exact).mT) * self.scaling
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def sink_logits(self, logits: Tensor) -> Tensor | None:
+        """The sinks as one more column ``[B, H, G, ..., 1]`` of ``[B, H, G, ..., S]`` logits."""
+        if self.sinks is None:
+            return None
+        ones = [1] * (logits.dim() - 3)
+        column = self.sinks.to(logits.dtype).view(*logits.shape[1:3], *ones)
+        return column.expand(*logits.shape[:-1], 1)
 
 
 def group_queries(queries: Tensor, num_heads: int) -> Tensor:
@@ -22,22 +52,33 @@ def group_queries(queries: Tensor, num_heads: int) -> Tensor:
     return queries.unflatten(1, (num_heads, -1))
 
 
-def masked_softmax(logits: Tensor, visible: Tensor) -> Tensor:
+def masked_softmax(logits: Tensor, visible: Tensor, sinks: Tensor | None = None) -> Tensor:
     """Softmax over the last dimension among visible entries; zero where nothing is visible.
+
+    What is not a number counts as not visible, so that a model gone wrong in one token cannot wipe
+    out what is known of the others.
 
     Args:
         logits: ``[..., S]`` float32.
         visible: bool, broadcastable to ``logits``.
+        sinks: ``[..., 1]`` a further logit that only takes its share; None: no such thing.
 
     Returns:
         ``[..., S]`` float32.
     """
-    weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    visible = visible & ~logits.isnan()
+    weights = _softmax(logits.masked_fill(~visible, -torch.inf), sinks)
     return weights.masked_fill(~visible, 0.0)
 
 
+def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    if sinks is None:
+        return logits.softmax(dim=-1)
+    return torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+
+
 def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, *, scaling: float
+    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, form: Form
 ) -> tuple[Tensor, Tensor]:
     """One new token per row attends over the slots of its layer.
 
@@ -49,44 +90,51 @@ def attend(
         keys: ``[B, H, S, D]``.
         values: ``[B, H, S, D]``.
         visible: ``[B, H, S]`` bool, slots that hold a token.
-        scaling: factor of the logits.
+        form: how logits become weights.
 
     Returns:
         The output ``[B, H * G, 1, D]`` in the dtype of ``values`` and the attention weights
         ``[B, H, G, 1, S]`` float32.
     """
     grouped = queries.reshape(*keys.shape[:2], -1, queries.shape[-1])
-    # float64 models keep their precision, so that references can be compared exactly.
-    exact = torch.promote_types(keys.dtype, torch.float32)
-    logits = (grouped.to(exact) @ keys.to(exact).mT) * scaling
-    weights = logits.masked_fill(~visible[:, :, None], -torch.inf).softmax(dim=-1)
+    logits = form.logits(grouped, keys).masked_fill(~visible[:, :, None], -torch.inf)
+    weights = _softmax(logits, form.sink_logits(logits))
     output = weights.to(values.dtype) @ values
     return output.reshape(*queries.shape[:3], values.shape[-1]), weights.unsqueeze(3).float()
 
 
-def prompt_attention(
-    queries: Tensor, keys: Tensor, positions: Tensor, *, scaling: float, last: int | None
+def attention_rows(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    query_positions: Tensor,
+    positions: Tensor,
+    form: Form,
+    last: int | None = None,
+    window: int | None = None,
 ) -> Iterator[Tensor]:
-    """Causal attention weights of a prompt, in blocks of queries so that memory is linear in ``L``.
+    """Causal attention weights of many queries, in blocks so that memory is linear in ``S``.
 
     Args:
         queries: ``[B, H * G, L, D]`` after RoPE.
-        keys: ``[B, H, L, D]`` after RoPE.
-        positions: ``[B, L]`` int64, ``-1`` at padding. Padded queries give zero rows.
-        scaling: factor of the logits.
-        last: only the last so many queries; ``None`` for all.
+        keys: ``[B, H, S, D]`` after RoPE.
+        query_positions: ``[B, L]`` int64, ``-1`` at padding. Padded queries give zero rows.
+        positions: ``[B, H, S]`` or ``[B, 1, S]`` int64, ``-1`` where there is no token.
+        form: how logits become weights.
+        last: only the last so many queries; None for all.
+        window: how many tokens a query sees at most, its own included; None for all before it.
 
     Yields:
-        ``[B, H, G, Q, L]`` float32 for consecutive blocks of ``Q`` queries, oldest first.
+        ``[B, H, G, Q, S]`` float32 for consecutive blocks of ``Q`` queries, oldest first.
     """
     batch, num_queries, length = queries.shape[:3]
     grouped = group_queries(queries, keys.shape[1])
-    transposed = keys.float().mT.unsqueeze(2)
-    columns = torch.arange(length, device=keys.device)
-    real = positions >= 0
-    block = max(1, _BLOCK_ELEMENTS // (batch * num_queries * length))
+    block = max(1, _BLOCK_ELEMENTS // (batch * num_queries * keys.shape[2]))
+    held = positions[:, :, None, :]
     for start in range(0 if last is None else max(0, length - last), length, block):
-        rows = columns[start : start + block]
-        visible = (columns <= rows[:, None]) & real[:, None, :] & real[:, rows, None]
-        logits = (grouped[:, :, :, start : start + block].float() @ transposed) * scaling
-        yield masked_softmax(logits, visible[:, None, None])
+        own = query_positions[:, None, start : start + block, None]
+        visible = (held >= 0) & (held <= own)
+        if window is not None:
+            visible = visible & (held > own - window)
+        logits = form.logits(grouped[:, :, :, start : start + block], keys.unsqueeze(2))
+        yield masked_softmax(logits, visible[:, :, None], form.sink_logits(logits))

@@ -1,17 +1,21 @@
 """The public face: a transformers cache with a fixed number of slots per layer."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from compressed_cache import checks, hook
 from compressed_cache.clock import Clock
+from compressed_cache.drafts import Drafts
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.policies import Policy, make_policy
 from compressed_cache.rules import Rules, resolve_rules
+from compressed_cache.snapshot import Snapshot
 
 
 class CompressedCache(Cache):
@@ -43,9 +47,10 @@ class CompressedCache(Cache):
         policy_options: fields of the policy, with a policy given by name.
 
     Attributes:
-        layers: one per attention layer, with ``keys`` and ``values`` ``[B, H, S, D]`` and
-            ``positions`` ``[B, H, S]`` int64, ``-1`` where empty or padding. Slots are in no
-            particular order.
+        layers: one per layer of the model, attention layers with ``keys`` and ``values``
+            ``[B, H, S, D]`` and ``positions`` ``[B, H, S]`` int64, ``-1`` where empty or padding.
+            Slots are in no particular order. Sliding-window layers have ``S = window`` and keep
+            their window; linear-attention layers are transformers' own.
 
     Raises:
         ValueError: an unknown policy, a value out of range, or a budget too small for what is
@@ -54,7 +59,7 @@ class CompressedCache(Cache):
         NotImplementedError: with ``config``, a model this cache cannot serve.
     """
 
-    layers: list[CompressedLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
+    layers: list[Any]
 
     def __init__(
         self,
@@ -78,25 +83,24 @@ class CompressedCache(Cache):
             protect_prompt=protect_prompt,
         )
         if config is not None:
-            _check_config(config)
+            checks.check_config(config)
         super().__init__(layers=[])
         self.clock = Clock(self.rules.interval)
+        self._drafts = Drafts()
+        # Any: None before the first call, and the type checker would ask at each use.
+        self._first: Any = None
         hook.install()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Takes new keys and values ``[B, H, L, D]`` of one layer; called by the model."""
-        while len(self.layers) <= layer_idx:
-            self.layers.append(
-                CompressedLayer(self.policy, self.rules, self.clock, len(self.layers))
-            )
-        layer = self.layers[layer_idx]
+        layer = self.attention_layer(layer_idx)
+        if self._first is None:
+            self._first = layer_idx
         if not torch.compiler.is_compiling():
-            self.layers[layer_idx - 1].check_attended()
-            if layer.is_filled:
-                checks.check_batch(layer.keys, key_states)
-        if layer_idx == 0:
+            self._check(layer, key_states, value_states)
+        if layer_idx == self._first:
             self._begin(key_states.shape[2])
         return layer.update(key_states, value_states)
 
@@ -106,12 +110,13 @@ class CompressedCache(Cache):
         Which slots are visible is decided by the layers, so the mask is as small as can be. This is
         also where the host counts steps, because transformers asks for it between two of them.
         """
-        if torch.compiler.is_compiling() or not self.layers:
+        if torch.compiler.is_compiling() or self._first is None:
             return query_length, 0
-        self.layers[-1].check_attended()
+        for layer in self._attention_layers():
+            layer.check_attended()
         if not self._is_filled:
             return query_length, 0
-        self._advance(query_length)
+        self._tick(query_length)
         return query_length, self.clock.tokens_seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -120,7 +125,7 @@ class CompressedCache(Cache):
             return 0
         if torch.compiler.is_compiling():
             # An int would be compiled in as a constant.
-            return self.layers[0].tokens_seen  # pyright: ignore[reportReturnType]
+            return self.layers[self._first].tokens_seen
         return self.clock.tokens_seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -129,77 +134,218 @@ class CompressedCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """True: ``generate`` may compile the decode step, as it does for its own static cache."""
-        return True
+        """Whether ``generate`` may compile the decode step, as it does for its own static cache.
+
+        Not while it drafts: another number of drafted tokens would be another graph each time.
+        """
+        return not self._drafts.active
 
     @property
     def evicted_tokens(self) -> int:
-        """Tokens seen minus tokens held per head of the first layer; the most of all rows."""
-        if not self._is_filled:
+        """Tokens seen minus tokens held per head of the first compressed layer; the most of all
+        rows."""
+        layers = [layer for layer in self._attention_layers() if layer.is_filled]
+        if not layers:
             return 0
-        layer = self.layers[0]
+        layer = next((layer for layer in layers if not layer.is_sliding), layers[0])
         held = (layer.positions[:, 0] >= 0).sum(dim=-1)
         return int((layer.next_position - held).max())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, the policy's state included."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
+        return sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer))
 
     def reset(self) -> None:
         """Makes the cache as new, in place: buffers are kept for the next prompt."""
         self.clock.reset()
+        self._drafts.stop()
         super().reset()
 
+    def snapshot(self) -> Snapshot:
+        """A copy of what is held, for :meth:`restore`: one prompt can then begin many texts."""
+        return Snapshot.take(self)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Holds again what it held at :meth:`snapshot`, in place where the batch is as large.
+
+        Raises:
+            ValueError: a snapshot of a cache with another policy or other rules.
+        """
+        if (snapshot.policy, snapshot.rules) != (self.policy, self.rules):
+            raise ValueError(
+                f"snapshot must be of a cache like this one ({self.policy}, {self.rules}), got one "
+                f"with {snapshot.policy}, {snapshot.rules}"
+            )
+        self._drafts.stop()
+        snapshot.put(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes what is held to a safetensors file.
+
+        Raises:
+            NotImplementedError: a model with linear-attention layers.
+        """
+        self.snapshot().save(path)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, policy: Policy | None = None, device: torch.device | str = "cpu"
+    ) -> "CompressedCache":
+        """A cache that goes on where the one that wrote ``path`` with :meth:`save` was.
+
+        Args:
+            path: the file.
+            policy: the policy object, for a policy that is not in ``POLICIES``.
+            device: where its tensors go, that of the model.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file of something else, or of another version of the format.
+        """
+        snapshot = Snapshot.load(path, policy=policy, device=device)
+        cache = cls(snapshot.policy, **vars(snapshot.rules))
+        snapshot.put(cache)
+        return cache
+
+    def activate_past_recording(self) -> None:
+        """From the next call on, :meth:`crop` can take tokens back. Assisted decoding calls this."""
+        self._drafts.start()
+        super().activate_past_recording()
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Not supported: what a token overwrote is gone."""
-        raise NotImplementedError(
-            "CompressedCache cannot crop: the slots of removed tokens held evicted ones. Generate "
-            "without assisted decoding or prompt lookup."
-        )
+        """Takes back the last ``-tokens_to_remove`` tokens of the last call, evictions included.
+
+        Raises:
+            ValueError: a positive number, or more tokens than that call had.
+            NotImplementedError: a model with linear-attention layers.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "tokens_to_remove must be <= 0, the number of tokens to take back as transformers "
+                f"counts it, got {tokens_to_remove}"
+            )
+        if not all(isinstance(layer, CompressedLayer) for layer in self.layers):
+            raise NotImplementedError(
+                "CompressedCache cannot take tokens back from linear-attention layers. Generate "
+                "without assisted decoding or prompt lookup."
+            )
+        self._drafts.take_back(self, -tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Not supported yet."""
-        raise NotImplementedError(_FIXED_BATCH)
+        """Each row ``repeats`` times, one copy beside the other, in new memory."""
+        first = self._filled_layer("batch_repeat_interleave")
+        rows = torch.arange(first.keys.shape[0], device=first.keys.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Not supported yet."""
-        raise NotImplementedError(_FIXED_BATCH)
+        """Keeps the rows ``indices``, in new memory where their number is another."""
+        self._filled_layer("batch_select_indices")
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.select(indices)
+            else:
+                layer.reorder_cache(indices)
 
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Not supported: this model has linear-attention layers."""
-        raise NotImplementedError(_LINEAR)
+    # Linear attention, for models that mix it with the other kind.
 
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Not supported: this model has linear-attention layers."""
-        raise NotImplementedError(_LINEAR)
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The convolution state of a linear-attention layer, None before its first token."""
+        self.linear_layer(layer_idx)
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The recurrent state of a linear-attention layer, None before its first token."""
+        self.linear_layer(layer_idx)
+        return super().get_recurrent_state(layer_idx, state_idx)
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Takes the new convolution state of a linear-attention layer."""
+        self.linear_layer(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Takes the new recurrent state of a linear-attention layer."""
+        self.linear_layer(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     def __repr__(self) -> str:
         rules = ", ".join(f"{name}={value!r}" for name, value in vars(self.rules).items())
         policy = self.policy.name or type(self.policy).__name__
         return f"CompressedCache(policy={policy!r}, {rules}, tokens_seen={self.get_seq_length()})"
 
-    @property
-    def _is_filled(self) -> bool:
-        return len(self.layers) > 0 and self.layers[0].is_filled
+    # What the parts of a cache call.
 
-    def _begin(self, tokens: int) -> None:
-        if not self.layers[0].is_filled:
+    def attention_layer(self, index: int) -> CompressedLayer:
+        """The layer of this index, made where there is none yet."""
+        while len(self.layers) <= index:
+            self.layers.append(
+                CompressedLayer(self.policy, self.rules, self.clock, len(self.layers))
+            )
+        return self.layers[index]
+
+    def linear_layer(self, index: int) -> LinearAttentionLayer:
+        """The linear-attention layer of this index, made where there is none yet."""
+        if len(self.layers) <= index:
+            if index:
+                self.attention_layer(index - 1)
+            self.layers.append(LinearAttentionLayer())
+            if self._drafts.active:
+                self.layers[-1].activate_past_recording()
+        return self.layers[index]
+
+    def count(self, tokens: int, *, as_steps: bool) -> None:
+        """Counts the tokens of a call that begins, read one by one or as a prompt."""
+        if not self._is_filled:
             self.clock.prompt = tokens
             return
         if self.clock.running or tokens > 1:
-            self._advance(tokens)
-        self.clock.running = tokens
+            self._tick(tokens)
+        if as_steps:
+            self.clock.running = tokens
+        else:
+            self.clock.read_prompt(tokens)
 
-    def _advance(self, tokens: int) -> None:
+    @property
+    def _is_filled(self) -> bool:
+        return self._first is not None and self.layers[self._first].is_filled
+
+    def _attention_layers(self) -> Iterator[CompressedLayer]:
+        return (layer for layer in self.layers if isinstance(layer, CompressedLayer))
+
+    def _filled_layer(self, method: str) -> CompressedLayer:
+        if not self._is_filled:
+            raise ValueError(f"{method} needs a cache that holds a prompt, got an empty one")
+        return self.layers[self._first]
+
+    def _check(self, layer: CompressedLayer, keys: Tensor, values: Tensor) -> None:
+        first = self.layers[self._first]
+        if layer is first:
+            for other in self._attention_layers():
+                other.check_attended()
+                checks.check_calls(other.index, other.calls, expected=first.calls)
+        else:
+            if isinstance(previous := self.layers[layer.index - 1], CompressedLayer):
+                previous.check_attended()
+            checks.check_calls(layer.index, layer.calls, expected=first.calls - 1)
+        if layer.is_filled:
+            checks.check_states(layer.sizes, keys, values)
+
+    def _begin(self, tokens: int) -> None:
+        if not torch.compiler.is_compiling() and (self._drafts.active or self.clock.records):
+            self._drafts.begin_call(self, tokens)
+        self.count(tokens, as_steps=tokens == 1 or self.clock.drafts)
+
+    def _tick(self, tokens: int) -> None:
         self.clock.tick()
         if not self.policy.evicts:
-            for layer in self.layers:
-                layer.grow(self.clock.tokens_seen + tokens)
-
-
-_FIXED_BATCH = "CompressedCache cannot change its batch size. Repeat the inputs before the prompt."
-_LINEAR = "CompressedCache does not support models with linear-attention layers."
+            for layer in self._attention_layers():
+                if not layer.is_sliding:
+                    layer.grow(self.clock.tokens_seen + tokens)
 
 
 def _policy(policy: Any, options: dict[str, Any]) -> Policy:
@@ -217,14 +363,8 @@ def _policy(policy: Any, options: dict[str, Any]) -> Policy:
     return policy
 
 
-def _check_config(config: PreTrainedConfig) -> None:
-    text = config.get_text_config()
-    if config.is_encoder_decoder:
-        raise NotImplementedError("CompressedCache does not support encoder-decoder models.")
-    others = sorted(
-        {kind for kind in getattr(text, "layer_types", None) or [] if kind != "full_attention"}
-    )
-    if others:
-        raise NotImplementedError(
-            f"CompressedCache supports full-attention layers only, the model also has {others}."
-        )
+def _tensors(layer: Any) -> list[Tensor]:
+    if isinstance(layer, CompressedLayer):
+        return layer.tensors()
+    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    return [state for state in states if state is not None]

@@ -4,30 +4,56 @@ from typing import Any
 
 from torch import Tensor
 
+from compressed_cache.memory import Sizes
 from compressed_cache.rules import Rules
 
-_UNSUPPORTED = {
-    "sliding_window": "sliding-window attention",
-    "softcap": "soft-capped attention logits",
-    "s_aux": "learned attention sinks",
-    "position_bias": "a learned position bias",
-}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_RESET = "Call cache.reset() or use a new CompressedCache."
 
 
-def check_batch(held: Tensor, new: Tensor) -> None:
-    """Raises ``ValueError`` if new keys come in another batch size than the held ones."""
-    if held.shape[0] != new.shape[0]:
+def check_states(held: Sizes | None, keys: Tensor, values: Tensor) -> None:
+    """Raises ``ValueError`` if new keys and values do not fit those of ``held``."""
+    if held is None:
+        return
+    if held.batch != keys.shape[0]:
         raise ValueError(
-            f"batch size must stay {held.shape[0]} until the cache is reset, got {new.shape[0]}. "
-            "Call cache.reset() or use a new CompressedCache."
+            f"batch size must stay {held.batch} until the cache is reset, got {keys.shape[0]}. "
+            f"{_RESET}"
+        )
+    kept = held.heads, held.dim, held.value_dim, held.dtype, held.device
+    given = keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device
+    if kept != given:
+        raise ValueError(
+            f"keys must be those of the model that read the prompt ({_states(*kept)}), got "
+            f"{_states(*given)}. {_RESET}"
         )
 
 
-def check_prompt(real: Tensor, rules: Rules) -> None:
-    """Raises ``ValueError`` if a protected prompt (``real``: ``[B, L]`` bool) leaves no room."""
+def _states(heads: int, dim: int, value_dim: int, dtype: Any, device: Any) -> str:
+    values = "" if value_dim == dim else f", values of {value_dim}"
+    return f"{heads} heads of {dim}{values}, {str(dtype).removeprefix('torch.')} on {device}"
+
+
+def check_module(module_id: int | None, module: Any) -> None:
+    """Raises ``ValueError`` if the text held was read by another attention module."""
+    if module_id is not None and module_id != id(module):
+        raise ValueError(f"model must be the one that read the prompt, got another. {_RESET}")
+
+
+def check_calls(layer: int, calls: int, *, expected: int) -> None:
+    """Raises ``ValueError`` unless a layer took part in as many calls as the first one."""
+    if calls != expected:
+        raise ValueError(
+            f"all layers must hold the same text, but a call failed before layer {layer} had read "
+            f"it. {_RESET}"
+        )
+
+
+def check_prompt(lengths: Tensor, rules: Rules) -> None:
+    """Raises ``ValueError`` if protected prompts of these ``lengths`` ``[B]`` leave no room."""
     if not rules.protect_prompt:
         return
-    longest = int(real.sum(dim=1).max())
+    longest = int(lengths.max())
     least = longest + rules.recent + 1
     if least > rules.budget:
         raise ValueError(
@@ -39,16 +65,51 @@ def check_prompt(real: Tensor, rules: Rules) -> None:
 
 def check_attention(layer: int, module: Any, arguments: dict[str, Any]) -> None:
     """Raises ``NotImplementedError`` for an attention layer that slots cannot serve."""
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None) or ""
+    config = getattr(module, "config", None)
+    implementation = getattr(config, "_attn_implementation", None) or ""
     if implementation.startswith("paged|"):
         raise NotImplementedError(
             f"attn_implementation {implementation!r} keeps keys and values in pages of its own, so "
             "CompressedCache cannot work with it. Use 'sdpa', 'eager', 'flash_attention_2' or "
             "'flex_attention'."
         )
-    for name, meaning in _UNSUPPORTED.items():
-        if arguments.get(name) is not None:
-            raise NotImplementedError(
-                f"layer {layer} ({type(module).__name__}) uses {meaning}, which CompressedCache "
-                "does not support"
-            )
+    if config is not None:
+        check_config(config)
+    kinds = getattr(config, "layer_types", None) or []
+    kind = kinds[layer] if layer < len(kinds) else "full_attention"
+    if kind not in _LAYER_TYPES:
+        raise NotImplementedError(_refusal(f"layer {layer} is of type {kind!r}"))
+    if arguments.get("position_bias") is not None:
+        raise NotImplementedError(
+            _refusal(f"layer {layer} adds a position bias, which is counted in slots, not tokens")
+        )
+
+
+def check_config(config: Any) -> None:
+    """Raises ``NotImplementedError`` for a model whose config tells that it cannot be served."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            _refusal("an encoder-decoder model attends to its encoder, where nothing is decoded")
+        )
+    text = config.get_text_config()
+    if getattr(text, "kv_lora_rank", None):
+        raise NotImplementedError(
+            _refusal("multi-head latent attention caches one latent vector for all heads, not keys")
+        )
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise NotImplementedError(_refusal("its last layers read the keys of earlier ones"))
+    unknown = sorted(
+        {
+            kind
+            for kind in getattr(text, "layer_types", None) or []
+            if kind not in (*_LAYER_TYPES, "linear_attention")
+        }
+    )
+    if unknown:
+        raise NotImplementedError(
+            _refusal(f"it has layers of type {', '.join(map(repr, unknown))}")
+        )
+
+
+def _refusal(reason: str) -> str:
+    return f"CompressedCache cannot serve this model: {reason}."

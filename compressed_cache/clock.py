@@ -23,10 +23,16 @@ class Clock:
         self.steps = 0
         self.running = 0
         self.ranks = True
+        self.is_first_prompt = True
+        """Whether no token has been decoded yet, so that a further prompt is one more chunk."""
+        self.records = False
+        """Whether layers remember what they read, because it may be taken back."""
+        self.drafts = False
+        """Whether several tokens at once are drafts, to be read like steps."""
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens of the prompt and of all steps begun, padding included."""
+        """Tokens of all prompts and of all steps begun, padding included."""
         return self.prompt + self.steps + self.running
 
     def tick(self) -> None:
@@ -36,6 +42,22 @@ class Clock:
             self.running = 0
             self.ranks = self.steps % self.interval == 0
 
+    def read_prompt(self, tokens: int) -> None:
+        """Counts a prompt; the slots are ranked anew in the step after it."""
+        self.is_first_prompt = self.is_first_prompt and self.steps == 0
+        self.prompt += self.steps + tokens
+        self.steps = 0
+        self.ranks = True
+
     def ranks_at(self, token: int) -> bool:
         """Whether the slots are ranked before the given token of the running step."""
         return (self.steps + token) % self.interval == 0
+
+    def state(self) -> dict[str, int | bool]:
+        """What :meth:`restore` needs."""
+        names = ("prompt", "steps", "running", "ranks", "is_first_prompt")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, state: dict[str, int | bool]) -> None:
+        """Back to the moment of :meth:`state`."""
+        vars(self).update(state)

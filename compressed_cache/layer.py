@@ -1,29 +1,53 @@
 """One attention layer: choose a victim, write, attend, let the policy observe."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from compressed_cache import attention, checks, hook, slots
+from compressed_cache.attention import Form
 from compressed_cache.clock import Clock
-from compressed_cache.memory import SlotMemory
+from compressed_cache.memory import Sizes, SlotMemory
 from compressed_cache.padding import real_tokens
 from compressed_cache.policies import Policy, Slots
+from compressed_cache.policies.streaming_llm import StreamingLLM
+from compressed_cache.reading import fill, read_as_steps, read_block
 from compressed_cache.rules import Rules
+from compressed_cache.shards import Shard
+
+
+class LayerState(NamedTuple):
+    """What one layer holds, apart from where."""
+
+    sizes: Sizes
+    tensors: dict[str, Tensor]
+    form: Form
+    window: int | None
+
+
+class Call(NamedTuple):
+    """Tokens that were read at once, kept until it is known which of them stay."""
+
+    read: Callable[..., Any]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    real: Tensor
 
 
 class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Keys and values of one attention layer in a fixed number of slots.
 
     A prompt (the first call) is attended by the model's own function, then scored and cut to the
-    budget. After that, each token overwrites the slot of a victim and attends over the slots.
+    budget. After that, each token overwrites the slot of a victim and attends over the slots. A
+    layer with a sliding window has as many slots as its window, and the oldest token is the victim.
     """
 
     is_compileable = True
-    is_sliding = False
+    is_croppable = True
     supports_early_init = False
 
     def __init__(self, policy: Policy, rules: Rules, clock: Clock, index: int) -> None:
@@ -31,9 +55,14 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         SlotMemory.__init__(self, policy, rules)
         self.clock = clock
         self.index = index
-        self.scaling = 1.0
+        self.form = Form(1.0)
+        self.window: int | None = None
+        self.shard = Shard()
+        self.module_id: int | None = None
+        self.calls = 0
         self.is_filled = False
         self.awaits_attention = False
+        self.last_call: Call | None = None
 
     # What transformers calls.
 
@@ -45,7 +74,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             self.awaits_attention = True
         if self.is_filled and key_states.shape[2] == 1:
             # Detached everywhere: a graph through the slots would live as long as the cache.
-            self._write(key_states.detach(), value_states.detach(), ranks=self.clock.ranks)
+            self.write(key_states.detach(), value_states.detach(), ranks=self.clock.ranks)
             return self.keys, self.values
         hook.tag(key_states, self)
         return key_states, value_states
@@ -70,28 +99,22 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             query: ``[B, H * G, L, D]``.
             key: what :meth:`update` returned.
             value: likewise.
-            attention_mask: the model's mask, read for the prompt only.
+            attention_mask: the model's mask, read for prompts only.
             scaling: factor of the logits, ``D ** -0.5`` if None.
             kwargs: passed on to ``function``.
 
         Returns:
             The output ``[B, L, H * G, D]`` and the attention weights, if at hand.
         """
+        if not (self.is_filled and query.shape[2] == 1):
+            return self._read(function, module, query, key, value, attention_mask, scaling, kwargs)
         if not torch.compiler.is_compiling():
             self.awaits_attention = False
-        if self.is_filled and query.shape[2] == 1:
-            output, weights = self._observe(query)
-            return output.transpose(1, 2), weights.flatten(1, 2)
-        real = real_tokens(attention_mask, key)
-        if self.is_filled:
-            return self._extend(query, key.detach(), value.detach(), real), None
-        checks.check_attention(self.index, module, kwargs)
-        if self.policy.evicts:
-            checks.check_prompt(real, self.rules)
-        self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        result = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        self._fill(query.detach(), key.detach(), value.detach(), real)
-        return result
+            checks.check_module(self.module_id, module)
+            self.calls += 1
+            self.last_call = None
+        output, weights = self.observe(query)
+        return output.transpose(1, 2), weights.flatten(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask transformers builds: see ``CompressedCache``."""
@@ -111,13 +134,19 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
 
     def reset(self) -> None:
         """Forgets the tokens and keeps the memory."""
-        self.is_filled = False
-        self.awaits_attention = False
-        self.clear()
+        self.module_id = None
+        self.empty()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows become copies of the rows ``beam_idx`` ``[B]``, in place."""
         self.reorder(beam_idx)
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether this layer sees a window of the text only."""
+        return self.window is not None
+
+    # What the cache calls.
 
     def check_attended(self) -> None:
         """Raises if the last keys this layer was given were never attended through it."""
@@ -126,61 +155,43 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             raise NotImplementedError(
                 f"layer {self.index}: the model's attention never reached the cache. It must call "
                 "what transformers' AttentionInterface.get_interface returns, with the keys that "
-                "cache.update returned; this model's code does something else."
+                "cache.update returned; this model's code does something else, as multi-head "
+                "latent attention does."
             )
 
-    # The prompt.
+    def state(self) -> LayerState:
+        """A copy of what is held."""
+        assert self.sizes is not None
+        copies = {name: tensor.clone() for name, tensor in self.named_tensors().items()}
+        return LayerState(self.sizes, copies, self.form, self.window)
 
-    def _fill(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> None:
-        """Scores the prompt and keeps its best tokens."""
-        self.provide(query, key, value)
-        rows = torch.where(real, real.cumsum(dim=1) - 1, -1)
-        positions = rows[:, None].expand(key.shape[:3])
-        self.next_position.copy_(real.sum(dim=1))
-        self.protected_prefix.fill_(self.rules.sinks)
-        if self.rules.protect_prompt:
-            self.protected_prefix.clamp_(min=self.next_position)
-        self.tokens_seen.fill_(key.shape[2])
-        contents = [(self.keys, key), (self.values, value), (self.positions, positions)]
-        seen = self.attention
-        if self.policy.observes == "queries":
-            self._record_prompt(query, rows)
-        if self.policy.observes == "attention":
-            seen = self._prompt_attention(query, key, rows)
-            contents.append((self.attention, seen))
-
-        count = min(key.shape[2], self.keys.shape[2])
-        kept = None
-        if count < key.shape[2]:
-            scores = self._scores(self._view(key, value, positions, seen))
-            kept = slots.keep_best(scores, positions, count=count)
-        for memory, prompt in contents:
-            if kept is not None:
-                index = kept.reshape(*kept.shape, *[1] * (prompt.dim() - 3))
-                prompt = prompt.gather(2, index.expand(*kept.shape, *prompt.shape[3:]))
-            memory[:, :, :count].copy_(prompt)
+    def restore(self, state: LayerState) -> None:
+        """Holds again what ``state`` says, in place where it fits."""
+        self.form = state.form
+        if state.window is not None:
+            self._become_sliding(state.window)
+        self.load(state.tensors, state.sizes)
+        self.calls = 0
         self.is_filled = self.is_initialized = True
+        self.awaits_attention = False
+        self.last_call = None
 
-    def _prompt_attention(self, query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
-        """What the policy makes of the prompt's attention to itself, ``[B, H, L]`` float32."""
-        seen = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
-        for weights in attention.prompt_attention(
-            query, key, rows, scaling=self.scaling, last=self.policy.prompt_queries
-        ):
-            seen = self.policy.accumulate(seen, weights)
-        return seen
+    def empty(self) -> None:
+        """Holds nothing."""
+        self.calls = 0
+        self.is_filled = self.awaits_attention = False
+        self.last_call = None
+        self.clear()
 
-    def _record_prompt(self, query: Tensor, rows: Tensor) -> None:
-        """Writes the last ``W`` prompt queries where the ring will overwrite the oldest first."""
-        window, length = self.query_positions.shape[1], query.shape[2]
-        columns = torch.arange(max(0, length - window), length, device=query.device)
-        grouped = attention.group_queries(query[:, :, columns], self.keys.shape[1])
-        self.queries.index_copy_(3, columns % window, grouped)
-        self.query_positions.index_copy_(1, columns % window, rows[:, columns])
+    def repeat(self, call: Call | None, tokens: int) -> None:
+        """Reads the first tokens of a call that was taken back."""
+        if call is not None:
+            states = (tensor[:, :, :tokens] for tensor in (call.query, call.key, call.value))
+            call.read(self, *states, call.real[:, :tokens])
 
     # One token.
 
-    def _write(self, key: Tensor, value: Tensor, *, ranks: bool) -> None:
+    def write(self, key: Tensor, value: Tensor, *, ranks: bool) -> None:
         """Puts one token ``[B, H, 1, D]`` into the slot of the victim."""
         slot = self._victim(ranks)
         self.keys.scatter_(2, slot.unsqueeze(-1).expand_as(key), key)
@@ -194,10 +205,10 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         if not self.policy.evicts:
             return self.tokens_seen.expand(*self.positions.shape[:2], 1)
         if self.rules.interval == 1:
-            return slots.lowest_slot(self._scores(self._held()), self.positions)
+            return slots.lowest_slot(self.scores(self._held()), self.positions)
         if ranks:
             victims = slots.next_victims(
-                self._scores(self._held()),
+                self.scores(self._held()),
                 self.positions,
                 protected_prefix=self.protected_prefix,
                 count=self.rules.interval,
@@ -208,60 +219,105 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.phase.add_(1)
         return slot
 
-    def _observe(self, query: Tensor) -> tuple[Tensor, Tensor]:
+    def observe(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Attends with one query ``[B, H * G, 1, D]`` and remembers what the policy asked for."""
         output, weights = attention.attend(
-            query, self.keys, self.values, self.positions >= 0, scaling=self.scaling
+            query, self.keys, self.values, self.positions >= 0, self.form
         )
-        query, weights = query.detach(), weights.detach()
+        query = query.detach()
         if self.policy.observes == "attention":
-            self.attention.copy_(self.policy.accumulate(self.attention, weights))
+            seen = self.accumulate(self.attention, weights.detach().nan_to_num(0.0))
+            self.attention.copy_(seen)
         if self.policy.observes == "queries":
-            place = (self.tokens_seen % self.query_positions.shape[1]).view(1)
-            self.queries.index_copy_(3, place, attention.group_queries(query, self.keys.shape[1]))
-            self.query_positions.index_copy_(1, place, self.next_position[:, None])
+            window = self.query_positions.shape[1]
+            place = (self.next_position % window)[:, None]
+            grouped = attention.group_queries(query, self.keys.shape[1])
+            index = place[:, None, None, :, None].expand_as(grouped)
+            self.queries.scatter_(3, index, grouped)
+            self.query_positions.scatter_(1, place, self.next_position[:, None])
         self.next_position.add_(1)
         self.tokens_seen.add_(1)
         return output, weights
 
-    def _extend(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> Tensor:
-        """A further prompt, token by token: slow, and exactly what decoding it would give."""
-        if not bool(real.all()):
-            self.clock.running = 0
-            raise NotImplementedError(
-                "a further prompt must have no padding, got a padded attention_mask. Run rows of "
-                "different length one by one."
-            )
-        outputs = []
-        for token in range(query.shape[2]):
-            here = slice(token, token + 1)
-            self._write(key[:, :, here], value[:, :, here], ranks=self.clock.ranks_at(token))
-            outputs.append(self._observe(query[:, :, here])[0])
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+    # A prompt.
 
-    def _allocate(self, keys: Tensor, values: Tensor, capacity: int, *, num_groups: int) -> None:
-        super()._allocate(keys, values, capacity, num_groups=num_groups)
+    @torch.compiler.disable(
+        reason="CompressedCache reads prompts eagerly. Use CompileConfig(fullgraph=False) with "
+        "prefill_chunk_size."
+    )
+    def _read(
+        self,
+        function: Callable[..., Any],
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        self.awaits_attention = False
+        real = real_tokens(attention_mask, key)
+        states = query.detach(), key.detach(), value.detach(), real
+        if self.is_filled:
+            checks.check_module(self.module_id, module)
+            read = read_as_steps if self.clock.drafts else read_block
+            result = read(self, *states), None
+        else:
+            read = fill
+            checks.check_attention(self.index, module, kwargs)
+            self._adopt(module, query, scaling, kwargs)
+            if self.policy.evicts:
+                checks.check_prompt(real.sum(dim=1), self.rules)
+            result = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+            fill(self, *states)
+        self.module_id = id(module)
+        self.last_call = Call(read, *states) if self.clock.records else None
+        self.calls += 1
+        return result
+
+    def _adopt(
+        self, module: Any, query: Tensor, scaling: float | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Notes what the model is like at this layer."""
+        factor = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+        self.form = Form(factor, kwargs.get("softcap"), kwargs.get("s_aux"))
+        self.shard = Shard.of(module, query)
+        window = kwargs.get("sliding_window")
+        if window is not None:
+            self._become_sliding(window)
+
+    def _become_sliding(self, window: int) -> None:
+        self.window = window
+        self.policy = StreamingLLM()
+        self.rules = Rules(window, interval=1, sinks=0, recent=0, protect_prompt=False)
+
+    def _allocate(self, sizes: Sizes) -> None:
+        super()._allocate(sizes)
         hook.tag(self.keys, self)
 
     # What the policy sees and says.
 
     def _held(self) -> Slots:
-        return self._view(self.keys, self.values, self.positions, self.attention)
+        return self.view(self.keys, self.values, self.positions, self.attention)
 
-    def _view(self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor) -> Slots:
+    def view(self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor) -> Slots:
+        """What the policy is shown of these tokens."""
         return Slots(
             keys=keys,
             values=values,
             positions=positions,
             next_position=self.next_position,
             layer=self.index,
-            scaling=self.scaling,
+            first_head=self.shard.rank * keys.shape[1],
+            form=self.form,
             queries=self.queries,
             query_positions=self.query_positions,
             attention=seen,
         )
 
-    def _scores(self, held: Slots) -> Tensor:
+    def scores(self, held: Slots) -> Tensor:
+        """Scores ``[B, H, S]`` with protection applied."""
         scores = self.policy.scores(held)
         if scores.shape != held.positions.shape or scores.dtype != torch.float32:
             raise ValueError(
@@ -275,3 +331,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             protected_prefix=self.protected_prefix,
             recent=self.rules.recent,
         )
+
+    def accumulate(self, seen: Tensor, weights: Tensor) -> Tensor:
+        """What the policy remembers once it saw these weights ``[B, H, G, Q, S]``."""
+        seen = self.policy.accumulate(seen, weights.float())
+        return self.shard.mean(seen) if self.policy.mixes_heads else seen

@@ -1,5 +1,8 @@
 """The tensors of one layer: allocated once, changed only in place."""
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,10 +10,25 @@ from compressed_cache.policies import Policy
 from compressed_cache.rules import Rules
 
 _SMALLEST_CAPACITY = 256
+_SHARED_BY_ROWS = ("tokens_seen", "phase")
+
+
+class Sizes(NamedTuple):
+    """What decides the shapes, dtypes and device of a layer's tensors."""
+
+    batch: int
+    heads: int
+    groups: int
+    capacity: int
+    dim: int
+    value_dim: int
+    dtype: torch.dtype
+    value_dtype: torch.dtype
+    device: torch.device
 
 
 class SlotMemory:
-    """What one layer keeps between two steps; addresses hold as long as the shapes do.
+    """What one layer keeps between two steps; addresses hold as long as the sizes do.
 
     Attributes:
         keys, values: ``[B, H, S, D]`` in the dtype of the model.
@@ -23,7 +41,7 @@ class SlotMemory:
         attention: ``[B, H, S]`` float32, what the policy made of the attention seen; without slots
             unless it asks for it.
         queries, query_positions: ``[B, H, G, W, D]`` and ``[B, W]`` int64, a ring of the last
-            queries, ``W = 0`` unless the policy asks for it.
+            queries, that of position ``p`` at ``p % W``; ``W = 0`` unless the policy asks for it.
     """
 
     keys: Tensor
@@ -41,59 +59,82 @@ class SlotMemory:
     def __init__(self, policy: Policy, rules: Rules) -> None:
         self.policy = policy
         self.rules = rules
+        self.sizes: Sizes | None = None
 
     def provide(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Allocates slots for a prompt ``[B, H * G | H, L, D]``, or keeps those that fit."""
         batch, heads, length, dim = key.shape
         capacity = self.rules.budget if self.policy.evicts else _capacity(length + 1)
-        keys = vars(self).get("keys")
-        wanted = (batch, heads, capacity, dim), key.dtype, key.device
-        if keys is None or (keys.shape, keys.dtype, keys.device) != wanted:
-            self._allocate(key, value, capacity, num_groups=query.shape[1] // heads)
+        groups = query.shape[1] // heads
+        sizes = Sizes(
+            *(batch, heads, groups, capacity, dim, value.shape[-1]),
+            *(key.dtype, value.dtype, key.device),
+        )
+        if sizes != self.sizes:
+            self._allocate(sizes)
 
     def grow(self, tokens: int) -> None:
         """Doubles the slots until so many tokens fit (policies that do not evict)."""
-        capacity = _capacity(tokens)
-        kept = {name: getattr(self, name) for name in ("keys", "values", "positions")}
-        if capacity <= kept["keys"].shape[2]:
+        sizes, capacity = self.sizes, _capacity(tokens)
+        if sizes is None or capacity <= sizes.capacity:
             return
-        rest = {
-            name: getattr(self, name)
-            for name in ("next_position", "protected_prefix", "tokens_seen")
-        }
-        self._allocate(kept["keys"], kept["values"], capacity, num_groups=0)
-        for name, tensor in kept.items():
-            getattr(self, name)[:, :, : tensor.shape[2]].copy_(tensor)
-        for name, tensor in rest.items():
-            getattr(self, name).copy_(tensor)
+        held = self.named_tensors()
+        self._allocate(sizes._replace(capacity=capacity))
+        for name, tensor in self.named_tensors().items():
+            if name in ("keys", "values", "positions"):
+                tensor = tensor[:, :, : sizes.capacity]
+            tensor.copy_(held[name])
 
     def clear(self) -> None:
         """Forgets all tokens and keeps the memory."""
-        for tensor in self.tensors():
-            tensor.zero_()
-        if "positions" in vars(self):
-            self.positions.fill_(-1)
-            self.query_positions.fill_(-1)
+        for name, tensor in self.named_tensors().items():
+            tensor.fill_(-1 if name in ("positions", "query_positions") else 0)
 
     def reorder(self, rows: Tensor) -> None:
-        """Row ``b`` becomes a copy of row ``rows[b]``."""
-        shared = (self.tokens_seen, self.phase)
-        for tensor in self.tensors():
-            if not any(tensor is other for other in shared):
+        """Row ``b`` becomes a copy of row ``rows[b]``, in place."""
+        for name, tensor in self.named_tensors().items():
+            if name not in _SHARED_BY_ROWS:
                 tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given rows, in new memory where their number is another."""
+        if self.sizes is None:
+            return
+        if len(rows) == self.sizes.batch:
+            self.reorder(rows)
+            return
+        held = self.named_tensors()
+        self._allocate(self.sizes._replace(batch=len(rows)))
+        for name, tensor in self.named_tensors().items():
+            shared = name in _SHARED_BY_ROWS
+            tensor.copy_(held[name] if shared else held[name][rows.to(tensor.device)])
+
+    def load(self, tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
+        """Takes over the contents of another memory, in place where the sizes are the same."""
+        if sizes != self.sizes:
+            self._allocate(sizes)
+        for name, tensor in self.named_tensors().items():
+            tensor.copy_(tensors[name])
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Everything this layer keeps in memory, by the name of its attribute."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def tensors(self) -> list[Tensor]:
         """Everything this layer keeps in memory."""
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return list(self.named_tensors().values())
 
-    def _allocate(self, keys: Tensor, values: Tensor, capacity: int, *, num_groups: int) -> None:
-        batch, heads, _, dim = keys.shape
+    # A tensor born in inference mode could not be reset outside of it.
+    @torch.inference_mode(False)
+    def _allocate(self, sizes: Sizes) -> None:
+        batch, heads, capacity = sizes.batch, sizes.heads, sizes.capacity
 
         def full(*shape: int, dtype: torch.dtype = torch.int64, fill: int = 0) -> Tensor:
-            return torch.full(shape, fill, dtype=dtype, device=keys.device)
+            return torch.full(shape, fill, dtype=dtype, device=sizes.device)
 
-        self.keys = full(batch, heads, capacity, dim, dtype=keys.dtype)
-        self.values = full(batch, heads, capacity, values.shape[-1], dtype=values.dtype)
+        self.sizes = sizes
+        self.keys = full(batch, heads, capacity, sizes.dim, dtype=sizes.dtype)
+        self.values = full(batch, heads, capacity, sizes.value_dim, dtype=sizes.value_dtype)
         self.positions = full(batch, heads, capacity, fill=-1)
         self.next_position = full(batch)
         self.protected_prefix = full(batch)
@@ -103,12 +144,11 @@ class SlotMemory:
         remembered = capacity if self.policy.observes == "attention" else 0
         self.attention = full(batch, heads, remembered, dtype=torch.float32)
         window = self.policy.num_queries
-        self.queries = full(batch, heads, num_groups, window, dim, dtype=keys.dtype)
+        self.queries = full(batch, heads, sizes.groups, window, sizes.dim, dtype=sizes.dtype)
         self.query_positions = full(batch, window, fill=-1)
-        if not torch.compiler.is_compiling():
-            # Without it every in-place write would make the compiler give up CUDA graphs.
-            for tensor in self.tensors():
-                torch._dynamo.mark_static_address(tensor)
+        # Without it every in-place write would make the compiler give up CUDA graphs.
+        for tensor in self.tensors():
+            torch._dynamo.mark_static_address(tensor)
 
 
 def _capacity(tokens: int) -> int:

@@ -13,7 +13,8 @@ def real_tokens(attention_mask: Any, keys: Tensor) -> Tensor:
     Args:
         attention_mask: what transformers passes to an attention function: None, a bool or additive
             mask ``[B, 1, L, S]`` (sdpa, eager), a 2-D mask ``[B, S]`` (flash attention) or a
-            ``BlockMask`` (flex attention). Only the last ``L`` columns are read.
+            ``BlockMask`` (flex attention). A token is real if its own query sees it, under a
+            sliding window too. Only the last ``L`` columns are read.
         keys: ``[B, H, L, D]`` the new keys.
 
     Returns:
@@ -27,14 +28,13 @@ def real_tokens(attention_mask: Any, keys: Tensor) -> Tensor:
         return torch.ones(batch, length, dtype=torch.bool, device=keys.device)
     if isinstance(attention_mask, BlockMask):
         row = torch.arange(batch, device=keys.device)[:, None]
-        column = torch.arange(length, device=keys.device)[None]
-        last, head = torch.full_like(column, length - 1), torch.zeros_like(column)
-        real = attention_mask.mask_mod(row, head, last, column)
+        own = torch.arange(length, device=keys.device)[None]
+        real = attention_mask.mask_mod(row, torch.zeros_like(own), own, own)
     elif attention_mask.dim() == 2:
         real = attention_mask[:, -length:].bool()
     else:
-        last_query = attention_mask[:, 0, -1, -length:]
-        real = last_query if last_query.dtype == torch.bool else last_query == 0
+        own = attention_mask[:, 0, -length:, -length:].diagonal(dim1=1, dim2=2)
+        real = own if own.dtype == torch.bool else own == 0
     real = real.expand(batch, length)
     if bool((real[:, :-1] & ~real[:, 1:]).any()):
         raise ValueError(

@@ -6,6 +6,8 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
+from compressed_cache.attention import Form
+
 _CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "int": (int, "an int"),
     "float": ((int, float), "a float"),
@@ -31,8 +33,11 @@ class Slots(NamedTuple):
     """``[B]`` int64, position of the incoming token (the prompt's length at prefill)."""
     layer: int
     """Index of the layer."""
-    scaling: float
-    """Factor of the attention logits, usually ``D ** -0.5``."""
+    first_head: int
+    """Index in the layer of the first key/value head: not 0 where tensor parallelism shares the
+    heads of a layer between processes."""
+    form: Form
+    """How the model turns products of queries and keys into attention weights."""
     queries: Tensor
     """``[B, H, G, W, D]`` last queries seen, in any order; ``W = 0`` unless the policy has
     ``observes = "queries"``."""
@@ -70,6 +75,9 @@ class Policy:
     what :meth:`accumulate` makes of the attention weights of every query."""
     evicts: ClassVar[bool] = True
     """``False``: the cache grows instead, ``budget`` is ignored and scores are never asked for."""
+    mixes_heads: ClassVar[bool] = False
+    """With ``observes = "attention"``: :meth:`accumulate` averages over all heads of the layer, so
+    what tensor parallelism gave to other processes is averaged in."""
     prompt_queries: ClassVar[int | None] = None
     """With ``observes = "attention"``: how many of the last prompt queries are shown; None: all."""
 

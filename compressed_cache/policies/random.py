@@ -39,7 +39,7 @@ class Random(Policy):
 
     def scores(self, slots: Slots) -> Tensor:
         num_heads = slots.keys.shape[1]
-        heads = torch.arange(num_heads, device=slots.keys.device)[None, :, None]
+        heads = slots.first_head + torch.arange(num_heads, device=slots.keys.device)[None, :, None]
         drawn = _mix(heads + _mix(_mix(self.seed) + slots.layer))
         if self.redraw:
             drawn = _mix(drawn + slots.next_position[:, None, None])

@@ -47,7 +47,7 @@ class SnapKV(Policy):
     def scores(self, slots: Slots) -> Tensor:
         logits = window_logits(slots)
         visible = causal(slots)[:, :, None]
-        votes = masked_softmax(logits, visible).sum(dim=3)
+        votes = masked_softmax(logits, visible, slots.form.sink_logits(logits)).sum(dim=3)
         # The mean over the group commutes with the mean over neighbours.
         return pool_by_position(
             votes.mean(dim=2), slots.positions, kernel_size=self.kernel_size, reduce="mean"
@@ -64,7 +64,7 @@ def check_window(window: int, kernel_size: int) -> None:
 
 def window_logits(slots: Slots) -> Tensor:
     """Logits of the last ``W`` queries: ``[B, H, G, W, S]`` float32, nothing masked."""
-    return (slots.queries.float() @ slots.keys.float().mT.unsqueeze(2)) * slots.scaling
+    return slots.form.logits(slots.queries, slots.keys.unsqueeze(2)).float()
 
 
 def causal(slots: Slots) -> Tensor:

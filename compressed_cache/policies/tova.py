@@ -19,6 +19,7 @@ class TOVA(Policy):
 
     name: ClassVar[str] = "tova"
     observes: ClassVar = "attention"
+    mixes_heads: ClassVar = True
     prompt_queries: ClassVar = 1
 
     def accumulate(self, attention: Tensor, weights: Tensor) -> Tensor:

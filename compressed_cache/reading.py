@@ -1,0 +1,157 @@
+"""How a layer reads several tokens at once: a prompt, a further one, or drafted tokens."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compressed_cache import attention, checks, slots
+
+if TYPE_CHECKING:
+    from compressed_cache.layer import CompressedLayer
+
+
+def fill(layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> None:
+    """Takes the first prompt, whose attention the model computed itself, and keeps the best.
+
+    Args:
+        layer: an empty layer.
+        query: ``[B, H * G, L, D]``.
+        key: ``[B, H, L, D]``.
+        value: ``[B, H, L, D]``.
+        real: ``[B, L]`` bool, ``False`` at padding.
+    """
+    layer.provide(query, key, value)
+    rows = torch.where(real, real.cumsum(dim=1) - 1, -1)
+    layer.next_position.copy_(real.sum(dim=1))
+    layer.tokens_seen.fill_(key.shape[2])
+    layer.protected_prefix.fill_(layer.rules.sinks)
+    seen = layer.attention
+    if layer.policy.observes == "attention":
+        seen = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
+        for weights in attention.attention_rows(
+            query,
+            key,
+            query_positions=rows,
+            positions=rows[:, None],
+            form=layer.form,
+            last=layer.policy.prompt_queries,
+        ):
+            seen = layer.accumulate(seen, weights)
+    _end_of_prompt(layer, query, rows)
+    _keep_best(layer, key, value, rows[:, None].expand(key.shape[:3]), seen)
+    layer.is_filled = layer.is_initialized = True
+
+
+def read_block(
+    layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor
+) -> Tensor:
+    """A further prompt, or the next chunk of one, attends over the slots and over itself.
+
+    Then the tokens held and the new ones are ranked together and the best are kept. Until then no
+    more than the slots and the new tokens are in memory.
+
+    Args:
+        layer: a filled layer.
+        query: ``[B, H * G, L, D]``.
+        key: ``[B, H, L, D]``.
+        value: ``[B, H, L, D]``.
+        real: ``[B, L]`` bool, ``False`` at padding.
+
+    Returns:
+        The output ``[B, L, H * G, D]``.
+    """
+    count = real.sum(dim=1)
+    is_prompt = layer.clock.is_first_prompt
+    if is_prompt and layer.policy.evicts:
+        checks.check_prompt(layer.next_position + count, layer.rules)
+    rows = torch.where(real, layer.next_position[:, None] + real.cumsum(dim=1) - 1, -1)
+    new_positions = rows[:, None].expand(key.shape[:3])
+    keys, values = torch.cat([layer.keys, key], dim=2), torch.cat([layer.values, value], dim=2)
+    positions = torch.cat([layer.positions, new_positions], dim=2)
+    observes = layer.policy.observes == "attention"
+    seen = before = layer.attention
+    if observes:
+        seen = before = torch.nn.functional.pad(layer.attention, (0, key.shape[2]))
+    outputs = []
+    for weights in attention.attention_rows(
+        query, keys, query_positions=rows, positions=positions, form=layer.form, window=layer.window
+    ):
+        outputs.append(weights.to(values.dtype) @ values.unsqueeze(2))
+        if observes:
+            seen = layer.accumulate(seen, weights)
+    if observes:
+        # A row that only had padding saw nothing new.
+        seen = torch.where((count > 0)[:, None, None], seen, before)
+    layer.next_position.add_(count)
+    if is_prompt:
+        _end_of_prompt(layer, query, rows)
+    else:
+        _record_queries(layer, query, rows)
+    if layer.policy.evicts:
+        _keep_best(layer, keys, values, positions, seen)
+    else:
+        free = layer.tokens_seen + torch.arange(key.shape[2], device=key.device)
+        layer.keys.index_copy_(2, free, key)
+        layer.values.index_copy_(2, free, value)
+        layer.positions.index_copy_(2, free, new_positions)
+    layer.tokens_seen.add_(key.shape[2])
+    return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
+
+
+def read_as_steps(
+    layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor
+) -> Tensor:
+    """Drafted tokens, one by one: exactly what decoding them would give.
+
+    Arguments and result are those of :func:`read_block`. Drafts come for one row, without padding.
+    """
+    outputs = []
+    for token in range(query.shape[2]):
+        here = slice(token, token + 1)
+        layer.write(key[:, :, here], value[:, :, here], ranks=layer.clock.ranks_at(token))
+        outputs.append(layer.observe(query[:, :, here])[0])
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _end_of_prompt(layer: "CompressedLayer", query: Tensor, rows: Tensor) -> None:
+    if layer.rules.protect_prompt:
+        layer.protected_prefix.clamp_(min=layer.next_position)
+    _record_queries(layer, query, rows)
+
+
+def _record_queries(layer: "CompressedLayer", query: Tensor, rows: Tensor) -> None:
+    """Writes the last ``W`` queries to their places in the ring, each row by its own positions."""
+    window = layer.query_positions.shape[1]
+    if not window:
+        return
+    query, rows = query[:, :, -window:], rows[:, -window:]
+    before = torch.arange(-rows.shape[1], 0, device=rows.device)
+    # At padding this is the place of an older query, which is written back.
+    place = (layer.next_position[:, None] + before) % window
+    grouped = attention.group_queries(query, layer.keys.shape[1])
+    index = place[:, None, None, :, None].expand_as(grouped)
+    real = rows >= 0
+    held = layer.queries.gather(3, index)
+    layer.queries.scatter_(3, index, torch.where(real[:, None, None, :, None], grouped, held))
+    held = layer.query_positions.gather(1, place)
+    layer.query_positions.scatter_(1, place, torch.where(real, rows, held))
+
+
+def _keep_best(
+    layer: "CompressedLayer", keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor
+) -> None:
+    """Copies the best of these tokens ``[B, H, L, ...]`` into the slots."""
+    contents = [(layer.keys, keys), (layer.values, values), (layer.positions, positions)]
+    if layer.policy.observes == "attention":
+        contents.append((layer.attention, seen))
+    count = min(positions.shape[2], layer.positions.shape[2])
+    kept = None
+    if count < positions.shape[2]:
+        scores = layer.scores(layer.view(keys, values, positions, seen))
+        kept = slots.keep_best(scores, positions, count=count)
+    for memory, tokens in contents:
+        if kept is not None:
+            index = kept.reshape(*kept.shape, *[1] * (tokens.dim() - 3))
+            tokens = tokens.gather(2, index.expand(*kept.shape, *tokens.shape[3:]))
+        memory[:, :, :count].copy_(tokens)

@@ -1,0 +1,160 @@
+"""What a cache holds at one moment, to come back to or to keep on disk."""
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
+
+from compressed_cache.attention import Form
+from compressed_cache.layer import CompressedLayer, LayerState
+from compressed_cache.memory import Sizes
+from compressed_cache.policies import POLICIES, Policy
+from compressed_cache.rules import Rules
+
+if TYPE_CHECKING:
+    from compressed_cache.cache import CompressedCache
+
+_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of everything a cache holds. Later steps of the cache do not change it."""
+
+    policy: Policy
+    rules: Rules
+    clock: dict[str, int | bool]
+    layers: tuple[LayerState | LinearAttentionLayer | None, ...]
+    """One per layer of the model; None for a layer without a cache."""
+
+    @classmethod
+    def take(cls, cache: "CompressedCache") -> "Snapshot":
+        """Copies what ``cache`` holds."""
+        return cls(
+            cache.policy,
+            cache.rules,
+            cache.clock.state(),
+            tuple(_state(layer) for layer in cache.layers),
+        )
+
+    def put(self, cache: "CompressedCache") -> None:
+        """Makes ``cache`` hold this again, in place where it fits."""
+        for layer in cache.layers[len(self.layers) :]:
+            layer.empty() if isinstance(layer, CompressedLayer) else layer.reset()
+        for index, state in enumerate(self.layers):
+            if isinstance(state, LayerState):
+                cache.attention_layer(index).restore(state)
+            elif state is not None:
+                vars(cache.linear_layer(index)).update(copy.deepcopy(vars(state)))
+        cache.clock.restore(self.clock)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file.
+
+        Raises:
+            NotImplementedError: a model with linear-attention layers.
+        """
+        tensors: dict[str, Tensor] = {}
+        described: list[dict[str, Any] | None] = []
+        for index, state in enumerate(self.layers):
+            if isinstance(state, LinearAttentionLayer):
+                raise NotImplementedError(
+                    f"layer {index} is of linear attention, whose state cannot be saved to a file"
+                )
+            if state is None:
+                described.append(None)
+                continue
+            tensors |= {f"{index}.{name}": part for name, part in state.tensors.items()}
+            if state.form.sinks is not None:
+                tensors[f"{index}.sinks"] = state.form.sinks.detach()
+            described.append(
+                {
+                    "groups": state.sizes.groups,
+                    "scaling": state.form.scaling,
+                    "softcap": state.form.softcap,
+                    "window": state.window,
+                }
+            )
+        metadata = {
+            "format": _FORMAT,
+            "policy": self.policy.name,
+            "options": json.dumps(asdict(self.policy)),
+            "rules": json.dumps(asdict(self.rules)),
+            "clock": json.dumps(self.clock),
+            "layers": json.dumps(described),
+        }
+        save_file({name: part.contiguous() for name, part in tensors.items()}, path, metadata)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, policy: Policy | None = None, device: torch.device | str = "cpu"
+    ) -> "Snapshot":
+        """Reads what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            policy: the policy object, for a policy that is not in ``POLICIES``.
+            device: where the tensors go.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file of something else, or of another version of the format.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no file {str(path)!r}")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                found = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is not a safetensors file: {error}") from None
+        if found.get("format") != _FORMAT:
+            raise ValueError(
+                f"{str(path)!r} must be written by CompressedCache.save in format {_FORMAT}, got "
+                f"format {found.get('format')}"
+            )
+        if policy is None:
+            if found["policy"] not in POLICIES:
+                raise ValueError(
+                    f"{str(path)!r} was saved with a policy of your own. Pass it as policy="
+                )
+            policy = POLICIES[found["policy"]](**json.loads(found["options"]))
+        layers = tuple(
+            described and _described_state(described, _part(tensors, index))
+            for index, described in enumerate(json.loads(found["layers"]))
+        )
+        rules = Rules(**json.loads(found["rules"]))
+        return cls(policy, rules, json.loads(found["clock"]), layers)
+
+
+def _state(layer: Any) -> LayerState | LinearAttentionLayer | None:
+    if isinstance(layer, CompressedLayer):
+        return layer.state() if layer.is_filled else None
+    return copy.deepcopy(layer)
+
+
+def _part(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    prefix = f"{index}."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _described_state(described: dict[str, Any], tensors: dict[str, Tensor]) -> LayerState:
+    form = Form(described["scaling"], described["softcap"], tensors.pop("sinks", None))
+    keys, values = tensors["keys"], tensors["values"]
+    batch, heads, capacity, dim = keys.shape
+    sizes = Sizes(
+        *(batch, heads, described["groups"], capacity, dim, values.shape[-1]),
+        *(keys.dtype, values.dtype, keys.device),
+    )
+    return LayerState(sizes, tensors, form, described["window"])
