@@ -96,8 +96,6 @@ class CompressedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Takes new keys and values ``[B, H, L, D]`` of one layer; called by the model."""
         layer = self.attention_layer(layer_idx)
-        if self._first is None:
-            self._first = layer_idx
         if not torch.compiler.is_compiling():
             self._check(layer, key_states, value_states)
         if layer_idx == self._first:
@@ -209,9 +207,17 @@ class CompressedCache(Cache):
         return cache
 
     def activate_past_recording(self) -> None:
-        """From the next call on, :meth:`crop` can take tokens back. Assisted decoding calls this."""
+        """From the next call on :meth:`crop` can take tokens back; assisted decoding calls it."""
         self._drafts.start()
         super().activate_past_recording()
+
+    def expect_prompt(self, tokens: int) -> None:
+        """Says how long the text is that the next call begins with, what it held included.
+
+        Assisted decoding reads the prompt and the first drafted tokens in one call, and only what
+        the user wrote is a prompt.
+        """
+        self._drafts.prompt_length = tokens
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last ``-tokens_to_remove`` tokens of the last call, evictions included.
@@ -282,33 +288,28 @@ class CompressedCache(Cache):
 
     def attention_layer(self, index: int) -> CompressedLayer:
         """The layer of this index, made where there is none yet."""
-        while len(self.layers) <= index:
-            self.layers.append(
-                CompressedLayer(self.policy, self.rules, self.clock, len(self.layers))
-            )
+        if self._first is None:
+            self._first = index
+        self._make_layers(index + 1)
         return self.layers[index]
 
     def linear_layer(self, index: int) -> LinearAttentionLayer:
         """The linear-attention layer of this index, made where there is none yet."""
         if len(self.layers) <= index:
-            if index:
-                self.attention_layer(index - 1)
+            self._make_layers(index)
             self.layers.append(LinearAttentionLayer())
-            if self._drafts.active:
-                self.layers[-1].activate_past_recording()
         return self.layers[index]
 
-    def count(self, tokens: int, *, as_steps: bool) -> None:
-        """Counts the tokens of a call that begins, read one by one or as a prompt."""
-        if not self._is_filled:
-            self.clock.prompt = tokens
-            return
-        if self.clock.running or tokens > 1:
-            self._tick(tokens)
-        if as_steps:
-            self.clock.running = tokens
-        else:
-            self.clock.read_prompt(tokens)
+    def count(self, prompt_tokens: int, steps: int) -> None:
+        """Counts a call that begins: tokens read as a prompt, then tokens read one by one."""
+        if self._is_filled and (self.clock.running or prompt_tokens + steps > 1):
+            self._tick(prompt_tokens + steps)
+        self.clock.begin(prompt_tokens, steps)
+
+    def _make_layers(self, count: int) -> None:
+        # A layer that never asks for a cache stays empty.
+        for index in range(len(self.layers), count):
+            self.layers.append(CompressedLayer(self.policy, self.rules, self.clock, index))
 
     @property
     def _is_filled(self) -> bool:
@@ -336,9 +337,12 @@ class CompressedCache(Cache):
             checks.check_states(layer.sizes, keys, values)
 
     def _begin(self, tokens: int) -> None:
+        prompt_tokens = tokens
         if not torch.compiler.is_compiling() and (self._drafts.active or self.clock.records):
-            self._drafts.begin_call(self, tokens)
-        self.count(tokens, as_steps=tokens == 1 or self.clock.drafts)
+            prompt_tokens = self._drafts.begin_call(self, tokens)
+        if tokens == 1 and self._is_filled:
+            prompt_tokens = 0
+        self.count(prompt_tokens, tokens - prompt_tokens)
 
     def _tick(self, tokens: int) -> None:
         self.clock.tick()

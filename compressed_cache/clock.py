@@ -27,8 +27,8 @@ class Clock:
         """Whether no token has been decoded yet, so that a further prompt is one more chunk."""
         self.records = False
         """Whether layers remember what they read, because it may be taken back."""
-        self.drafts = False
-        """Whether several tokens at once are drafts, to be read like steps."""
+        self.prompt_tokens = 0
+        """How many tokens of the call that began last are read as a prompt; the others as steps."""
 
     @property
     def tokens_seen(self) -> int:
@@ -42,12 +42,18 @@ class Clock:
             self.running = 0
             self.ranks = self.steps % self.interval == 0
 
-    def read_prompt(self, tokens: int) -> None:
-        """Counts a prompt; the slots are ranked anew in the step after it."""
-        self.is_first_prompt = self.is_first_prompt and self.steps == 0
-        self.prompt += self.steps + tokens
-        self.steps = 0
-        self.ranks = True
+    def begin(self, prompt_tokens: int, steps: int) -> None:
+        """Counts a call: tokens read as a prompt, then tokens read one by one.
+
+        After a prompt the slots are ranked anew in the next step.
+        """
+        self.prompt_tokens = prompt_tokens
+        if prompt_tokens:
+            self.is_first_prompt = self.is_first_prompt and self.steps == 0
+            self.prompt += self.steps + prompt_tokens
+            self.steps = 0
+            self.ranks = True
+        self.running = steps
 
     def ranks_at(self, token: int) -> bool:
         """Whether the slots are ranked before the given token of the running step."""

@@ -28,20 +28,30 @@ class Drafts:
     def stop(self) -> None:
         """Forgets what was remembered."""
         self.active = self.first = False
+        self.prompt_length: int | None = None
         self.before: Snapshot | None = None
         self.tokens = 0
 
-    def begin_call(self, cache: "CompressedCache", tokens: int) -> None:
-        """Called before a forward pass changes anything."""
+    def begin_call(self, cache: "CompressedCache", tokens: int) -> int:
+        """Called before a forward pass changes anything.
+
+        Returns:
+            How many of its tokens are a prompt; the others are drafts.
+        """
         if self.before is not None:
             # Nobody decided on the call before, so the drafting is over.
             self.stop()
-        if self.active:
-            self.before, self.tokens = Snapshot.take(cache), tokens
         cache.clock.records = self.active
-        # The first call after the start reads a prompt, together with the first draft.
-        cache.clock.drafts = self.active and not self.first
+        if not self.active:
+            return tokens
+        self.before, self.tokens = Snapshot.take(cache), tokens
+        if not self.first:
+            return 0
+        # The first call reads a prompt together with the first draft.
         self.first = False
+        if self.prompt_length is None:
+            return tokens
+        return self.prompt_length - cache.clock.tokens_seen
 
     def take_back(self, cache: "CompressedCache", tokens: int) -> None:
         """Makes the cache as if the last call had not had its last ``tokens`` tokens.
@@ -59,10 +69,11 @@ class Drafts:
         self.before, self.tokens = None, 0
         if before is None or tokens == 0:
             return
+        prompt_tokens = min(cache.clock.prompt_tokens, kept)
         layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
         calls = [(layer, layer.last_call) for layer in layers]
         before.put(cache)
         if kept:
-            cache.count(kept, as_steps=cache.clock.drafts or had == 1)
+            cache.count(prompt_tokens, kept - prompt_tokens)
             for layer, call in calls:
                 layer.repeat(call, kept)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.modeling_utils import AttentionInterface
 
 _TAG = "_compressed_layer"
@@ -62,3 +63,19 @@ def install() -> None:
 
     setattr(get_interface, _TAG, True)
     AttentionInterface.get_interface = get_interface
+    _announce_prompts()
+
+
+def _announce_prompts() -> None:
+    """Lets assisted decoding tell a compressed cache how long the prompt is."""
+    generation: Any = GenerationMixin
+    original = generation._assisted_decoding
+
+    @functools.wraps(original)
+    def assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for name in ("cache", "past_key_values"):
+            if hasattr(kwargs.get(name), "expect_prompt"):
+                kwargs[name].expect_prompt(input_ids.shape[1])
+        return original(self, input_ids, *args, **kwargs)
+
+    generation._assisted_decoding = assisted_decoding

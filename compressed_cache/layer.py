@@ -11,10 +11,10 @@ from compressed_cache import attention, checks, hook, slots
 from compressed_cache.attention import Form
 from compressed_cache.clock import Clock
 from compressed_cache.memory import Sizes, SlotMemory
-from compressed_cache.padding import real_tokens
+from compressed_cache.padding import first_tokens, real_tokens
 from compressed_cache.policies import Policy, Slots
 from compressed_cache.policies.streaming_llm import StreamingLLM
-from compressed_cache.reading import fill, read_as_steps, read_block
+from compressed_cache.reading import States, read
 from compressed_cache.rules import Rules
 from compressed_cache.shards import Shard
 
@@ -31,11 +31,8 @@ class LayerState(NamedTuple):
 class Call(NamedTuple):
     """Tokens that were read at once, kept until it is known which of them stay."""
 
-    read: Callable[..., Any]
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    real: Tensor
+    states: States
+    prompt_tokens: int
 
 
 class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -186,8 +183,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def repeat(self, call: Call | None, tokens: int) -> None:
         """Reads the first tokens of a call that was taken back."""
         if call is not None:
-            states = (tensor[:, :, :tokens] for tensor in (call.query, call.key, call.value))
-            call.read(self, *states, call.real[:, :tokens])
+            read(self, call.states.split(tokens)[0], min(call.prompt_tokens, tokens))
 
     # One token.
 
@@ -258,21 +254,26 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     ) -> tuple[Tensor, Tensor | None]:
         self.awaits_attention = False
         real = real_tokens(attention_mask, key)
-        states = query.detach(), key.detach(), value.detach(), real
+        states = States(query.detach(), key.detach(), value.detach(), real)
+        count = self.clock.prompt_tokens
         if self.is_filled:
             checks.check_module(self.module_id, module)
-            read = read_as_steps if self.clock.drafts else read_block
-            result = read(self, *states), None
+            output = read(self, states, count)
+            assert output is not None
+            result = output, None
         else:
-            read = fill
             checks.check_attention(self.index, module, kwargs)
             self._adopt(module, query, scaling, kwargs)
             if self.policy.evicts:
-                checks.check_prompt(real.sum(dim=1), self.rules)
-            result = function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-            fill(self, *states)
+                checks.check_prompt(real[:, :count].sum(dim=1), self.rules)
+            prompt = (tensor[:, :, :count] for tensor in (query, key, value))
+            mask = first_tokens(attention_mask, count, of=key.shape[2])
+            result = function(module, *prompt, mask, scaling=scaling, **kwargs)
+            drafted = read(self, states, count)
+            if drafted is not None:
+                result = torch.cat([result[0], drafted], dim=1), None
         self.module_id = id(module)
-        self.last_call = Call(read, *states) if self.clock.records else None
+        self.last_call = Call(states, count) if self.clock.records else None
         self.calls += 1
         return result
 

@@ -42,3 +42,22 @@ def real_tokens(attention_mask: Any, keys: Tensor) -> Tensor:
             "tokenizer.padding_side = 'left'."
         )
     return real
+
+
+def first_tokens(attention_mask: Any, count: int, *, of: int) -> Any:
+    """The mask of the first ``count`` of ``of`` new tokens, in the kind that was given.
+
+    Raises:
+        NotImplementedError: a part of a ``BlockMask``.
+    """
+    if attention_mask is None or count == of:
+        return attention_mask
+    if isinstance(attention_mask, BlockMask):
+        raise NotImplementedError(
+            "assisted decoding with attn_implementation='flex_attention' is not supported. Use "
+            "'sdpa' or 'eager'."
+        )
+    if attention_mask.dim() == 2:
+        return attention_mask[:, : attention_mask.shape[1] - of + count]
+    held = attention_mask.shape[-1] - of
+    return attention_mask[:, :, :count, : held + count]

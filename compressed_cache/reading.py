@@ -1,6 +1,6 @@
 """How a layer reads several tokens at once: a prompt, a further one, or drafted tokens."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,16 +11,50 @@ if TYPE_CHECKING:
     from compressed_cache.layer import CompressedLayer
 
 
-def fill(layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> None:
-    """Takes the first prompt, whose attention the model computed itself, and keeps the best.
+class States(NamedTuple):
+    """What attention has of the tokens of one call."""
 
-    Args:
-        layer: an empty layer.
-        query: ``[B, H * G, L, D]``.
-        key: ``[B, H, L, D]``.
-        value: ``[B, H, L, D]``.
-        real: ``[B, L]`` bool, ``False`` at padding.
+    query: Tensor
+    """``[B, H * G, L, D]``."""
+    key: Tensor
+    """``[B, H, L, D]``."""
+    value: Tensor
+    """``[B, H, L, D]``."""
+    real: Tensor
+    """``[B, L]`` bool, ``False`` at padding."""
+
+    def split(self, count: int) -> tuple["States", "States"]:
+        """The first ``count`` tokens, and the others."""
+        first, rest = slice(None, count), slice(count, None)
+        return self._slice(first), self._slice(rest)
+
+    def _slice(self, part: slice) -> "States":
+        query, key, value = (tensor[:, :, part] for tensor in (self.query, self.key, self.value))
+        return States(query, key, value, self.real[:, part])
+
+
+def read(layer: "CompressedLayer", states: States, prompt_tokens: int) -> Tensor | None:
+    """Reads so many tokens as a prompt and the others one by one.
+
+    Returns:
+        The output ``[B, L, H * G, D]``, but of an empty layer only that of the tokens after the
+        prompt, None if there are none: the prompt's is the model's own affair.
     """
+    prompt, steps = states.split(prompt_tokens)
+    outputs = []
+    if not layer.is_filled:
+        _fill(layer, *prompt)
+    elif prompt_tokens:
+        outputs.append(_read_block(layer, *prompt))
+    if steps.real.shape[1]:
+        outputs.append(_read_steps(layer, *steps))
+    return torch.cat(outputs, dim=1) if outputs else None
+
+
+def _fill(
+    layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor
+) -> None:
+    """Takes the first prompt and keeps its best tokens."""
     layer.provide(query, key, value)
     rows = torch.where(real, real.cumsum(dim=1) - 1, -1)
     layer.next_position.copy_(real.sum(dim=1))
@@ -43,23 +77,13 @@ def fill(layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, re
     layer.is_filled = layer.is_initialized = True
 
 
-def read_block(
+def _read_block(
     layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor
 ) -> Tensor:
     """A further prompt, or the next chunk of one, attends over the slots and over itself.
 
     Then the tokens held and the new ones are ranked together and the best are kept. Until then no
     more than the slots and the new tokens are in memory.
-
-    Args:
-        layer: a filled layer.
-        query: ``[B, H * G, L, D]``.
-        key: ``[B, H, L, D]``.
-        value: ``[B, H, L, D]``.
-        real: ``[B, L]`` bool, ``False`` at padding.
-
-    Returns:
-        The output ``[B, L, H * G, D]``.
     """
     count = real.sum(dim=1)
     is_prompt = layer.clock.is_first_prompt
@@ -99,13 +123,10 @@ def read_block(
     return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
 
 
-def read_as_steps(
+def _read_steps(
     layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor
 ) -> Tensor:
-    """Drafted tokens, one by one: exactly what decoding them would give.
-
-    Arguments and result are those of :func:`read_block`. Drafts come for one row, without padding.
-    """
+    """Drafted tokens of one row, one by one: exactly what decoding them would give."""
     outputs = []
     for token in range(query.shape[2]):
         here = slice(token, token + 1)

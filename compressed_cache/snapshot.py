@@ -46,8 +46,9 @@ class Snapshot:
 
     def put(self, cache: "CompressedCache") -> None:
         """Makes ``cache`` hold this again, in place where it fits."""
-        for layer in cache.layers[len(self.layers) :]:
-            layer.empty() if isinstance(layer, CompressedLayer) else layer.reset()
+        for index, layer in enumerate(cache.layers):
+            if index >= len(self.layers) or self.layers[index] is None:
+                layer.empty() if isinstance(layer, CompressedLayer) else layer.reset()
         for index, state in enumerate(self.layers):
             if isinstance(state, LayerState):
                 cache.attention_layer(index).restore(state)

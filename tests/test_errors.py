@@ -2,10 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig, T5Config
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    DeepseekV3Config,
+    Gemma3nTextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+)
 from transformers.modeling_utils import AttentionInterface
 
 from compressed_cache import CompressedCache, Policy, Slots
@@ -22,6 +34,12 @@ class Mine(Policy):
 
     def scores(self, slots: Slots) -> torch.Tensor:
         return slots.values.norm(p=self.power, dim=-1)[..., :1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole(Policy):
+    def scores(self, slots: Slots) -> torch.Tensor:
+        return slots.values.float().sum(-1)
 
 
 CONSTRUCTOR = [
@@ -101,13 +119,24 @@ CONSTRUCTOR = [
     (
         dict(config=T5Config()),
         NotImplementedError,
-        "CompressedCache does not support encoder-decoder models.",
+        "CompressedCache cannot serve this model: an encoder-decoder model attends to its encoder, "
+        "where nothing is decoded.",
     ),
     (
-        dict(config=LlamaConfig(num_hidden_layers=1, layer_types=["sliding_attention"])),
+        dict(config=DeepseekV3Config()),
         NotImplementedError,
-        "CompressedCache supports full-attention layers only, the model also has "
-        "['sliding_attention'].",
+        "CompressedCache cannot serve this model: multi-head latent attention caches one latent "
+        "vector for all heads, not keys.",
+    ),
+    (
+        dict(config=LlamaConfig(num_hidden_layers=1, layer_types=["chunked_attention"])),
+        NotImplementedError,
+        "CompressedCache cannot serve this model: it has layers of type 'chunked_attention'.",
+    ),
+    (
+        dict(config=Gemma3nTextConfig()),
+        NotImplementedError,
+        "CompressedCache cannot serve this model: its last layers read the keys of earlier ones.",
     ),
 ]
 
@@ -194,24 +223,31 @@ def test_attention_that_never_reaches_the_cache_is_an_error(
         )
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_sliding_windows_are_refused(implementation: str) -> None:
-    from transformers import MistralForCausalLM
-
-    config = MistralConfig(
+def test_families_that_cannot_work_are_refused_by_the_first_forward() -> None:
+    ids = torch.arange(1, 9)[None]
+    generate = dict(max_new_tokens=4, do_sample=False)
+    small = dict(vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=64)
+    bart = AutoModelForSeq2SeqLM.from_config(BartConfig(**small, **heads, forced_eos_token_id=None))
+    with pytest.raises(NotImplementedError, match="an encoder-decoder model attends to its encod"):
+        bart.generate(ids, past_key_values=CompressedCache("h2o", 8), **generate)
+    config = DeepseekV3Config(
+        vocab_size=60,
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=50,
-        sliding_window=8,
-        attn_implementation=implementation,
+        num_key_value_heads=2,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+        first_k_dense_replace=1,
     )
-    model = MistralForCausalLM(config)
-    message = r"layer 0 \(MistralAttention\) uses sliding-window attention, which CompressedCache"
-    with pytest.raises(NotImplementedError, match=message):
-        model(torch.arange(1, 9)[None], past_key_values=CompressedCache("h2o", 8))
+    latent = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(NotImplementedError, match="multi-head latent attention"):
+        latent.generate(ids, past_key_values=CompressedCache("h2o", 8), **generate)
 
 
 def test_an_attention_implementation_that_cannot_work_is_refused(
@@ -250,28 +286,106 @@ def test_a_policy_without_scores_says_so(model: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda cache: cache.crop(-1), "CompressedCache cannot crop"),
-        (lambda cache: cache.batch_repeat_interleave(2), "cannot change its batch size"),
-        (lambda cache: cache.batch_select_indices(torch.tensor([0])), "cannot change its batch"),
-        (lambda cache: cache.update_conv_state(None, 0), "models with linear-attention layers"),
-        (lambda cache: cache.update_recurrent_state(None, 0), "models with linear-attention"),
+        (
+            lambda cache: cache.crop(-1),
+            "crop can take back at most the 0 tokens of the last call, got 1. Call "
+            "cache.activate_past_recording() before the call that may be taken back.",
+        ),
+        (
+            lambda cache: cache.crop(3),
+            "tokens_to_remove must be <= 0, the number of tokens to take back as transformers "
+            "counts it, got 3",
+        ),
+        (
+            lambda cache: cache.batch_repeat_interleave(2),
+            "batch_repeat_interleave needs a cache that holds a prompt, got an empty one",
+        ),
+        (
+            lambda cache: cache.batch_select_indices(torch.tensor([0])),
+            "batch_select_indices needs a cache that holds a prompt, got an empty one",
+        ),
+        (
+            lambda cache: cache.restore(CompressedCache("h2o", 9).snapshot()),
+            "snapshot must be of a cache like this one (H2O(), Rules(budget=8, interval=1, "
+            "sinks=0, recent=4, protect_prompt=False)), got one with H2O(), Rules(budget=9, "
+            "interval=1, sinks=0, recent=4, protect_prompt=False)",
+        ),
     ],
 )
-def test_documented_gaps_say_so(call: Callable[[CompressedCache], object], message: str) -> None:
-    with pytest.raises(NotImplementedError, match=message):
+def test_calls_that_make_no_sense_say_so(
+    call: Callable[[CompressedCache], object], message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
         call(CompressedCache("h2o", 8))
+    assert str(caught.value) == message
 
 
-def test_a_padded_further_prompt_is_refused(model: LlamaForCausalLM) -> None:
-    cache, ids = CompressedCache("h2o", 16), distinct_tokens(2, 20)
-    model(ids, past_key_values=cache)
-    mask = torch.ones(2, 26, dtype=torch.long)
-    mask[0, 20:22] = 0
-    with pytest.raises(NotImplementedError, match="a further prompt must have no padding"):
-        model(distinct_tokens(2, 6), attention_mask=mask, past_key_values=cache)
-    assert cache.get_seq_length() == 20
-    model(distinct_tokens(2, 6), past_key_values=cache)
-    assert cache.get_seq_length() == 26
+def test_another_model_needs_a_reset(make_model: Callable[..., LlamaForCausalLM]) -> None:
+    ids, cache = distinct_tokens(1, 20), CompressedCache("h2o", 16)
+    first, twin = make_model(), make_model()
+    wide = make_model(head_dim=16)
+    first(ids, past_key_values=cache)
+    for model, message in (
+        (twin, "model must be the one that read the prompt, got another. Call cache.reset() "),
+        (
+            wide,
+            "keys must be those of the model that read the prompt (2 heads of 12, float32 on "
+            "cpu), got 2 heads of 16, float32 on cpu. Call cache.reset() ",
+        ),
+    ):
+        for tokens in (1, 5):
+            with pytest.raises(ValueError) as caught:
+                model(ids[:, :tokens], past_key_values=cache)
+            assert str(caught.value) == f"{message}or use a new CompressedCache."
+            cache.reset()
+            first(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_a_cache_is_not_used_after_a_call_that_failed_half_way(
+    make_model: Callable[..., LlamaForCausalLM], tokens: int
+) -> None:
+    model, ids = make_model(num_hidden_layers=3), distinct_tokens(1, 20)
+    cache = CompressedCache("h2o", 16)
+    for begins in (False, True):
+        if not begins:
+            model(ids, past_key_values=cache)
+        handle = model.model.layers[2].register_forward_pre_hook(_fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(ids if begins else ids[:, :tokens], past_key_values=cache)
+        handle.remove()
+        with pytest.raises(ValueError) as caught:
+            model(ids[:, :tokens], past_key_values=cache)
+        assert str(caught.value) == (
+            "all layers must hold the same text, but a call failed before layer 2 had read it. "
+            "Call cache.reset() or use a new CompressedCache."
+        )
+        cache.reset()
+    assert model(ids, past_key_values=cache).logits.isfinite().all()
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("out of memory")
+
+
+def test_files_that_are_not_a_saved_cache_are_refused(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match="no file"):
+        CompressedCache.load(tmp_path / "none")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        CompressedCache.load(tmp_path / "text")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "weights")
+    message = r"must be written by CompressedCache.save in format 1, got format None"
+    with pytest.raises(ValueError, match=message):
+        CompressedCache.load(tmp_path / "weights")
+    cache = CompressedCache(Whole(), 16)
+    model(distinct_tokens(1, 20), past_key_values=cache)
+    cache.save(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"saved with a policy of your own\. Pass it as policy="):
+        CompressedCache.load(tmp_path / "own")
+    assert CompressedCache.load(tmp_path / "own", policy=Whole()).get_seq_length() == 20
 
 
 def test_policy_objects_are_accepted(model: LlamaForCausalLM) -> None:
