@@ -1,7 +1,9 @@
 """One small random model of each family, attention far from uniform."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import transformers
 
 VOCABULARY = 160
 WINDOW = 10
+FULL, SLIDING, LINEAR = "full", "sliding", "linear"
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,15 @@ class Family:
     """Name of the config class; the model is what ``AutoModelForCausalLM`` makes of it."""
     settings: dict[str, Any] = field(default_factory=dict)
     attention: str = "sdpa"
-    layers: str = "full"
-    compiles: bool = True
+    kinds: tuple[str, ...] = (FULL, FULL)
+    """Of each layer, as the cache must find out by itself."""
+    note: str = ""
+    window: int = WINDOW
+    dtype: torch.dtype = torch.float64
+    """float64 keeps rounding out of comparisons, where transformers computes right in it."""
 
     def make(self) -> Any:
-        """Two layers, or four where kinds alternate; float32, evaluation mode."""
+        """Two layers, evaluation mode."""
         torch.manual_seed(0)
         base = dict(
             vocab_size=VOCABULARY,
@@ -43,7 +50,7 @@ class Family:
         config = getattr(transformers, self.config)(**{**base, **self.settings})
         config._attn_implementation = self.attention
         make: Callable[..., Any] = transformers.AutoModelForCausalLM.from_config
-        return make(config).eval()
+        return make(config).eval().to(self.dtype)
 
 
 _ALTERNATING = ["sliding_attention", "full_attention"]
@@ -51,7 +58,14 @@ _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 FAMILIES = (
     Family("Llama 3", "LlamaConfig"),
-    Family("Mistral", "MistralConfig", dict(sliding_window=WINDOW), layers="sliding"),
+    Family(
+        "Mistral",
+        "MistralConfig",
+        dict(sliding_window=WINDOW),
+        kinds=(SLIDING, SLIDING),
+        note="with `sliding_window` set nothing is left to compress; later releases have none",
+    ),
+    Family("Mistral without a window", "MistralConfig", dict(sliding_window=None)),
     Family("Qwen2", "Qwen2Config"),
     Family("Qwen3", "Qwen3Config"),
     Family("Phi-3", "Phi3Config", dict(sliding_window=None)),
@@ -65,17 +79,19 @@ FAMILIES = (
             query_pre_attn_scalar=8,
         ),
         attention="eager",
-        layers="sliding and full",
+        kinds=(SLIDING, FULL),
+        note="soft-capped logits",
+        dtype=torch.float32,
     ),
     Family(
         "Gemma 3",
         "Gemma3TextConfig",
         dict(sliding_window=WINDOW, layer_types=_ALTERNATING, query_pre_attn_scalar=8),
-        layers="sliding and full",
+        kinds=(SLIDING, FULL),
     ),
     Family("Granite", "GraniteConfig", dict(attention_multiplier=0.2)),
     Family("OLMo 2", "Olmo2Config"),
-    Family("SmolLM3", "SmolLM3Config", dict(no_rope_layers=[1, 0])),
+    Family("SmolLM3", "SmolLM3Config", dict(no_rope_layers=[1, 0]), note="layers without RoPE"),
     Family("GLM-4", "Glm4Config", dict(partial_rotary_factor=0.5)),
     Family("DeepSeek-R1-Distill-Qwen", "Qwen2Config", dict(tie_word_embeddings=False)),
     Family("DeepSeek-R1-Distill-Llama", "LlamaConfig", dict(tie_word_embeddings=False)),
@@ -89,10 +105,24 @@ FAMILIES = (
             num_experts_per_tok=2,
         ),
         attention="eager",
-        layers="sliding and full",
+        kinds=(SLIDING, FULL),
+        note="learned attention sinks, mixture of experts",
+        dtype=torch.float32,
     ),
-    Family("Qwen3-MoE", "Qwen3MoeConfig", _EXPERTS),
-    Family("Mixtral", "MixtralConfig", dict(num_local_experts=4, sliding_window=None)),
+    Family(
+        "Qwen3-MoE",
+        "Qwen3MoeConfig",
+        _EXPERTS,
+        note="mixture of experts",
+        dtype=torch.float32,
+    ),
+    Family(
+        "Mixtral",
+        "MixtralConfig",
+        dict(num_local_experts=4, sliding_window=None),
+        note="mixture of experts",
+        dtype=torch.float32,
+    ),
     Family(
         "Qwen3-Next",
         "Qwen3NextConfig",
@@ -105,6 +135,35 @@ FAMILIES = (
             linear_num_value_heads=4,
             shared_expert_intermediate_size=16,
         ),
-        layers="linear and full",
+        kinds=(LINEAR, FULL),
+        note="no assisted decoding and no file of its cache: a recurrent state has no history",
+        dtype=torch.float32,
     ),
 )
+
+
+# What tests/test_errors.py holds.
+REFUSED = {
+    "DeepSeek-V2, V3 and others with multi-head latent attention": "they cache one latent vector "
+    "for all heads, not keys",
+    "T5, BART and other encoder-decoders": "they attend to an encoder, where nothing is decoded",
+    "Gemma 3n": "its last layers read the keys of earlier ones",
+    "Llama 4": "chunked attention",
+}
+
+
+def table() -> str:
+    """The families as Markdown, for the README."""
+    lines = ["| family | layers | note |", "| --- | --- | --- |"]
+    for family in FAMILIES:
+        kinds = " and ".join(sorted(set(family.kinds), reverse=True))
+        lines.append(f"| {family.name} | {kinds} | {family.note or '-'} |")
+    lines += [f"| {name} | refused | {reason} |" for name, reason in REFUSED.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    page = Path(__file__).parents[1] / "README.md"
+    marks = r"(<!-- families:begin -->\n).*?(<!-- families:end -->)"
+    text = re.sub(marks, lambda m: m[1] + table() + m[2], page.read_text(), flags=re.DOTALL)
+    page.write_text(text)

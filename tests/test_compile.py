@@ -4,24 +4,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from transformers import CompileConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
+from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
-
-
-class CountingBackend:
-    """Runs graphs uncompiled and counts them. transformers deep-copies what it is given."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __deepcopy__(self, memo: object) -> "CountingBackend":
-        return self
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
-        self.graphs += 1
-        return graph.forward
 
 
 @pytest.fixture
@@ -29,12 +16,6 @@ def backend() -> Iterator[CountingBackend]:
     torch._dynamo.reset()
     yield CountingBackend()
     torch._dynamo.reset()
-
-
-def _compiled(backend: object) -> CompileConfig:
-    config = CompileConfig(backend=backend, mode=None, fullgraph=True)
-    config._compile_all_devices = True
-    return config
 
 
 def _generate(model: LlamaForCausalLM, ids: torch.Tensor, cache: object, **more: object):
@@ -57,7 +38,7 @@ def test_generate_compiles_once_and_never_again(
         eager = CompressedCache(policy, 16, interval=interval, recent=8)
         expected = _generate(model, ids, eager)
         for used in (cache, CompressedCache(policy, 16, interval=interval, recent=8)):
-            got = _generate(model, ids, used, compile_config=_compiled(backend))
+            got = _generate(model, ids, used, compile_config=compiled(backend))
             assert torch.equal(got, expected)
             assert backend.graphs == (graphs if policy != "full" else 1)
             assert used.get_seq_length() == eager.get_seq_length() == prompt + 29
@@ -82,7 +63,7 @@ def test_padding_needs_no_other_graph(
             batch,
             CompressedCache("h2o", 16),
             attention_mask=mask,
-            compile_config=_compiled(backend),
+            compile_config=compiled(backend),
         )
         expected = _generate(model, batch, CompressedCache("h2o", 16), attention_mask=mask)
         assert torch.equal(got, expected)
@@ -98,7 +79,7 @@ def test_another_batch_size_is_one_more_graph(
             model,
             distinct_tokens(rows, 20),
             CompressedCache("tova", 16),
-            compile_config=_compiled(backend),
+            compile_config=compiled(backend),
         )
     assert backend.graphs <= 2
 
@@ -108,7 +89,7 @@ def test_full_compiles_once_more_each_time_it_doubles(
 ) -> None:
     model, ids = make_model(), distinct_tokens(1, 240)
     cache = CompressedCache("full", 16)
-    got = _generate(model, ids, cache, compile_config=_compiled(backend))
+    got = _generate(model, ids, cache, compile_config=compiled(backend))
     assert torch.equal(got, _generate(model, ids, None))
     assert cache.layers[0].keys.shape[2] == 512
     assert backend.graphs == 2
@@ -151,9 +132,7 @@ def test_inductor_gives_the_tokens_of_eager(
     mask = (ids != 0).long()
     caches = [CompressedCache(policy, 16, interval=2) for _ in range(2)]
     expected = _generate(model, ids, caches[0], attention_mask=mask)
-    got = _generate(
-        model, ids, caches[1], attention_mask=mask, compile_config=_compiled("inductor")
-    )
+    got = _generate(model, ids, caches[1], attention_mask=mask, compile_config=compiled("inductor"))
     assert torch.equal(got, expected)
     for layer in range(2):
         for row in range(2):

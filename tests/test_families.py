@@ -1,0 +1,126 @@
+"""Every family of models: the tokens of its own cache, exact padded batches, one graph."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressed_cache import CompressedCache
+from tests.compiling import CountingBackend, compiled
+from tests.conftest import held
+from tests.families import FAMILIES, VOCABULARY, Family, table
+
+PADDING = (9, 2, 0)
+NEW = 30
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name, scope="module")
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family: Family) -> object:
+    return family.make()
+
+
+def _prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randperm(VOCABULARY - 1, generator=generator)[:24] + 1 for _ in PADDING]
+    ids = torch.stack(rows)
+    for row, padding in enumerate(PADDING):
+        ids[row, :padding] = 0
+    return ids, (ids != 0).long()
+
+
+def _generate(model: object, cache: object, *, sample: bool = False, **more: object):
+    ids, mask = _prompts()
+    torch.manual_seed(5)
+    arguments = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": sample, **more}
+    return model.generate(ids, past_key_values=cache, **arguments)
+
+
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+def test_a_budget_for_everything_gives_the_tokens_of_the_own_cache(
+    model: object, sample: bool
+) -> None:
+    expected = _generate(model, None, sample=sample)
+    for policy in ("h2o", "rkv"):
+        got = _generate(model, CompressedCache(policy, 24 + NEW), sample=sample)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("budget", [16, 40], ids=["prompt above", "prompt below"])
+@pytest.mark.parametrize("policy", ["h2o", "snapkv"])
+def test_rows_of_a_padded_batch_are_what_they_are_alone(
+    model: object, family: Family, policy: str, budget: int
+) -> None:
+    batch = CompressedCache(policy, budget, interval=3)
+    together = _generate(model, batch)
+    ids, _ = _prompts()
+    for row, padding in enumerate(PADDING):
+        alone = CompressedCache(policy, budget, interval=3)
+        one = model.generate(
+            ids[row : row + 1, padding:],
+            past_key_values=alone,
+            max_new_tokens=NEW,
+            do_sample=False,
+        )
+        assert torch.equal(one[0, -NEW:], together[row, -NEW:])
+        for layer, kind in enumerate(family.kinds):
+            if kind != "linear":
+                assert held(batch, layer, row) == held(alone, layer)
+
+
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("budget", [16, 40], ids=["prompt above", "prompt below"])
+def test_compiled_gives_the_tokens_of_eager_in_one_graph(
+    model: object, budget: int, sample: bool
+) -> None:
+    torch._dynamo.reset()
+    backend = CountingBackend()
+    expected = _generate(model, CompressedCache("h2o", budget), sample=sample)
+    for _ in range(2):
+        got = _generate(
+            model,
+            CompressedCache("h2o", budget),
+            sample=sample,
+            compile_config=compiled(backend),
+        )
+        assert torch.equal(got, expected)
+    assert backend.graphs == 1
+    torch._dynamo.reset()
+
+
+def test_only_full_attention_is_compressed_and_windows_are_kept_exactly(
+    model: object, family: Family
+) -> None:
+    cache = CompressedCache("h2o", 16)
+    _generate(model, cache)
+    seen = 24 + NEW - 1
+    assert [_kind(layer) for layer in cache.layers] == list(family.kinds)
+    for layer, kind in enumerate(family.kinds):
+        if kind == "linear":
+            continue
+        for row, padding in enumerate(PADDING):
+            for head in held(cache, layer, row):
+                if kind == "sliding":
+                    assert head == list(range(seen - padding - family.window, seen - padding))
+                else:
+                    assert len(head) == 16
+    smallest = 16 if "full" in family.kinds else family.window
+    assert cache.evicted_tokens == seen - smallest
+
+
+def test_the_table_of_the_readme_is_that_of_these_tests() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    found = re.search(r"<!-- families:begin -->\n(.*?)<!-- families:end -->", readme, re.DOTALL)
+    assert found, "python -m tests.families writes the table"
+    assert found[1] == table()
+
+
+def _kind(layer: object) -> str:
+    if not isinstance(getattr(layer, "keys", None), torch.Tensor):
+        return "linear"
+    return "sliding" if layer.is_sliding else "full"
