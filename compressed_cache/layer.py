@@ -11,7 +11,7 @@ from compressed_cache import attention, checks, hook, slots
 from compressed_cache.attention import Form
 from compressed_cache.clock import Clock
 from compressed_cache.memory import Sizes, SlotMemory
-from compressed_cache.padding import first_tokens, real_tokens
+from compressed_cache.padding import check_left, first_tokens, real_tokens
 from compressed_cache.policies import Policy, Slots
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.reading import States, read
@@ -262,6 +262,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             assert output is not None
             result = output, None
         else:
+            check_left(real)
             checks.check_attention(self.index, module, kwargs)
             self._adopt(module, query, scaling, kwargs)
             if self.policy.evicts:

@@ -19,9 +19,6 @@ def real_tokens(attention_mask: Any, keys: Tensor) -> Tensor:
 
     Returns:
         ``[B, L]`` bool.
-
-    Raises:
-        ValueError: padding that is not on the left.
     """
     batch, _, length, _ = keys.shape
     if attention_mask is None:
@@ -35,13 +32,16 @@ def real_tokens(attention_mask: Any, keys: Tensor) -> Tensor:
     else:
         own = attention_mask[:, 0, -length:, -length:].diagonal(dim1=1, dim2=2)
         real = own if own.dtype == torch.bool else own == 0
-    real = real.expand(batch, length)
+    return real.expand(batch, length)
+
+
+def check_left(real: Tensor) -> None:
+    """Raises ``ValueError`` if a row of ``[B, L]`` has padding after a real token."""
     if bool((real[:, :-1] & ~real[:, 1:]).any()):
         raise ValueError(
             "attention_mask must pad on the left, got padding after a real token. Set "
             "tokenizer.padding_side = 'left'."
         )
-    return real
 
 
 def first_tokens(attention_mask: Any, count: int, *, of: int) -> Any:

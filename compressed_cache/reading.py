@@ -146,11 +146,15 @@ def _record_queries(layer: "CompressedLayer", query: Tensor, rows: Tensor) -> No
     window = layer.query_positions.shape[1]
     if not window:
         return
-    query, rows = query[:, :, -window:], rows[:, -window:]
+    # A further prompt may have padding in its middle, after the last token of an answer.
+    newest = (rows >= 0).int().argsort(dim=1, stable=True)[:, -window:]
+    rows = rows.gather(1, newest)
     before = torch.arange(-rows.shape[1], 0, device=rows.device)
     # At padding this is the place of an older query, which is written back.
     place = (layer.next_position[:, None] + before) % window
     grouped = attention.group_queries(query, layer.keys.shape[1])
+    column = newest[:, None, None, :, None]
+    grouped = grouped.gather(3, column.expand(*grouped.shape[:3], -1, grouped.shape[4]))
     index = place[:, None, None, :, None].expand_as(grouped)
     real = rows >= 0
     held = layer.queries.gather(3, index)
