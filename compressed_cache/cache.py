@@ -236,7 +236,8 @@ class CompressedCache(Cache):
                 "CompressedCache cannot take tokens back from linear-attention layers. Generate "
                 "without assisted decoding or prompt lookup."
             )
-        self._drafts.take_back(self, -tokens_to_remove)
+        # Some releases count on the device.
+        self._drafts.take_back(self, -int(tokens_to_remove))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times, one copy beside the other, in new memory."""

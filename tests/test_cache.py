@@ -131,21 +131,6 @@ def test_heads_keep_sets_of_their_own_and_tova_one_for_all(model: LlamaForCausal
         assert (one == other) is shared
 
 
-@pytest.mark.parametrize("policy", EVICTING)
-def test_further_prompts_give_what_single_steps_give(make_model: object, policy: str) -> None:
-    model = make_model().double()
-    ids = distinct_tokens(2, 70)
-    whole, single = (CompressedCache(policy, 16, interval=3) for _ in range(2))
-    for cache, sizes in ((whole, [25, 1, 20, 4, 20]), (single, [25, *[1] * 45])):
-        for part in ids.split(sizes, dim=1):
-            logits = model(part, past_key_values=cache).logits[:, -1]
-        cache.last = logits
-    assert whole.get_seq_length() == single.get_seq_length() == 70
-    torch.testing.assert_close(whole.last, single.last)
-    for layer in range(2):
-        assert held(whole, layer) == held(single, layer)
-
-
 def test_full_grows_in_powers_of_two(model: LlamaForCausalLM) -> None:
     ids, expected = distinct_tokens(1, 250), []
     cache = CompressedCache("full", 16)
@@ -208,7 +193,10 @@ def test_memory_is_the_same_after_300_and_after_5000_tokens(
         if token + 1 in (300, 5000):
             sizes.append((cache.nbytes, tensors_alive()))
             resident.append(resident_mb())
-    assert sizes[0] == sizes[1]
+    (bytes_early, tensors_early), (bytes_late, tensors_late) = sizes
+    assert bytes_late == bytes_early
+    # What tests before this one left behind may go in the meantime.
+    assert tensors_late <= tensors_early
     assert resident[1] - resident[0] <= 4
     assert cache.get_seq_length() == 5008
 
