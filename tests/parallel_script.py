@@ -1,0 +1,37 @@
+"""Run by `torchrun` in two processes: generates under each policy and saves what came out.
+
+torchrun --nproc-per-node 2 tests/parallel_script.py FOLDER
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import distributed
+from transformers import AutoModelForCausalLM, CompileConfig
+
+from compressed_cache import POLICIES, CompressedCache
+
+warnings.simplefilter("ignore")
+folder = Path(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float64)
+ids = torch.load(folder / "ids.pt")
+mask = (ids != 0).long()
+results = {}
+compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
+compiled._compile_all_devices = True
+for policy, options in [*((name, {}) for name in POLICIES), ("tova", {"compile_config": compiled})]:
+    cache = CompressedCache(policy, 16, interval=3, recent=8)
+    text = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=24,
+        do_sample=False,
+        **options,
+    )
+    results[policy, bool(options)] = text, [layer.positions for layer in cache.layers]
+torch.save(results, folder / f"rank{distributed.get_rank()}.pt")
+distributed.barrier()
+distributed.destroy_process_group()
