@@ -52,7 +52,7 @@ def hub_rows(
         loaded = datasets.load_dataset(path, name, split=split, **arguments)
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise RuntimeError(f"{type(error).__name__}: {first_line}") from error
+        raise RuntimeError(f"{type(error).__name__}: {first_line}") from None
     rows = []
     for number, row in enumerate(loaded):
         try:

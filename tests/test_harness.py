@@ -59,22 +59,21 @@ def test_replies_and_records_are_those_of_generate(policy: str) -> None:
         assert (cache.evicted_tokens > 0) == (policy != "full")
 
 
-def test_a_batch_answers_as_its_rows_do_alone() -> None:
+def test_batches_of_any_size_answer_as_their_rows_do_alone() -> None:
     # Walks of both lengths, so that rows are padded and end at different times.
-    arguments = {"kv_press": "snapkv", "kv_budget": 150}
-    alone = evaluate([EASY, LONG], limit=3, model_args=arguments)
-    together = evaluate(
-        [EASY, LONG],
-        limit=3,
-        batch_size=6,
-        model_args=arguments,
-        gen_kwargs={"max_gen_toks": 700},
-    )
-    for task in (EASY, LONG):
-        assert replies(alone, task) == replies(together, task)
-        for metric in ("tokens", "evicted_tokens", "held_tokens", "accuracy"):
-            for one, other in zip(alone["samples"][task], together["samples"][task], strict=True):
-                assert one[metric] == other[metric]
+    options: dict[str, Any] = {
+        "limit": 3,
+        "model_args": {"kv_press": "snapkv", "kv_budget": 150, "dtype": "float32"},
+        "gen_kwargs": {"max_gen_toks": 700},
+    }
+    alone = evaluate([EASY, LONG], batch_size=1, **options)
+    for size in (4, "auto"):
+        together = evaluate([EASY, LONG], batch_size=size, max_batch_size=6, **options)
+        for task in (EASY, LONG):
+            assert replies(alone, task) == replies(together, task)
+            for metric in ("tokens", "evicted_tokens", "held_tokens", "accuracy"):
+                pairs = zip(alone["samples"][task], together["samples"][task], strict=True)
+                assert all(one[metric] == other[metric] for one, other in pairs)
 
 
 def test_without_kv_arguments_nothing_changes() -> None:
@@ -438,6 +437,8 @@ def test_missing_data_is_said_before_the_weights_are_loaded(
         "'yale-nlp/FOLIO' is a gated dataset on the Hub. The dataset is gated: accept its terms"
     )
     assert "--metadata data_dir=FOLDER or COMPRESSED_CACHE_DATA=FOLDER" in str(caught.value)
+    # One error, not the hub's own above it.
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
 
 
 @pytest.mark.parametrize("repeats", [0, "3", True])
@@ -458,6 +459,28 @@ def test_an_adapter_and_a_dtype_pass_through(tmp_path: Path) -> None:
     half = evaluate([EASY], limit=1, model_args={**H2O, "dtype": "bfloat16"})
     ratio = half["results"][EASY]["cache_bytes,none"] / plain["results"][EASY]["cache_bytes,none"]
     assert 0.5 < ratio < 0.6
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_quantised_weights_pass_through(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    configuration = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(
+        MODEL_PATH, dtype="bfloat16", quantization_config=configuration
+    )
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODEL_PATH).save_pretrained(tmp_path)
+    options: dict[str, Any] = {"limit": 1, "gen_kwargs": {"max_gen_toks": 60}}
+    arguments = {"pretrained": str(tmp_path)}
+    results = evaluate(
+        [EASY], model_args={**arguments, "kv_press": "h2o", "kv_budget": 60}, **options
+    )
+    assert results["results"][EASY]["held_tokens,none"] == 60
+    # A budget that is never reached gives what the model gives by itself.
+    ample = evaluate(
+        [EASY], model_args={**arguments, "kv_press": "h2o", "kv_budget": 200}, **options
+    )
+    assert replies(ample, EASY) == replies(evaluate([EASY], model_args=arguments, **options), EASY)
 
 
 def test_metrics_of_every_document_agree_with_the_summary() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from compressed_cache.__main__ import main
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import PATH
 from compressed_cache.tasks.benchmarks import BENCHMARKS
@@ -211,6 +212,14 @@ def test_results_are_as_stored(data: str, tmp_path: Path) -> None:
     # Where a change is meant, copy this file over the stored one and read the diff.
     (tmp_path / EXPECTED.name).write_text(json.dumps(found, indent=1) + "\n")
     assert json.loads(json.dumps(found)) == json.loads(EXPECTED.read_text()), tmp_path
+
+
+@pytest.mark.parametrize("option", [["--include_path", "mine"], ["--include_path=mine"]])
+def test_the_command_fills_in_the_include_path_itself(
+    option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--tasks", "reasoning", *option]) == 2
+    assert capsys.readouterr().err.startswith("--include_path must be left out")
 
 
 def test_the_commands_that_print_paths() -> None:
