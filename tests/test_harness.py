@@ -96,6 +96,14 @@ def test_the_results_say_which_press_it_was() -> None:
     assert json.loads(json.dumps(sample["resps"])) == sample["resps"]
 
 
+def test_single_documents_may_be_chosen() -> None:
+    options: dict[str, Any] = {"gen_kwargs": {"max_gen_toks": 110}, "samples": {EASY: [7, 3]}}
+    results = evaluate([EASY], model_args=H2O, **options)
+    assert sorted(sample["doc_id"] for sample in results["samples"][EASY]) == [3, 7]
+    with pytest.raises(ValueError, match=r"document 7 has 40 tokens"):
+        evaluate([EASY], model_args={**H2O, "max_length": 120}, **options)
+
+
 def test_every_argument_is_reachable() -> None:
     arguments = {
         "kv_press": "snapkv",
@@ -234,6 +242,10 @@ def test_sampling_takes_what_the_makers_recommend(monkeypatch: pytest.MonkeyPatc
     results = evaluate([EASY], model_args=H2O, **options)
     recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
     assert results["config"]["compressed_cache"]["sampling"] == recommended
+    # As the command line gives it: a whole number is an int.
+    options["gen_kwargs"] = "do_sample=True,temperature=1,max_gen_toks=8"
+    results = evaluate([EASY], model_args=H2O, **options)
+    assert results["config"]["compressed_cache"]["sampling"] == recommended | {"temperature": 1.0}
 
 
 def test_log_likelihoods_are_those_of_the_full_cache_and_that_is_said_once() -> None:
@@ -462,8 +474,10 @@ def test_an_adapter_and_a_dtype_pass_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
-def test_quantised_weights_pass_through(tmp_path: Path) -> None:
-    # Ternary weights, the one kind that transformers quantises without another package.
+def test_quantised_weights_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ternary weights, the one kind that transformers quantises without another package. It compiles
+    # a function for that, which takes longer than all the rest.
+    monkeypatch.setattr("torch._dynamo.config.disable", True)
     path = tmp_path / "model"
     shutil.copytree(MODEL_PATH, path)
     config = json.loads((path / "config.json").read_text())

@@ -160,6 +160,7 @@ def test_a_model_that_repeats_itself_is_wrong_at_once() -> None:
     for answer in (digits, f"1/{digits}", f"1e{digits}", "18 " + "percent" * 30 + "#"):
         assert not same_number(answer, "18")
         assert not same_expression(answer, "18")
+    assert not same_choice("the answer is " * 2000, 0, ("A", "B"), ("x", "y"))
 
 
 def test_nothing_a_model_may_write_raises() -> None:

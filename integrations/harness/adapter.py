@@ -215,6 +215,8 @@ def _fill_in_sampling(session: Session, makers: Any, arguments: dict[str, Any]) 
                 "recommends none: --gen_kwargs do_sample=True,temperature=0.6,top_p=0.95"
             )
         arguments["temperature"] = makers.temperature
+    # The command line reads temperature=1 as an int, which transformers refuses.
+    arguments["temperature"] = float(arguments["temperature"])
     for name in ("temperature", "top_p", "top_k"):
         value = arguments.get(name, getattr(makers, name, None))
         if value is not None:

@@ -32,8 +32,12 @@ def same_choice(answer: str, gold: int, labels: Sequence[str], texts: Sequence[s
 
 
 def _picked(answer: str, labels: Sequence[str], texts: Sequence[str]) -> int | None:
-    # Not if the lead is the choice's own text, as in "answer questions".
-    while not _matches(answer, texts, _without_article) and (lead := _LEAD.match(answer)):
+    # Up to "The answer is option number"; not if the lead is the choice's own text, as in "answer
+    # questions".
+    for _ in range(3):
+        lead = _LEAD.match(answer)
+        if lead is None or _matches(answer, texts, _without_article):
+            break
         answer = answer[lead.end() :]
     label = _LABEL.fullmatch(answer)
     name = (label.group(1) or label.group(2)).upper() if label else ""
