@@ -16,21 +16,15 @@ def same_expression(answer: str, gold: str) -> bool:
 
     Equal texts are, spaces aside and words in any case, and so are equal numbers, whose unit the
     answer may add. All else is decided by math-verify
-    (https://github.com/huggingface/Math-Verify), which parses both into SymPy. What it cannot read,
-    or not in time, is wrong. Stricter than math-verify in two points: a tuple is no set, and digits
-    in another base are another number.
+    (https://github.com/huggingface/Math-Verify), which parses both into SymPy; an interval may be
+    written as an inequality. What it cannot read, or not in time, is wrong. Stricter than
+    math-verify in two points: a tuple is no set, and digits in another base are another number.
 
     Raises:
         ImportError: math-verify is not installed.
     """
     stated_text, gold_text = _squeezed(answer), _squeezed(gold)
-    if stated_text == gold_text:
-        return True
-    # "East" is east and "C" is (C), but X need not be x.
-    words = gold_text.isalpha() and len(gold_text) > 2
-    if unbracketed(stated_text) == unbracketed(gold_text) and unbracketed(gold_text).isalpha():
-        return True
-    if words and stated_text.lower() == gold_text.lower():
+    if stated_text == gold_text or _same_words(stated_text, gold_text):
         return True
     number = parse_number(gold, bare=True)
     stated = parse_number(answer)
@@ -39,6 +33,14 @@ def same_expression(answer: str, gold: str) -> bool:
     if _differ_in_kind(stated_text, gold_text):
         return False
     return _verified(plain(answer), plain(gold))
+
+
+def _same_words(text: str, gold: str) -> bool:
+    text, gold = unbracketed(text), unbracketed(gold)
+    # "East" is east, but X need not be x.
+    if len(gold) > 2:
+        text, gold = text.lower(), gold.lower()
+    return gold.isalpha() and text == gold
 
 
 def _squeezed(text: str) -> str:
@@ -71,7 +73,9 @@ def _verified(answer: str, gold: str) -> bool:
             math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=seconds)
             for text in (gold, answer)
         )
-        same = math_verify.verify(gold_, answer_, timeout_seconds=seconds)
+        same = math_verify.verify(
+            gold_, answer_, allow_set_relation_comp=True, timeout_seconds=seconds
+        )
         return bool(gold_ and answer_ and same)
     except Exception:
         # SymPy raises many things on what a model may write.
