@@ -131,15 +131,16 @@ def test_a_chat_template_applies_and_is_measured(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     tokenizer.chat_template = (
         "{% for message in messages %}nut {{ message['content'] }} {% endfor %}"
-        "{% if add_generation_prompt %}so{% endif %}"
+        "{% if add_generation_prompt %}{{ 'is ' if enable_thinking }}so{% endif %}"
     )
     tokenizer.save_pretrained(tmp_path / "model")
     arguments = {**H2O, "pretrained": str(tmp_path / "model")}
+    arguments |= {"enable_thinking": True, "think_end_token": "</think>"}
     options: dict[str, Any] = {"limit": 1, "apply_chat_template": True}
     results = evaluate([EASY], model_args=arguments, **options)
     (sample,) = results["samples"][EASY]
     prompt = sample["arguments"][0][0]
-    assert prompt == f"nut {sample['doc']['prompt']} so"
+    assert prompt == f"nut {sample['doc']['prompt']} is so"
     length = len(tokenizer(prompt).input_ids)
     assert sample["resps"][0][0].record.seen_tokens == length + sample["tokens"] - 1
     with pytest.raises(ValueError, match=rf"document 0 has {length} tokens"):
