@@ -41,10 +41,10 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     from compressed_cache.integrations.harness.autoload import install
     from compressed_cache.tasks import PATH
 
-    if "--include_path" in rest:
+    if any(option.partition("=")[0] == "--include_path" for option in rest):
         print(
-            "eval fills in --include_path. Name a task of your own by its file, --tasks mine.yaml, "
-            "or use lm_eval itself.",
+            "--include_path must be left out, eval fills it in. Name a task of your own by its "
+            "file, --tasks mine.yaml, or use lm_eval itself.",
             file=sys.stderr,
         )
         return 2

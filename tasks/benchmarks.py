@@ -12,7 +12,7 @@ from compressed_cache.tasks.scoring.boxed import final_answer
 from compressed_cache.tasks.scoring.choices import same_choice
 from compressed_cache.tasks.scoring.drop import drop_scores
 from compressed_cache.tasks.scoring.latex import same_expression
-from compressed_cache.tasks.scoring.numbers import same_number
+from compressed_cache.tasks.scoring.numbers import parse_number, same_number
 from compressed_cache.tasks.scoring.truth import same_truth
 
 Row = Mapping[str, Any]
@@ -40,14 +40,20 @@ def _gsm8k_gold(row: Row) -> str:
     _, mark, gold = row["answer"].rpartition("####")
     if not mark:
         raise ValueError("'answer' has no '####' before its result")
-    return gold.strip()
+    return _number(gold.strip())
+
+
+def _number(gold: str) -> str:
+    if parse_number(gold) is None:
+        raise ValueError(f"the answer must be a number, got {gold!r}")
+    return gold
 
 
 def _boxed_gold(row: Row) -> str:
     gold = final_answer(row["solution"])
     if gold is None:
         raise ValueError("'solution' has no \\boxed{} answer")
-    return gold
+    return _number(gold)
 
 
 def _truth_gold(value: Any) -> str:
@@ -62,8 +68,8 @@ def _drop_gold(row: Row) -> str:
 
 def _spans(row: Row) -> list[str]:
     spans = row["answers_spans"].get("spans")
-    if not spans:
-        raise ValueError("'answers_spans' has no 'spans'")
+    if not spans or not all(isinstance(span, str) for span in spans):
+        raise ValueError(f"'spans' in 'answers_spans' must be texts, got {spans!r}")
     return spans
 
 
@@ -79,6 +85,8 @@ class _Choice:
     def gold(self, row: Row) -> str:
         """The label of the right choice."""
         right, labels = str(self.right(row)), self.labels(row)
+        if len(labels) != len(self.texts(row)):
+            raise ValueError(f"{len(labels)} choices have labels, {len(self.texts(row))} texts")
         if right not in labels:
             raise ValueError(f"the key {right!r} is none of the choices {', '.join(labels)}")
         return right

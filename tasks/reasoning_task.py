@@ -55,7 +55,7 @@ class ReasoningTask(ConfigurableTask):
                 f"{self.config.task}: the hub does not give {path}. {str(error).rstrip('.')}. "
                 f"{metadata.get('hint', '')} Without the hub: put its rows into {self.name}.jsonl "
                 f"and name the folder, --metadata data_dir=FOLDER or {rows.FOLDER_VARIABLE}=FOLDER."
-            ) from error
+            ) from None
 
     def doc_to_target(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
         """The right answer."""

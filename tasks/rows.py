@@ -25,7 +25,8 @@ def local_rows(path: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
             f"no local rows at {path}: this task reads a file of that name, one JSON object a line"
         )
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # As bytes, because text also has line breaks that JSON allows inside strings.
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -52,7 +53,7 @@ def hub_rows(
         loaded = datasets.load_dataset(path, name, split=split, **arguments)
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise RuntimeError(f"{type(error).__name__}: {first_line}") from error
+        raise RuntimeError(f"{type(error).__name__}: {first_line}") from None
     rows = []
     for number, row in enumerate(loaded):
         try:

@@ -78,6 +78,25 @@ def test_the_stock_command_takes_kv_arguments(tmp_path: Path) -> None:
     assert results["results"][TASK]["evicted_tokens,none"] > 0
     assert results["config"]["compressed_cache"]["policy"] == "h2o"
     assert f"|{TASK}" in done.stdout
+    assert "FutureWarning" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_stock_command_ends_with_one_clear_error(tmp_path: Path) -> None:
+    done = _run(
+        BIN / "lm_eval",
+        "--model",
+        "hf",
+        *_arguments(tmp_path, f"{H2O},kv_recnt=3", "--include_path", PATH),
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "TypeError: unknown model argument 'kv_recnt' for kv_press='h2o', expected one of "
+        "'kv_budget', 'kv_interval', 'kv_press', 'kv_protect_prompt', 'kv_recent', 'kv_sinks'. "
+        "Did you mean 'kv_recent'?"
+    )
+    assert done.stderr.count("Traceback") == 1
+    assert "Loading weights" not in done.stderr
 
 
 @pytest.mark.slow

@@ -59,22 +59,21 @@ def test_replies_and_records_are_those_of_generate(policy: str) -> None:
         assert (cache.evicted_tokens > 0) == (policy != "full")
 
 
-def test_a_batch_answers_as_its_rows_do_alone() -> None:
+def test_batches_of_any_size_answer_as_their_rows_do_alone() -> None:
     # Walks of both lengths, so that rows are padded and end at different times.
-    arguments = {"kv_press": "snapkv", "kv_budget": 150}
-    alone = evaluate([EASY, LONG], limit=3, model_args=arguments)
-    together = evaluate(
-        [EASY, LONG],
-        limit=3,
-        batch_size=6,
-        model_args=arguments,
-        gen_kwargs={"max_gen_toks": 700},
-    )
-    for task in (EASY, LONG):
-        assert replies(alone, task) == replies(together, task)
-        for metric in ("tokens", "evicted_tokens", "held_tokens", "accuracy"):
-            for one, other in zip(alone["samples"][task], together["samples"][task], strict=True):
-                assert one[metric] == other[metric]
+    options: dict[str, Any] = {
+        "limit": 3,
+        "model_args": {"kv_press": "snapkv", "kv_budget": 150, "dtype": "float32"},
+        "gen_kwargs": {"max_gen_toks": 700},
+    }
+    alone = evaluate([EASY, LONG], batch_size=1, **options)
+    for size in (4, "auto"):
+        together = evaluate([EASY, LONG], batch_size=size, max_batch_size=6, **options)
+        for task in (EASY, LONG):
+            assert replies(alone, task) == replies(together, task)
+            for metric in ("tokens", "evicted_tokens", "held_tokens", "accuracy"):
+                pairs = zip(alone["samples"][task], together["samples"][task], strict=True)
+                assert all(one[metric] == other[metric] for one, other in pairs)
 
 
 def test_without_kv_arguments_nothing_changes() -> None:
@@ -95,6 +94,14 @@ def test_the_results_say_which_press_it_was() -> None:
     sample = results["samples"][EASY][0]
     assert described["evicted_tokens"] == sample["evicted_tokens"] > 0
     assert json.loads(json.dumps(sample["resps"])) == sample["resps"]
+
+
+def test_single_documents_may_be_chosen() -> None:
+    options: dict[str, Any] = {"gen_kwargs": {"max_gen_toks": 110}, "samples": {EASY: [7, 3]}}
+    results = evaluate([EASY], model_args=H2O, **options)
+    assert sorted(sample["doc_id"] for sample in results["samples"][EASY]) == [3, 7]
+    with pytest.raises(ValueError, match=r"document 7 has 40 tokens"):
+        evaluate([EASY], model_args={**H2O, "max_length": 120}, **options)
 
 
 def test_every_argument_is_reachable() -> None:
@@ -124,15 +131,16 @@ def test_a_chat_template_applies_and_is_measured(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     tokenizer.chat_template = (
         "{% for message in messages %}nut {{ message['content'] }} {% endfor %}"
-        "{% if add_generation_prompt %}so{% endif %}"
+        "{% if add_generation_prompt %}{{ 'is ' if enable_thinking }}so{% endif %}"
     )
     tokenizer.save_pretrained(tmp_path / "model")
     arguments = {**H2O, "pretrained": str(tmp_path / "model")}
+    arguments |= {"enable_thinking": True, "think_end_token": "</think>"}
     options: dict[str, Any] = {"limit": 1, "apply_chat_template": True}
     results = evaluate([EASY], model_args=arguments, **options)
     (sample,) = results["samples"][EASY]
     prompt = sample["arguments"][0][0]
-    assert prompt == f"nut {sample['doc']['prompt']} so"
+    assert prompt == f"nut {sample['doc']['prompt']} is so"
     length = len(tokenizer(prompt).input_ids)
     assert sample["resps"][0][0].record.seen_tokens == length + sample["tokens"] - 1
     with pytest.raises(ValueError, match=rf"document 0 has {length} tokens"):
@@ -235,6 +243,10 @@ def test_sampling_takes_what_the_makers_recommend(monkeypatch: pytest.MonkeyPatc
     results = evaluate([EASY], model_args=H2O, **options)
     recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
     assert results["config"]["compressed_cache"]["sampling"] == recommended
+    # As the command line gives it: a whole number is an int.
+    options["gen_kwargs"] = "do_sample=True,temperature=1,max_gen_toks=8"
+    results = evaluate([EASY], model_args=H2O, **options)
+    assert results["config"]["compressed_cache"]["sampling"] == recommended | {"temperature": 1.0}
 
 
 def test_log_likelihoods_are_those_of_the_full_cache_and_that_is_said_once() -> None:
@@ -438,6 +450,8 @@ def test_missing_data_is_said_before_the_weights_are_loaded(
         "'yale-nlp/FOLIO' is a gated dataset on the Hub. The dataset is gated: accept its terms"
     )
     assert "--metadata data_dir=FOLDER or COMPRESSED_CACHE_DATA=FOLDER" in str(caught.value)
+    # One error, not the hub's own above it.
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
 
 
 @pytest.mark.parametrize("repeats", [0, "3", True])
@@ -458,6 +472,33 @@ def test_an_adapter_and_a_dtype_pass_through(tmp_path: Path) -> None:
     half = evaluate([EASY], limit=1, model_args={**H2O, "dtype": "bfloat16"})
     ratio = half["results"][EASY]["cache_bytes,none"] / plain["results"][EASY]["cache_bytes,none"]
     assert 0.5 < ratio < 0.6
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_quantised_weights_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ternary weights, the one kind that transformers quantises without another package. It compiles
+    # a function for that, which takes longer than all the rest.
+    monkeypatch.setattr("torch._dynamo.config.disable", True)
+    path = tmp_path / "model"
+    shutil.copytree(MODEL_PATH, path)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": "online",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+
+    def reply(**arguments: Any) -> str:
+        results = evaluate([EASY], limit=1, model_args=arguments, gen_kwargs={"max_gen_toks": 60})
+        return replies(results, EASY)[0][0]
+
+    quantised = reply(pretrained=str(path))
+    assert quantised != reply()
+    # A budget that is never reached gives what the model gives by itself.
+    assert reply(pretrained=str(path), kv_press="h2o", kv_budget=200) == quantised
+    pressed = reply(pretrained=str(path), kv_press="h2o", kv_budget=50)
+    assert pressed.record.held_tokens == 50 and pressed.record.evicted_tokens > 0
 
 
 def test_metrics_of_every_document_agree_with_the_summary() -> None:

@@ -1,9 +1,9 @@
-"""Scoring: a table of hand-made answers, an oracle on real rows, and garbage."""
+"""Scoring: tables of hand-made answers, an oracle on real rows, and garbage."""
 
 import json
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -17,35 +17,60 @@ from compressed_cache.tasks.scoring.drop import drop_scores
 from compressed_cache.tasks.scoring.latex import same_expression
 from compressed_cache.tasks.scoring.numbers import parse_number, same_number
 from compressed_cache.tasks.scoring.truth import same_truth
-from tests import scoring_cases as cases
 from tests.harness import DATA
+from tests.scoring_cases import Answers
+from tests.scoring_cases.boxed import BOXED
+from tests.scoring_cases.choices import CHOICES
+from tests.scoring_cases.drop import DROP, PARTLY_RIGHT
+from tests.scoring_cases.expressions import EXPRESSIONS
+from tests.scoring_cases.numbers import NUMBERS
+from tests.scoring_cases.truths import TRUTHS
 
 
-def test_the_table_is_large() -> None:
-    table = (cases.BOXED, cases.NUMBERS, cases.EXPRESSIONS, cases.CHOICES, cases.TRUTHS, cases.DROP)
-    assert sum(map(len, table)) >= 200
+@pytest.mark.parametrize("table", [NUMBERS, EXPRESSIONS, CHOICES, TRUTHS, DROP])
+def test_the_tables_are_large(table: list[Answers]) -> None:
+    right, wrong = (sum(len(answers[kind]) for answers in table) for kind in (1, 2))
+    assert right + wrong >= 200
+    assert min(right, wrong) >= 80
+    for answers in table:
+        every = answers.right + answers.wrong
+        assert len(set(every)) == len(every)
 
 
-@pytest.mark.parametrize(("reply", "answer"), cases.BOXED)
+def _misjudged(answers: Answers, is_right: Callable[[str, Any], bool]) -> list[str]:
+    """Those that, boxed in a reply, are not worth what the table says."""
+
+    def judged(answer: str) -> bool:
+        found = final_answer(f"<think>\\boxed{{?}}</think> So it is $\\boxed{{{answer}}}$.")
+        return found is not None and is_right(found, answers.gold)
+
+    return [
+        *(answer for answer in answers.right if not judged(answer)),
+        *(answer for answer in answers.wrong if judged(answer)),
+    ]
+
+
+@pytest.mark.parametrize(("reply", "answer"), BOXED)
 def test_boxed(reply: str, answer: str | None) -> None:
     assert final_answer(reply) == answer
 
 
-@pytest.mark.parametrize(("answer", "gold", "right"), cases.NUMBERS)
-def test_numbers(answer: str, gold: str, right: bool) -> None:
-    assert same_number(answer, gold) is right
+@pytest.mark.parametrize("answers", NUMBERS, ids=lambda answers: answers.gold)
+def test_numbers(answers: Answers) -> None:
+    assert _misjudged(answers, same_number) == []
 
 
 def test_numbers_are_exact() -> None:
     assert parse_number("0.1") == Fraction(1, 10)
     assert parse_number(r"-2\frac{3}{4}") == Fraction(-11, 4)
+    assert parse_number(r"0.1\overline{6}") == Fraction(1, 6)
     assert parse_number("5 apples", bare=True) is None
     assert same_number("70", 70)
 
 
-@pytest.mark.parametrize(("answer", "gold", "right"), cases.EXPRESSIONS)
-def test_expressions(answer: str, gold: str, right: bool) -> None:
-    assert same_expression(answer, gold) is right
+@pytest.mark.parametrize("answers", EXPRESSIONS, ids=lambda answers: answers.gold)
+def test_expressions(answers: Answers) -> None:
+    assert _misjudged(answers, same_expression) == []
 
 
 def test_expressions_outside_the_main_thread() -> None:
@@ -57,21 +82,25 @@ def test_expressions_outside_the_main_thread() -> None:
     assert found == [True, False]
 
 
-@pytest.mark.parametrize(("answer", "gold", "labels", "texts", "right"), cases.CHOICES)
-def test_choices(
-    answer: str, gold: int, labels: tuple[str, ...], texts: tuple[str, ...], right: bool
-) -> None:
-    assert same_choice(answer, gold, labels, texts) is right
+@pytest.mark.parametrize("answers", CHOICES)
+def test_choices(answers: Answers) -> None:
+    assert _misjudged(answers, lambda answer, question: same_choice(answer, *question)) == []
 
 
-@pytest.mark.parametrize(("answer", "gold", "right"), cases.TRUTHS)
-def test_truths(answer: str, gold: str | bool, right: bool) -> None:
-    assert same_truth(answer, gold) is right
+@pytest.mark.parametrize("answers", TRUTHS)
+def test_truths(answers: Answers) -> None:
+    assert _misjudged(answers, same_truth) == []
 
 
-@pytest.mark.parametrize(("answer", "golds", "match", "f1"), cases.DROP)
-def test_drop(answer: str, golds: tuple[str, ...], match: float, f1: float) -> None:
-    assert drop_scores(answer, golds) == (match, f1)
+@pytest.mark.parametrize("answers", DROP)
+def test_drop(answers: Answers) -> None:
+    assert _misjudged(answers, lambda answer, golds: drop_scores(answer, golds) == (1, 1)) == []
+    assert {drop_scores(answer, answers.gold) for answer in answers.wrong} <= {(0, 0)}
+
+
+@pytest.mark.parametrize(("answer", "golds", "f1"), PARTLY_RIGHT)
+def test_drop_partly_right(answer: str, golds: tuple[str, ...], f1: float) -> None:
+    assert drop_scores(answer, golds) == (0, f1)
 
 
 def _rows() -> Iterator[Any]:
@@ -131,6 +160,7 @@ def test_a_model_that_repeats_itself_is_wrong_at_once() -> None:
     for answer in (digits, f"1/{digits}", f"1e{digits}", "18 " + "percent" * 30 + "#"):
         assert not same_number(answer, "18")
         assert not same_expression(answer, "18")
+    assert not same_choice("the answer is " * 2000, 0, ("A", "B"), ("x", "y"))
 
 
 def test_nothing_a_model_may_write_raises() -> None:

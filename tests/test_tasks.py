@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from compressed_cache.__main__ import main
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import PATH
 from compressed_cache.tasks.benchmarks import BENCHMARKS
+from compressed_cache.tasks.rows import checked_row, local_rows
 from tests.harness import DATA, Scripted, evaluate, manager, replies
 
 STUDY = [name for name in BENCHMARKS if not name.startswith("shipped")]
@@ -165,6 +167,58 @@ def test_prompts_are_the_study_s(prompts: dict[str, dict[str, Any]]) -> None:
     assert "\nChoices:\nA. a marsh\nB. a tundra\nC. the plains\nD. a desert\nSolve" in choices
 
 
+FOUR = {"label": ["A", "B", "C", "D"], "text": ["w", "x", "y", "z"]}
+BROKEN: list[tuple[str, dict[str, Any], str]] = [
+    ("gsm8k", {"answer": "so #### two"}, "the answer must be a number, got 'two'"),
+    ("aime24", {"solution": "18"}, "'solution' has no \\boxed{} answer"),
+    ("aime24", {"solution": "\\boxed{x}"}, "the answer must be a number, got 'x'"),
+    ("aime25", {"answer": "70"}, "column 'answer' must be int, got str"),
+    ("folio", {"label": "Unknown"}, "the label must be True, False or Uncertain, got 'Unknown'"),
+    ("strategyqa", {"answer": 1}, "column 'answer' must be bool, got int"),
+    (
+        "drop",
+        {"answers_spans": {"types": []}},
+        "'spans' in 'answers_spans' must be texts, got None",
+    ),
+    (
+        "drop",
+        {"answers_spans": {"spans": [7]}},
+        "'spans' in 'answers_spans' must be texts, got [7]",
+    ),
+    ("reclor", {"label": 4}, "the key '5' is none of the choices 1, 2, 3, 4"),
+    ("logiqa", {"options": "wxyz"}, "column 'options' must be list, got str"),
+    ("commonsenseqa", {"answerKey": ""}, "the key '' is none of the choices A, B, C, D, E"),
+    ("openbookqa", {"choices": FOUR | {"text": ["w"]}}, "4 choices have labels, 1 texts"),
+    (
+        "openbookqa",
+        {"choices": {"text": ["w"]}},
+        "no answer can be read from it (KeyError: 'label')",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "fault", "message"), BROKEN)
+def test_what_is_wrong_with_a_row_is_said(
+    name: str, fault: dict[str, Any], message: str, data: str
+) -> None:
+    line = (Path(data) / f"{name}.jsonl").read_text().splitlines()[0]
+    with pytest.raises(ValueError) as caught:
+        checked_row(json.loads(line) | fault, BENCHMARKS[name])
+    assert str(caught.value) == message
+
+
+def test_local_rows_may_hold_any_text(tmp_path: Path) -> None:
+    path = tmp_path / "gsm8k.jsonl"
+    question = "one\u2028two\u0085three \u00e9"
+    row = json.dumps({"question": question, "answer": "#### 3"}, ensure_ascii=False)
+    path.write_bytes(f"{row}\r\n\n{row}\n".encode())
+    rows = local_rows(path, BENCHMARKS["gsm8k"])
+    assert [row["question"] for row in rows] == [question, question]
+    path.write_bytes(row.encode() + b"\n" + row.encode("latin-1", "replace"))
+    with pytest.raises(ValueError, match=r"gsm8k.jsonl, line 2: 'utf-8' codec can't decode"):
+        local_rows(path, BENCHMARKS["gsm8k"])
+
+
 def test_an_environment_variable_names_the_folder_too(
     data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +265,14 @@ def test_results_are_as_stored(data: str, tmp_path: Path) -> None:
     # Where a change is meant, copy this file over the stored one and read the diff.
     (tmp_path / EXPECTED.name).write_text(json.dumps(found, indent=1) + "\n")
     assert json.loads(json.dumps(found)) == json.loads(EXPECTED.read_text()), tmp_path
+
+
+@pytest.mark.parametrize("option", [["--include_path", "mine"], ["--include_path=mine"]])
+def test_the_command_fills_in_the_include_path_itself(
+    option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--tasks", "reasoning", *option]) == 2
+    assert capsys.readouterr().err.startswith("--include_path must be left out")
 
 
 def test_the_commands_that_print_paths() -> None:

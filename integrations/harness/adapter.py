@@ -8,7 +8,7 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +23,11 @@ _log = logging.getLogger("lm_eval.compressed_cache")
 class Session:
     """The compressed cache of one model object of the harness."""
 
-    def __init__(self, press: Press, max_length: int | None) -> None:
+    def __init__(self, press: Press, arguments: Mapping[str, Any]) -> None:
         from compressed_cache.integrations.harness.meter import Meter
 
         self.press = press
-        self.max_length = max_length
+        self.arguments = arguments
         self.meter = Meter()
         self.sampling: dict[str, float] = {}
         self.notified = False
@@ -75,7 +75,7 @@ def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         return original(self, *args, **kwargs)
     _check_version()
     _check_class(type(self))
-    self.compressed_cache = Session(press, kwargs.get("max_length"))
+    self.compressed_cache = Session(press, kwargs)
     original(self, *args, **kwargs)
     press.make_cache(config=self.config)
     _share_between_cpu_processes(self)
@@ -88,7 +88,7 @@ def _create_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
         # The config and the tokenizer are there, the weights are not: the moment for all refusals.
         session.press.make_cache(config=self.config)
-        check_tasks(self, session.max_length)
+        check_tasks(self, session.arguments)
     return original(self, *args, **kwargs)
 
 
@@ -215,6 +215,8 @@ def _fill_in_sampling(session: Session, makers: Any, arguments: dict[str, Any]) 
                 "recommends none: --gen_kwargs do_sample=True,temperature=0.6,top_p=0.95"
             )
         arguments["temperature"] = makers.temperature
+    # The command line reads temperature=1 as an int, which transformers refuses.
+    arguments["temperature"] = float(arguments["temperature"])
     for name in ("temperature", "top_p", "top_k"):
         value = arguments.get(name, getattr(makers, name, None))
         if value is not None:

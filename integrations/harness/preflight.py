@@ -1,13 +1,13 @@
 """Faults of tasks and data, found before the weights are loaded."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 
-def check_tasks(lm: Any, max_length: int | None) -> None:
+def check_tasks(lm: Any, arguments: Mapping[str, Any]) -> None:
     """Loads this project's tasks of the run and measures their prompts.
 
     The harness itself loads tasks after the model, so that a missing dataset or a prompt that is
@@ -15,7 +15,7 @@ def check_tasks(lm: Any, max_length: int | None) -> None:
 
     Args:
         lm: the harness's model, with config and tokenizer but no weights yet.
-        max_length: what the user set as the model's limit in tokens, if anything.
+        arguments: what the user gave the model, without the ``kv_`` arguments.
 
     Raises:
         ValueError: a broken row, or a prompt that leaves no room for the reply.
@@ -29,9 +29,9 @@ def check_tasks(lm: Any, max_length: int | None) -> None:
     ours = [name for name in run["tasks"] if isinstance(name, str) and _is_ours(manager, name)]
     if not ours:
         return
-    limit = max_length or _model_limit(lm)
+    limit = arguments.get("max_length") or _model_limit(lm)
     for task in manager.load(ours)["tasks"].values():
-        _check_prompts(lm, task, run, limit)
+        _check_prompts(lm, task, run, limit, _template_arguments(arguments))
 
 
 def _running_evaluation() -> dict[str, Any] | None:
@@ -62,7 +62,16 @@ def _model_limit(lm: Any) -> int:
     return resolve_max_length(lm.config, lm.tokenizer, default=lm._DEFAULT_MAX_LENGTH)
 
 
-def _check_prompts(lm: Any, task: Any, run: dict[str, Any], limit: int) -> None:
+def _template_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    # As the model class puts them together, but only once the weights are there.
+    thinking = arguments.get("enable_thinking")
+    given = dict(arguments.get("chat_template_args") or {})
+    return given if thinking is None else given | {"enable_thinking": thinking}
+
+
+def _check_prompts(
+    lm: Any, task: Any, run: dict[str, Any], limit: int, template: dict[str, Any]
+) -> None:
     from lm_eval.models.utils import normalize_gen_kwargs
 
     arguments = dict(task.config.generation_kwargs) | dict(run["gen_kwargs"] or {})
@@ -76,7 +85,7 @@ def _check_prompts(lm: Any, task: Any, run: dict[str, Any], limit: int) -> None:
             system_instruction=run["system_instruction"],
             apply_chat_template=chat,
             fewshot_as_multiturn=run["fewshot_as_multiturn"],
-            chat_template=partial(lm.tokenizer.apply_chat_template, tokenize=False),
+            chat_template=partial(lm.tokenizer.apply_chat_template, tokenize=False, **template),
         )
         tokens = len(lm.tokenizer(prompt).input_ids)
         if tokens + reply > limit:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from compressed_cache.tasks.scoring.plain import plain
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_BETWEEN_SPANS = re.compile(r",\s+and\s+|[,;]\s+|\s+and\s+")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -18,12 +19,15 @@ def drop_scores(answer: str, golds: Sequence[str]) -> tuple[float, float]:
     in numbers, numbers as floats, no articles; words as sets; an F1 of 0 unless a number of the
     gold answer, if it has any, is in the answer; F1 rounded to two digits.
 
-    Differs in two points. The hub's rows hold the spans of all annotators in one list, so each span
-    is taken as an alternative; answers of several spans cannot be told apart from those. And a
-    currency sign before a number or a percent sign after it is removed on both sides, because the
-    official code reads "$50.6" as 506.
+    Differs in two points. The hub's rows hold the spans of all annotators in one list, where
+    answers of several spans cannot be told apart from alternatives: so each span is one, and to
+    name all of them, in any order, is right too. And a currency sign before a number or a percent
+    sign after it is removed on both sides, because the official code reads "$50.6" as 506.
     """
-    scores = [_scores(_normal(answer), _normal(gold)) for gold in golds]
+    spans = [_normal(gold) for gold in golds]
+    if {_normal(part) for part in _BETWEEN_SPANS.split(plain(answer))} == set(spans):
+        return 1.0, 1.0
+    scores = [_scores(_normal(answer), span) for span in spans]
     return max(match for match, _ in scores), max(f1 for _, f1 in scores)
 
 

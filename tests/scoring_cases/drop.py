@@ -1,0 +1,233 @@
+"""Spans of a passage, numbers, dates; several where there are alternatives."""
+
+from tests.scoring_cases import Answers
+
+# One line holds many.
+# fmt: off
+DROP = [
+    Answers(
+        ("2000",),
+        right=[
+            "2000", "2,000", "2000.0", "-2000", "$2000", "2000%", "2000.", "$2,000", "2e3",
+            r"\text{2000}", r"\$2000", "**2000**", " 2000 ", "the 2000", "2{,}000",
+        ],
+        wrong=[
+            "1999", "200", "20000", "2000s", "two thousand", "2 000", "francs", "", "1999 francs",
+            "2000francs", "MM",
+        ],
+    ),
+    Answers(
+        ("50.6",),
+        right=["50.6", "$50.6", "50.60", "50.6%", r"\$50.6", "£50.6", "€50.6"],
+        wrong=["506", "50,6", "50", "50.7", "5.06", "fifty"],
+    ),
+    Answers(
+        ("50.6", "49.7"),
+        right=[
+            "50.6", "49.7", "$49.7", "50.6 and 49.7", "49.7, 50.6", "49.7; 50.6",
+            r"\text{50.6 and 49.7}",
+        ],
+        wrong=["50", "48.7", "0.9", "50.649.7"],
+    ),
+    Answers(
+        ("39.9%",),
+        right=["39.9%", "39.9", r"39.9\%", "39.90"],
+        wrong=["399", "39", "40%", "60.1"],
+    ),
+    Answers(
+        ("David Akers",),
+        right=[
+            "David Akers", "david akers", "DAVID AKERS", "David Akers.", "the David Akers",
+            "David  Akers", r"\text{David Akers}", r"\textbf{David Akers}", '"David Akers"',
+            "David-Akers", "David, Akers",
+        ],
+        wrong=["Davidakers", "Smith", "D. Acers", "", "7", "dakers"],
+    ),
+    Answers(
+        ("Russians",),
+        right=["Russians", "The Russians", "the russians!", "A Russians", "russians"],
+        wrong=["Russian", "Poles", "Russia", "Rus"],
+    ),
+    Answers(
+        ("The Russians",),
+        right=["Russians", "the Russians", "THE RUSSIANS"],
+        wrong=["The", "Poles"],
+    ),
+    Answers(
+        ("Rams", "the St. Louis Rams"),
+        right=[
+            "Rams", "the Rams", "St. Louis Rams", "the St. Louis Rams", "ST LOUIS RAMS",
+            r"\text{the St. Louis Rams}", "Rams and the St. Louis Rams",
+        ],
+        wrong=["Bears", "Ram", "Los Angeles"],
+    ),
+    Answers(
+        ("Rams", "Bears"),
+        right=[
+            "Rams", "Bears", "Rams and Bears", "Bears and Rams", "Rams, Bears",
+            "the Bears and the Rams", "Bears; Rams", "Rams, and Bears", "Rams and Bears.",
+        ],
+        wrong=["Lions", "Ram, Bear", "Lions and Colts", ""],
+    ),
+    Answers(
+        ("Ann", "Bob Lee", "Cy"),
+        right=["Ann, Bob Lee, and Cy", "Cy, Ann and Bob Lee", "Bob Lee", "Ann"],
+        wrong=["Dan", "Lea"],
+    ),
+    Answers(
+        ("Poland Lithuania",),
+        right=["Poland-Lithuania", "Poland Lithuania", "poland-lithuania", "the Poland-Lithuania"],
+        wrong=["PolandLithuania", "Sweden"],
+    ),
+    Answers(
+        ("Poland-Lithuania",),
+        right=["Poland Lithuania", "Poland-Lithuania", "Poland \u2013 Lithuania"],
+        wrong=["Poland/Lithuania"],
+    ),
+    Answers(
+        ("30 September 1686",),
+        right=[
+            "30 September 1686", "30 september, 1686", "30-September-1686", "30 September 1686.",
+        ],
+        wrong=["September", "October", "1 October 1687", "the end of September"],
+    ),
+    Answers(
+        ("30 September 1686", "30 September 1687"),
+        right=["30 September 1687", "30 September 1686"],
+        wrong=["31 October 1688"],
+    ),
+    Answers(
+        ("1946", "  1946"),
+        right=["1946", "1946.0"],
+        wrong=["1945", "46"],
+    ),
+    Answers(
+        ("J. P. Losman", "51"),
+        right=["J. P. Losman", "J P Losman", "j. p. losman", "51", "51.0"],
+        wrong=["15", "Lossman"],
+    ),
+    Answers(
+        ("7", "several"),
+        right=["7", "several", "7.0", "Several."],
+        wrong=["seven", "8", "70"],
+    ),
+    Answers(
+        ("several thousand",),
+        right=["several thousand"],
+        wrong=["7000", "many"],
+    ),
+    Answers(
+        ("5 yards", "5"),
+        right=["5 yards", "5", "5 yards.", "5.0 yards"],
+        wrong=["6 yards", "yards", "five yards"],
+    ),
+    Answers(
+        ("Tom Brady's",),
+        right=["Tom Brady's", "tom bradys", "Tom Bradys"],
+        wrong=["Brady", "Manning"],
+    ),
+    Answers(
+        ("a",),
+        right=["a", "the", "an", "A."],
+        wrong=["b", "1"],
+    ),
+    Answers(
+        ("0",),
+        right=["0", "0.0", "$0", "0%"],
+        wrong=["zero", "none", "O", "1", ""],
+    ),
+    Answers(
+        ("-3",),
+        right=["3", "-3"],
+        wrong=["4", "-4"],
+    ),
+    Answers(
+        ("first half",),
+        right=["first half", "the first half", "First half."],
+        wrong=["second", "1st"],
+    ),
+    Answers(
+        ("1,500,000",),
+        right=["1500000", "1,500,000", "1500000.0", "$1,500,000"],
+        wrong=["1.5 million", "1500", "1,500"],
+    ),
+    Answers(
+        ("42-yard",),
+        right=["42 yard", "42-yard"],
+        wrong=["yard", "43-yard"],
+    ),
+]
+
+# Answer, alternatives, F1.
+PARTLY_RIGHT = [
+    ("2000 francs", ("2000",), 0.67),
+    ("about 2000", ("2000",), 0.67),
+    ("in the year 2000", ("2000",), 0.5),
+    ("2000 and 1999", ("2000",), 0.5),
+    ("2000 2001 2002", ("2000",), 0.5),
+    ("50.6 million", ("50.6",), 0.67),
+    ("50.6 yards", ("50.6",), 0.67),
+    ("50.6 or 49.7", ("50.6", "49.7"), 0.5),
+    ("50.6 to 49.7", ("50.6", "49.7"), 0.5),
+    ("39.9 percent", ("39.9%",), 0.67),
+    ("39.9% of it", ("39.9%",), 0.5),
+    ("Akers", ("David Akers",), 0.67),
+    ("David", ("David Akers",), 0.67),
+    ("akers, david", ("David Akers",), 1.0),
+    ("Mr. David Akers", ("David Akers",), 0.8),
+    ("David Akers kicked it", ("David Akers",), 0.67),
+    ("kicker David Akers", ("David Akers",), 0.8),
+    ("David Smith", ("David Akers",), 0.5),
+    ("Russians and Poles", ("Russians",), 0.5),
+    ("all Russians", ("Russians",), 0.67),
+    ("the brave Russians", ("Russians",), 0.67),
+    ("Russians won", ("The Russians",), 0.67),
+    ("St. Louis", ("Rams", "the St. Louis Rams"), 0.8),
+    ("Louis", ("Rams", "the St. Louis Rams"), 0.5),
+    ("Los Angeles Rams", ("Rams", "the St. Louis Rams"), 0.5),
+    ("Rams or Bears", ("Rams", "Bears"), 0.5),
+    ("Rams & Bears", ("Rams", "Bears"), 0.67),
+    ("Rams Bears", ("Rams", "Bears"), 0.67),
+    ("Rams, Bears and Lions", ("Rams", "Bears"), 0.4),
+    ("Rams and Lions", ("Rams", "Bears"), 0.5),
+    ("Ann and Bob Lee", ("Ann", "Bob Lee", "Cy"), 0.67),
+    ("Bob", ("Ann", "Bob Lee", "Cy"), 0.67),
+    ("Ann, Bob, Cy", ("Ann", "Bob Lee", "Cy"), 0.5),
+    ("Poland", ("Poland Lithuania",), 0.67),
+    ("Lithuania", ("Poland Lithuania",), 0.67),
+    ("Polish Lithuania", ("Poland Lithuania",), 0.5),
+    ("Poland and Lithuania", ("Poland-Lithuania",), 0.8),
+    ("September 1686", ("30 September 1686",), 0.8),
+    ("30 September", ("30 September 1686",), 0.8),
+    ("1686 September 30", ("30 September 1686",), 1.0),
+    ("September 30, 1686", ("30 September 1686",), 1.0),
+    ("30 1686", ("30 September 1686",), 0.8),
+    ("on 30 September 1686", ("30 September 1686",), 0.86),
+    ("30 September", ("30 September 1686", "30 September 1687"), 0.8),
+    ("September 1687", ("30 September 1686", "30 September 1687"), 0.8),
+    ("in 1946", ("1946", "  1946"), 0.67),
+    ("1946 AD", ("1946", "  1946"), 0.67),
+    ("Losman", ("J. P. Losman", "51"), 0.5),
+    ("J. Losman", ("J. P. Losman", "51"), 0.8),
+    ("51 yards", ("J. P. Losman", "51"), 0.67),
+    ("JP Losman", ("J. P. Losman", "51"), 0.4),
+    ("several times", ("7", "several"), 0.67),
+    ("7 times", ("7", "several"), 0.67),
+    ("several", ("several thousand",), 0.67),
+    ("thousand", ("several thousand",), 0.67),
+    ("several thousand men", ("several thousand",), 0.8),
+    ("5-yard", ("5 yards", "5"), 0.67),
+    ("5 yard run", ("5 yards", "5"), 0.5),
+    ("5 yards long", ("5 yards", "5"), 0.8),
+    ("Tom Brady", ("Tom Brady's",), 0.5),
+    ("Tom", ("Tom Brady's",), 0.67),
+    ("0 points", ("0",), 0.67),
+    ("first", ("first half",), 0.67),
+    ("half", ("first half",), 0.67),
+    ("second half", ("first half",), 0.5),
+    ("1st half", ("first half",), 0.5),
+    ("1,500,000 people", ("1,500,000",), 0.67),
+    ("42", ("42-yard",), 0.67),
+    ("42 yards", ("42-yard",), 0.5),
+    ("a 42-yard field goal", ("42-yard",), 0.67),
+]
