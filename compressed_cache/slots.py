@@ -32,6 +32,9 @@ def protect(
 ) -> Tensor:
     """Scores with protected slots at ``+inf`` and empty slots at ``-inf``.
 
+    A score that is not a number is the lowest there is, so that what a model computed wrongly goes
+    first and nothing protected goes with it.
+
     Args:
         scores: ``[B, H, S]`` float32, larger is kept longer.
         positions: ``[B, H, S]`` int64.
@@ -44,6 +47,7 @@ def protect(
     """
     oldest_recent = (next_position - recent)[:, None, None]
     protected = (positions < protected_prefix[:, None, None]) | (positions >= oldest_recent)
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
     return scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
 
 

@@ -21,6 +21,6 @@ class KeyDiff(Policy):
 
     def scores(self, slots: Slots) -> Tensor:
         keys = torch.nn.functional.normalize(slots.keys.float(), dim=-1)
-        held = (slots.positions >= 0).unsqueeze(-1)
-        anchor = keys.masked_fill(~held, 0.0).sum(dim=2, keepdim=True)
+        counted = (slots.positions >= 0).unsqueeze(-1) & ~keys.isnan()
+        anchor = keys.masked_fill(~counted, 0.0).sum(dim=2, keepdim=True)
         return -torch.nn.functional.cosine_similarity(keys, anchor, dim=-1)

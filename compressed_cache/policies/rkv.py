@@ -86,7 +86,8 @@ class RKV(Policy):
         held = positions >= 0
         keys = slots.keys.float()
         keys = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
-        keys = keys.masked_fill(~held.unsqueeze(-1), 0.0)
+        broken = keys.isnan().any(dim=-1)
+        keys = keys.masked_fill((~held | broken).unsqueeze(-1), 0.0)
         columns = torch.arange(keys.shape[2], device=keys.device)
         oldest = positions.masked_fill(~held, torch.iinfo(torch.int64).max).argmin(-1, keepdim=True)
         total = torch.zeros_like(positions, dtype=torch.float32)
@@ -98,4 +99,5 @@ class RKV(Policy):
             newest, spared = positions[:, :, None].masked_fill(~similar, -1).max(-1, keepdim=True)
             spared = torch.where(newest >= 0, spared, oldest[:, :, None])
             total += cosine.scatter(-1, spared, 0.0).sum(dim=2)
-        return masked_softmax(total / held.sum(dim=-1, keepdim=True), held)
+        redundancy = masked_softmax(total / held.sum(dim=-1, keepdim=True), held)
+        return redundancy.masked_fill(broken, torch.nan)
