@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from compressed_cache.bench import report as bench_report
 from compressed_cache.demo import report as demo_report
 from compressed_cache.policies import POLICIES
 
@@ -102,13 +103,6 @@ def policies() -> str:
     return markdown((*header, "deviations"), rows)
 
 
-def decode() -> str:
-    """The decode benchmark."""
-    from compressed_cache.bench.report import report
-
-    return report()
-
-
 def harness() -> str:
     """The shipped model in lm-evaluation-harness."""
     document = json.loads((RESULTS / "harness.json").read_text())
@@ -158,7 +152,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "policies": policies,
     "harness": harness,
-    "decode": decode,
+    "decode": bench_report.decode,
+    "prompt": bench_report.prompt,
 }
 
 
@@ -178,7 +173,9 @@ def _full_length(document: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Rewrites README.md."""
+    """Rewrites README.md and draws what it shows."""
+    for device in ("cpu", "cuda"):
+        bench_report.draw_peaks(device)
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text()))
 

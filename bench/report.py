@@ -1,6 +1,7 @@
-"""The decode benchmark's results as Markdown."""
+"""The results of the benchmarks as Markdown and as a picture."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,78 @@ HEADER = (
 Row = dict[str, Any]
 
 
-def report() -> str:
+def decode() -> str:
+    """How long a token takes under each cache."""
+    return _report("decode", _measured)
+
+
+def prompt() -> str:
+    """What a long prompt takes in memory."""
+    return _report("prompt", _peaks)
+
+
+def _report(table: str, make: Callable[[dict[str, Any]], str]) -> str:
     """What was measured on each device, or the command that would."""
     parts = []
     for device in ("cpu", "cuda"):
-        path = RESULTS / f"decode-{device}.json"
+        path = RESULTS / f"{table}-{device}.json"
         if path.exists():
-            parts.append(_measured(json.loads(path.read_text())))
+            parts.append(make(json.loads(path.read_text())))
         else:
             parts.append(f"On {device}: not measured. `{COMMAND}` fills these rows where it can.")
     return "\n\n".join(parts)
+
+
+def _peaks(document: dict[str, Any]) -> str:
+    rows = document["rows"]
+    lengths = list(dict.fromkeys(row["tokens"] for row in rows))
+    found = {(row["cache"], row["tokens"]): row for row in rows}
+    header = ["peak MiB beyond one chunk", *(f"{tokens:,} tokens" for tokens in lengths)]
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for cache in dict.fromkeys(row["cache"] for row in rows):
+        cells = [found.get((cache, tokens)) for tokens in lengths]
+        shown = [
+            f"{row['peak_mib']:.0f} in {row['seconds']:.0f} s" if row else "-" for row in cells
+        ]
+        lines.append("| " + " | ".join([cache, *shown]) + " |")
+    conditions, versions = document["conditions"], document["conditions"]["versions"]
+    device = rows[0]["device"]
+    return "\n".join(
+        [
+            f"{conditions['hardware']}, 1 thread, four layers of hidden size 128, chunks of "
+            f"{rows[0]['chunk']:,} tokens, budget {rows[0]['budget']}, torch {versions['torch']}, "
+            f"transformers {versions['transformers']}; each cell in a process of its own.",
+            "",
+            *lines,
+            "",
+            f"![Peak memory against the length of the prompt](bench/results/prompt-{device}.png)",
+        ]
+    )
+
+
+def _peak(row: Row) -> str:
+    return f"{row['peak_mib']:.0f} in {row['seconds']:.0f} s"
+
+
+def draw_peaks(device: str) -> None:
+    """Draws peak memory against the length of the prompt."""
+    path = RESULTS / f"prompt-{device}.json"
+    if not path.exists():
+        return
+    from matplotlib.figure import Figure
+
+    rows = json.loads(path.read_text())["rows"]
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for cache in dict.fromkeys(row["cache"] for row in rows):
+        own = [row for row in rows if row["cache"] == cache]
+        peaks = [row["peak_mib"] for row in own]
+        axes.plot([row["tokens"] for row in own], peaks, marker="o", label=cache)
+    axes.set_xlabel("tokens of the prompt")
+    axes.set_ylabel("peak MiB beyond one chunk")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
 
 
 def _measured(document: dict[str, Any]) -> str:
@@ -39,7 +102,7 @@ def _measured(document: dict[str, Any]) -> str:
         [
             f"{conditions['hardware']}, {conditions['threads']} threads, {conditions['dtype']}, "
             f"torch {versions['torch']}, transformers {versions['transformers']}; prompt of "
-            f"{conditions['prompt']} tokens, budget {conditions['budget']}. Medians and extremes "
+            f"{rows[0]['prompt']} tokens, budget {rows[0]['budget']}. Medians and extremes "
             f"of {rows[0]['rounds']} rounds, each right after as many tokens of DynamicCache.",
             "",
             *lines,

@@ -55,13 +55,14 @@ def compare(
     benchmark: BenchmarkFixture, measured: Generation, baseline: Generation, **conditions: object
 ) -> None:
     """Lets both generate in turn; the benchmark records the median token of each turn."""
-    stopwatch, ratios, others = Stopwatch(), [], []
+    stopwatch, ratios, tokens, others = Stopwatch(), [], [], []
     benchmark._timer = stopwatch
 
     def turn() -> None:
         other = median(baseline.continue_by(TOKENS))
         token = median(measured.continue_by(TOKENS))
         stopwatch.seconds += token
+        tokens.append(token)
         others.append(other)
         ratios.append(token / other)
 
@@ -70,6 +71,10 @@ def compare(
     benchmark.pedantic(turn, rounds=ROUNDS, iterations=1)
     benchmark.extra_info.update(
         conditions,
+        table="decode",
+        prompt=contenders.PROMPT,
+        budget=contenders.BUDGET,
+        ms_per_token=1000 * median(tokens),
         rounds=ROUNDS,
         tokens_per_round=TOKENS,
         baseline_ms=1000 * median(others),

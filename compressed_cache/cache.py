@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from compressed_cache import checks, hook
 from compressed_cache.clock import Clock
 from compressed_cache.drafts import Drafts
 from compressed_cache.layer import CompressedLayer
+from compressed_cache.linear import LinearLayers, states
 from compressed_cache.policies import Policy, make_policy
 from compressed_cache.rules import Rules, resolve_rules
 from compressed_cache.snapshot import Snapshot
 
 
-class CompressedCache(Cache):
+class CompressedCache(LinearLayers):
     """Keeps the key-value cache of a model inside a fixed budget while it generates.
 
     Pass a fresh one to ``generate``; nothing else changes::
@@ -58,8 +58,6 @@ class CompressedCache(Cache):
         TypeError: an argument of the wrong type, or an unknown option.
         NotImplementedError: with ``config``, a model this cache cannot serve.
     """
-
-    layers: list[Any]
 
     def __init__(
         self,
@@ -254,32 +252,6 @@ class CompressedCache(Cache):
             else:
                 layer.reorder_cache(indices)
 
-    # Linear attention, for models that mix it with the other kind.
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """The convolution state of a linear-attention layer, None before its first token."""
-        self.linear_layer(layer_idx)
-        return super().get_conv_state(layer_idx, state_idx)
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """The recurrent state of a linear-attention layer, None before its first token."""
-        self.linear_layer(layer_idx)
-        return super().get_recurrent_state(layer_idx, state_idx)
-
-    def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Takes the new convolution state of a linear-attention layer."""
-        self.linear_layer(layer_idx)
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Takes the new recurrent state of a linear-attention layer."""
-        self.linear_layer(layer_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-
     def __repr__(self) -> str:
         rules = ", ".join(f"{name}={value!r}" for name, value in vars(self.rules).items())
         policy = self.policy.name or type(self.policy).__name__
@@ -291,14 +263,7 @@ class CompressedCache(Cache):
         """The layer of this index, made where there is none yet."""
         if self._first is None:
             self._first = index
-        self._make_layers(index + 1)
-        return self.layers[index]
-
-    def linear_layer(self, index: int) -> LinearAttentionLayer:
-        """The linear-attention layer of this index, made where there is none yet."""
-        if len(self.layers) <= index:
-            self._make_layers(index)
-            self.layers.append(LinearAttentionLayer())
+        self.make_layers(index + 1)
         return self.layers[index]
 
     def count(self, prompt_tokens: int, steps: int) -> None:
@@ -307,8 +272,8 @@ class CompressedCache(Cache):
             self._tick(prompt_tokens + steps)
         self.clock.begin(prompt_tokens, steps)
 
-    def _make_layers(self, count: int) -> None:
-        # A layer that never asks for a cache stays empty.
+    def make_layers(self, count: int) -> None:
+        """Makes layers up to this number; one that never asks for a cache stays empty."""
         for index in range(len(self.layers), count):
             self.layers.append(CompressedLayer(self.policy, self.rules, self.clock, index))
 
@@ -369,7 +334,4 @@ def _policy(policy: Any, options: dict[str, Any]) -> Policy:
 
 
 def _tensors(layer: Any) -> list[Tensor]:
-    if isinstance(layer, CompressedLayer):
-        return layer.tensors()
-    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-    return [state for state in states if state is not None]
+    return layer.tensors() if isinstance(layer, CompressedLayer) else states(layer)

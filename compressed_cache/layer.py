@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from compressed_cache import attention, checks, hook, slots
+from compressed_cache import checks, hook, slots
 from compressed_cache.attention import Form
 from compressed_cache.clock import Clock
 from compressed_cache.memory import Sizes, SlotMemory
@@ -17,6 +17,7 @@ from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.reading import States, read
 from compressed_cache.rules import Rules
 from compressed_cache.shards import Shard
+from compressed_cache.stepping import observe, write
 
 
 class LayerState(NamedTuple):
@@ -71,7 +72,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             self.awaits_attention = True
         if self.is_filled and key_states.shape[2] == 1:
             # Detached everywhere: a graph through the slots would live as long as the cache.
-            self.write(key_states.detach(), value_states.detach(), ranks=self.clock.ranks)
+            write(self, key_states.detach(), value_states.detach(), ranks=self.clock.ranks)
             return self.keys, self.values
         hook.tag(key_states, self)
         return key_states, value_states
@@ -110,7 +111,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             checks.check_module(self.module_id, module)
             self.calls += 1
             self.last_call = None
-        output, weights = self.observe(query)
+        output, weights = observe(self, query)
         return output.transpose(1, 2), weights.flatten(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -185,56 +186,6 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         if call is not None:
             read(self, call.states.split(tokens)[0], min(call.prompt_tokens, tokens))
 
-    # One token.
-
-    def write(self, key: Tensor, value: Tensor, *, ranks: bool) -> None:
-        """Puts one token ``[B, H, 1, D]`` into the slot of the victim."""
-        slot = self._victim(ranks)
-        self.keys.scatter_(2, slot.unsqueeze(-1).expand_as(key), key)
-        self.values.scatter_(2, slot.unsqueeze(-1).expand_as(value), value)
-        self.positions.scatter_(2, slot, self.next_position[:, None, None].expand_as(slot))
-        if self.policy.observes == "attention":
-            self.attention.scatter_(2, slot, 0.0)
-
-    def _victim(self, ranks: bool) -> Tensor:
-        """The slot to overwrite, ``[B, H, 1]``, from what is known before the step."""
-        if not self.policy.evicts:
-            return self.tokens_seen.expand(*self.positions.shape[:2], 1)
-        if self.rules.interval == 1:
-            return slots.lowest_slot(self.scores(self._held()), self.positions)
-        if ranks:
-            victims = slots.next_victims(
-                self.scores(self._held()),
-                self.positions,
-                protected_prefix=self.protected_prefix,
-                count=self.rules.interval,
-            )
-            self.victims.copy_(victims)
-            self.phase.zero_()
-        slot = self.victims.index_select(2, self.phase)
-        self.phase.add_(1)
-        return slot
-
-    def observe(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Attends with one query ``[B, H * G, 1, D]`` and remembers what the policy asked for."""
-        output, weights = attention.attend(
-            query, self.keys, self.values, self.positions >= 0, self.form
-        )
-        query = query.detach()
-        if self.policy.observes == "attention":
-            seen = self.accumulate(self.attention, weights.detach().nan_to_num(0.0))
-            self.attention.copy_(seen)
-        if self.policy.observes == "queries":
-            window = self.query_positions.shape[1]
-            place = (self.next_position % window)[:, None]
-            grouped = attention.group_queries(query, self.keys.shape[1])
-            index = place[:, None, None, :, None].expand_as(grouped)
-            self.queries.scatter_(3, index, grouped)
-            self.query_positions.scatter_(1, place, self.next_position[:, None])
-        self.next_position.add_(1)
-        self.tokens_seen.add_(1)
-        return output, weights
-
     # A prompt.
 
     @torch.compiler.disable(
@@ -300,7 +251,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
 
     # What the policy sees and says.
 
-    def _held(self) -> Slots:
+    def held(self) -> Slots:
+        """What the policy is shown of the slots."""
         return self.view(self.keys, self.values, self.positions, self.attention)
 
     def view(self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor) -> Slots:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache import attention, checks, slots
+from compressed_cache.stepping import observe, write
 
 if TYPE_CHECKING:
     from compressed_cache.layer import CompressedLayer
@@ -130,8 +131,8 @@ def _read_steps(
     outputs = []
     for token in range(query.shape[2]):
         here = slice(token, token + 1)
-        layer.write(key[:, :, here], value[:, :, here], ranks=layer.clock.ranks_at(token))
-        outputs.append(layer.observe(query[:, :, here])[0])
+        write(layer, key[:, :, here], value[:, :, here], ranks=layer.clock.ranks_at(token))
+        outputs.append(observe(layer, query[:, :, here])[0])
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

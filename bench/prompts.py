@@ -1,0 +1,86 @@
+"""What reading a long prompt in chunks takes, measured in a process of its own."""
+
+import multiprocessing
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from compressed_cache import CompressedCache
+from compressed_cache.versions import cache_argument
+
+CHUNK = 1024  # tokens
+BUDGET = 256
+
+
+def measure(cache: str, tokens: int, device: str) -> dict[str, float]:
+    """Peak memory and time of reading a prompt of so many tokens.
+
+    Args:
+        cache: ``"DynamicCache"`` or the name of a policy.
+        tokens: length of the prompt.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        ``peak_mib``, memory beyond what a prompt of one chunk took, and ``seconds``.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure, cache, tokens, device).result()
+
+
+def _measure(cache: str, tokens: int, device: str) -> dict[str, float]:
+    torch.set_num_threads(1)
+    model = _model(device)
+    _read(model, cache, CHUNK)
+    before = _peak_bytes(device)
+    started = time.perf_counter()
+    _read(model, cache, tokens)
+    seconds = time.perf_counter() - started
+    return {"peak_mib": (_peak_bytes(device) - before) / 2**20, "seconds": seconds}
+
+
+def _model(device: str) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=500,
+        max_position_embeddings=1 << 20,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device).eval()
+
+
+def _read(model: Any, name: str, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 500, (1, tokens), generator=generator).to(model.device)
+    full = name == "DynamicCache"
+    cache: Any = DynamicCache(config=model.config) if full else CompressedCache(name, BUDGET)
+    with torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            **cache_argument(cache),
+            prefill_chunk_size=CHUNK,
+            max_new_tokens=1,
+            do_sample=False,
+            disable_compile=True,
+        )
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
