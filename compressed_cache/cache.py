@@ -137,13 +137,19 @@ class CompressedCache(LinearLayers):
         return not self._drafts.active
 
     @property
-    def evicted_tokens(self) -> int:
-        """Tokens seen minus tokens held per head of the first compressed layer; the most of all
-        rows."""
+    def compressed_layer(self) -> CompressedLayer | None:
+        """The first layer that the policy works on, or where all have a sliding window the first of
+        these; None before the first prompt."""
         layers = [layer for layer in self._attention_layers() if layer.is_filled]
-        if not layers:
+        return min(layers, key=lambda layer: layer.is_sliding, default=None)
+
+    @property
+    def evicted_tokens(self) -> int:
+        """Tokens seen minus tokens held per head of :attr:`compressed_layer`; the most of all
+        rows."""
+        layer = self.compressed_layer
+        if layer is None:
             return 0
-        layer = next((layer for layer in layers if not layer.is_sliding), layers[0])
         held = (layer.positions[:, 0] >= 0).sum(dim=-1)
         return int((layer.next_position - held).max())
 

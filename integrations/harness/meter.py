@@ -72,7 +72,9 @@ def batch_records(
         ends: ids that end a text, and count.
         padding: the id that fills a row after its end, and does not.
     """
-    slots = cache.layers[0].positions.shape[-1]
+    layer = cache.compressed_layer
+    assert layer is not None, "a batch was generated"
+    slots = layer.positions.shape[-1]
     share = cache.nbytes // len(replies)
     records = []
     for prompt, row in zip(attention_mask.sum(dim=1).tolist(), replies.tolist(), strict=True):
