@@ -162,6 +162,7 @@ class CompressedCache(LinearLayers):
         """Makes the cache as new, in place: buffers are kept for the next prompt."""
         self.clock.reset()
         self._drafts.stop()
+        self._first = None
         super().reset()
 
     def snapshot(self) -> Snapshot:
@@ -270,7 +271,13 @@ class CompressedCache(LinearLayers):
         if self._first is None:
             self._first = index
         self.make_layers(index + 1)
-        return self.layers[index]
+        layer = self.layers[index]
+        if not isinstance(layer, CompressedLayer):
+            raise ValueError(
+                f"layer {index} held the state of linear attention, got keys and values. Use a new "
+                "CompressedCache for another model."
+            )
+        return layer
 
     def count(self, prompt_tokens: int, steps: int) -> None:
         """Counts a call that begins: tokens read as a prompt, then tokens read one by one."""
@@ -300,7 +307,8 @@ class CompressedCache(LinearLayers):
         if layer is first:
             for other in self._attention_layers():
                 other.check_attended()
-                checks.check_calls(other.index, other.calls, expected=first.calls)
+                if other.is_filled:
+                    checks.check_calls(other.index, other.calls, expected=first.calls)
         else:
             if isinstance(previous := self.layers[layer.index - 1], CompressedLayer):
                 previous.check_attended()

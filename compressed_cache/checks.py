@@ -7,7 +7,9 @@ from torch import Tensor
 from compressed_cache.memory import Sizes
 from compressed_cache.rules import Rules
 
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+_ATTENTION = ("full_attention", "sliding_attention")
+# Of these transformers keeps the state, if they have one.
+_OTHERS = ("linear_attention", "conv", "moe", "mlp")
 _RESET = "Call cache.reset() or use a new CompressedCache."
 
 
@@ -77,7 +79,7 @@ def check_attention(layer: int, module: Any, arguments: dict[str, Any]) -> None:
         check_config(config)
     kinds = getattr(config, "layer_types", None) or []
     kind = kinds[layer] if layer < len(kinds) else "full_attention"
-    if kind not in _LAYER_TYPES:
+    if kind not in _ATTENTION:
         raise NotImplementedError(_refusal(f"layer {layer} is of type {kind!r}"))
     if arguments.get("position_bias") is not None:
         raise NotImplementedError(
@@ -96,13 +98,14 @@ def check_config(config: Any) -> None:
         raise NotImplementedError(
             _refusal("multi-head latent attention caches one latent vector for all heads, not keys")
         )
-    if getattr(text, "num_kv_shared_layers", 0):
+    sharing = getattr(text, "kv_sharing_modes", None) or []
+    if getattr(text, "num_kv_shared_layers", 0) or "reuse" in sharing:
         raise NotImplementedError(_refusal("its last layers read the keys of earlier ones"))
     unknown = sorted(
         {
             kind
             for kind in getattr(text, "layer_types", None) or []
-            if kind not in (*_LAYER_TYPES, "linear_attention")
+            if kind not in (*_ATTENTION, *_OTHERS)
         }
     )
     if unknown:

@@ -51,6 +51,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def __init__(self, policy: Policy, rules: Rules, clock: Clock, index: int) -> None:
         CacheLayerMixin.__init__(self)
         SlotMemory.__init__(self, policy, rules)
+        self.settings = policy, rules
         self.clock = clock
         self.index = index
         self.form = Form(1.0)
@@ -166,8 +167,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def restore(self, state: LayerState) -> None:
         """Holds again what ``state`` says, in place where it fits."""
         self.form = state.form
-        if state.window is not None:
-            self._become_sliding(state.window)
+        self._see(state.window)
         self.load(state.tensors, state.sizes)
         self.calls = 0
         self.is_filled = self.is_initialized = True
@@ -236,14 +236,15 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         factor = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
         self.form = Form(factor, kwargs.get("softcap"), kwargs.get("s_aux"))
         self.shard = Shard.of(module, query)
-        window = kwargs.get("sliding_window")
-        if window is not None:
-            self._become_sliding(window)
+        self._see(kwargs.get("sliding_window"))
 
-    def _become_sliding(self, window: int) -> None:
+    def _see(self, window: int | None) -> None:
+        """Keeps so many of the last tokens, or what the policy wants where there is no window."""
         self.window = window
-        self.policy = StreamingLLM()
-        self.rules = Rules(window, interval=1, sinks=0, recent=0, protect_prompt=False)
+        self.policy, self.rules = self.settings
+        if window is not None:
+            self.policy = StreamingLLM()
+            self.rules = Rules(window, interval=1, sinks=0, recent=0, protect_prompt=False)
 
     def _allocate(self, sizes: Sizes) -> None:
         super()._allocate(sizes)

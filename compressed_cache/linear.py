@@ -23,7 +23,13 @@ class LinearLayers(Cache):
         if len(self.layers) <= index:
             self.make_layers(index)
             self.layers.append(LinearAttentionLayer())
-        return self.layers[index]
+        layer = self.layers[index]
+        if not isinstance(layer, LinearAttentionLayer):
+            raise ValueError(
+                f"layer {index} held keys and values, got the state of linear attention. Use a new "
+                "CompressedCache for another model."
+            )
+        return layer
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The convolution state of a linear-attention layer, None before its first token."""

@@ -124,6 +124,13 @@ FAMILIES = (
         dtype=torch.float32,
     ),
     Family(
+        "LFM2",
+        "Lfm2Config",
+        dict(layer_types=["conv", "full_attention"]),
+        kinds=(LINEAR, FULL),
+        note="short convolutions; no assisted decoding and no file of its cache",
+    ),
+    Family(
         "Qwen3-Next",
         "Qwen3NextConfig",
         dict(

@@ -108,6 +108,15 @@ def test_reset_makes_a_cache_as_new_in_the_same_memory(
             assert torch.equal(a, b)
 
 
+def test_a_model_with_fewer_layers_may_come_after_one_with_more(make_model: object) -> None:
+    ids, cache = distinct_tokens(1, 30), CompressedCache("h2o", 16)
+    for layers in (3, 2, 3):
+        model = make_model(num_hidden_layers=layers)
+        cache.reset()
+        got = _generate(model, ids, cache, 20)
+        assert torch.equal(got, _generate(model, ids, CompressedCache("h2o", 16), 20))
+
+
 @pytest.mark.parametrize("policy", EVICTING)
 def test_layers_share_no_state(model: LlamaForCausalLM, policy: str) -> None:
     cache = CompressedCache(policy, 16)

@@ -113,6 +113,24 @@ def test_only_full_attention_is_compressed_and_windows_are_kept_exactly(
     assert cache.evicted_tokens == seen - smallest
 
 
+def test_after_a_reset_another_model_may_use_a_cache() -> None:
+    models = {family.name: family.make() for family in FAMILIES if family.name in _CHANGES}
+    cache = CompressedCache("h2o", 16)
+    for name in _CHANGES:
+        cache.reset()
+        fresh = CompressedCache("h2o", 16)
+        assert torch.equal(_generate(models[name], cache), _generate(models[name], fresh))
+        assert [_kind(layer) for layer in cache.layers] == [_kind(layer) for layer in fresh.layers]
+    cache.reset()
+    hybrid = next(family for family in FAMILIES if family.name == "Qwen3-Next").make()
+    with pytest.raises(ValueError, match="layer 0 held keys and values, got the state of linear"):
+        _generate(hybrid, cache)
+
+
+# Sliding and full, full, sliding, full again.
+_CHANGES = ("Gemma 3", "Llama 3", "Mistral", "Qwen3")
+
+
 def test_the_table_of_the_readme_is_that_of_these_tests() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     found = re.search(r"<!-- families:begin -->\n(.*?)<!-- families:end -->", readme, re.DOTALL)
