@@ -1,9 +1,10 @@
 """What reading a long prompt in chunks takes, measured in a process of its own."""
 
 import multiprocessing
-import resource
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def measure(cache: str, tokens: int, device: str) -> dict[str, float]:
         device: ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        ``peak_mib``, memory beyond what a prompt of one chunk took, and ``seconds``.
+        ``peak_mib``, memory beyond what a prompt of one chunk took (on a CPU the peak of resident
+        memory, as Linux tells it), and ``seconds``.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -83,4 +85,7 @@ def _read(model: Any, name: str, tokens: int) -> None:
 def _peak_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage, whose maximum a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(kib) * 1024

@@ -48,9 +48,7 @@ def _peaks(document: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for cache in dict.fromkeys(row["cache"] for row in rows):
         cells = [found.get((cache, tokens)) for tokens in lengths]
-        shown = [
-            f"{row['peak_mib']:.0f} in {row['seconds']:.0f} s" if row else "-" for row in cells
-        ]
+        shown = [f"{row['peak_mib']:.0f}" if row else "-" for row in cells]
         lines.append("| " + " | ".join([cache, *shown]) + " |")
     conditions, versions = document["conditions"], document["conditions"]["versions"]
     device = rows[0]["device"]
@@ -65,10 +63,6 @@ def _peaks(document: dict[str, Any]) -> str:
             f"![Peak memory against the length of the prompt](bench/results/prompt-{device}.png)",
         ]
     )
-
-
-def _peak(row: Row) -> str:
-    return f"{row['peak_mib']:.0f} in {row['seconds']:.0f} s"
 
 
 def draw_peaks(device: str) -> None:

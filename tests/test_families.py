@@ -109,6 +109,8 @@ def test_only_full_attention_is_compressed_and_windows_are_kept_exactly(
                     assert head == list(range(seen - padding - family.window, seen - padding))
                 else:
                     assert len(head) == 16
+    first = family.kinds.index("full") if "full" in family.kinds else 0
+    assert cache.compressed_layer is cache.layers[first]
     smallest = 16 if "full" in family.kinds else family.window
     assert cache.evicted_tokens == seen - smallest
 
