@@ -393,12 +393,12 @@ def test_a_model_class_that_generates_otherwise_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_model_with_sliding_windows_is_refused(tmp_path: Path) -> None:
-    from transformers import Gemma2Config
+def test_a_model_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
+    from transformers import DeepseekV3Config
 
-    Gemma2Config(num_hidden_layers=2).save_pretrained(tmp_path)
+    DeepseekV3Config(num_hidden_layers=2).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(MODEL_PATH).save_pretrained(tmp_path)
-    with pytest.raises(NotImplementedError, match="full-attention layers only"):
+    with pytest.raises(NotImplementedError, match="multi-head latent attention"):
         evaluate([EASY], limit=1, model_args={**H2O, "pretrained": str(tmp_path)})
 
 
@@ -475,10 +475,10 @@ def test_an_adapter_and_a_dtype_pass_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
-def test_quantised_weights_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Ternary weights, the one kind that transformers quantises without another package. It compiles
-    # a function for that, which takes longer than all the rest.
-    monkeypatch.setattr("torch._dynamo.config.disable", True)
+# Ternary weights, the one kind that transformers quantises without another package. It compiles a
+# function for that, which takes longer than all the rest.
+@torch._dynamo.config.patch(disable=True)
+def test_quantised_weights_pass_through(tmp_path: Path) -> None:
     path = tmp_path / "model"
     shutil.copytree(MODEL_PATH, path)
     config = json.loads((path / "config.json").read_text())
