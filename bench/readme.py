@@ -12,11 +12,12 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from compressed_cache.bench import report as bench_report
+from compressed_cache.bench.markdown import markdown
 from compressed_cache.demo import report as demo_report
 from compressed_cache.policies import POLICIES
 
@@ -35,13 +36,6 @@ COSTS = (
     "held",
     "MiB",
 )
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def demo() -> str:

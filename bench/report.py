@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compressed_cache.bench.markdown import markdown
+
 RESULTS = Path(__file__).resolve().parent / "results"
 COMMAND = "pytest bench/ --benchmark-only"
 HEADER = (
@@ -45,11 +47,11 @@ def _peaks(document: dict[str, Any]) -> str:
     lengths = list(dict.fromkeys(row["tokens"] for row in rows))
     found = {(row["cache"], row["tokens"]): row for row in rows}
     header = ["peak MiB beyond one chunk", *(f"{tokens:,} tokens" for tokens in lengths)]
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines = []
     for cache in dict.fromkeys(row["cache"] for row in rows):
         cells = [found.get((cache, tokens)) for tokens in lengths]
         shown = [f"{row['peak_mib']:.0f}" if row else "-" for row in cells]
-        lines.append("| " + " | ".join([cache, *shown]) + " |")
+        lines.append([cache, *shown])
     conditions, versions = document["conditions"], document["conditions"]["versions"]
     device = rows[0]["device"]
     return "\n".join(
@@ -58,7 +60,7 @@ def _peaks(document: dict[str, Any]) -> str:
             f"{rows[0]['chunk']:,} tokens, budget {rows[0]['budget']}, torch {versions['torch']}, "
             f"transformers {versions['transformers']}; each cell in a process of its own.",
             "",
-            *lines,
+            markdown(header, lines),
             "",
             f"![Peak memory against the length of the prompt](bench/results/prompt-{device}.png)",
         ]
@@ -90,8 +92,6 @@ def _measured(document: dict[str, Any]) -> str:
     conditions, rows = document["conditions"], document["rows"]
     versions = conditions["versions"]
     decode = [row for row in rows if row["kind"] == "decode"]
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in decode]
     return "\n".join(
         [
             f"{conditions['hardware']}, {conditions['threads']} threads, {conditions['dtype']}, "
@@ -99,7 +99,7 @@ def _measured(document: dict[str, Any]) -> str:
             f"{rows[0]['prompt']} tokens, budget {rows[0]['budget']}. Medians and extremes "
             f"of {rows[0]['rounds']} rounds, each right after as many tokens of DynamicCache.",
             "",
-            *lines,
+            markdown(HEADER, map(_cells, decode)),
             *(["", *_long(rows)] if len(rows) > len(decode) else []),
         ]
     )

@@ -50,7 +50,7 @@ def dispatch(
 
 
 def install() -> None:
-    """Wraps the attention functions of transformers; the second call does nothing."""
+    """Wraps attention and assisted decoding of transformers; the second call does nothing."""
     original = AttentionInterface.get_interface
     if getattr(original, _TAG, False):
         return

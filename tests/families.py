@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+from compressed_cache.bench.markdown import markdown
+
 VOCABULARY = 160
 WINDOW = 10
 FULL, SLIDING, LINEAR = "full", "sliding", "linear"
@@ -161,12 +163,12 @@ REFUSED = {
 
 def table() -> str:
     """The families as Markdown, for the README."""
-    lines = ["| family | layers | note |", "| --- | --- | --- |"]
+    rows = []
     for family in FAMILIES:
         kinds = " and ".join(sorted(set(family.kinds), reverse=True))
-        lines.append(f"| {family.name} | {kinds} | {family.note or '-'} |")
-    lines += [f"| {name} | refused | {reason} |" for name, reason in REFUSED.items()]
-    return "\n".join(lines) + "\n"
+        rows.append([family.name, kinds, family.note or "-"])
+    rows += [[name, "refused", reason] for name, reason in REFUSED.items()]
+    return markdown(["family", "layers", "note"], rows) + "\n"
 
 
 if __name__ == "__main__":
