@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from compressed_cache import checks, hook, slots
 from compressed_cache.attention import Form
 from compressed_cache.clock import Clock
+from compressed_cache.kernels import ops
 from compressed_cache.memory import Sizes, SlotMemory
 from compressed_cache.padding import check_left, first_tokens, real_tokens
 from compressed_cache.policies import Policy, Slots
@@ -17,7 +18,7 @@ from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.reading import States, read
 from compressed_cache.rules import Rules
 from compressed_cache.shards import Shard
-from compressed_cache.stepping import observe, write
+from compressed_cache.stepping import step
 
 
 class LayerState(NamedTuple):
@@ -60,7 +61,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.module_id: int | None = None
         self.calls = 0
         self.is_filled = False
+        self.is_fused = False
         self.awaits_attention = False
+        self.incoming: tuple[Tensor, Tensor] | None = None
         self.last_call: Call | None = None
 
     # What transformers calls.
@@ -72,8 +75,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         if not torch.compiler.is_compiling():
             self.awaits_attention = True
         if self.is_filled and key_states.shape[2] == 1:
-            # Detached everywhere: a graph through the slots would live as long as the cache.
-            write(self, key_states.detach(), value_states.detach(), ranks=self.clock.ranks)
+            # Written when the query is at hand, so that one kernel can do both.
+            self.incoming = key_states, value_states
             return self.keys, self.values
         hook.tag(key_states, self)
         return key_states, value_states
@@ -112,8 +115,13 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             checks.check_module(self.module_id, module)
             self.calls += 1
             self.last_call = None
-        output, weights = observe(self, query)
-        return output.transpose(1, 2), weights.flatten(1, 2)
+        assert self.incoming is not None
+        incoming, self.incoming = self.incoming, None
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        output, weights = step(
+            *(self, query, *incoming), ranks=self.clock.ranks, weighs=implementation == "eager"
+        )
+        return output.transpose(1, 2), None if weights is None else weights.flatten(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask transformers builds: see ``CompressedCache``."""
@@ -178,7 +186,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """Holds nothing."""
         self.calls = 0
         self.is_filled = self.awaits_attention = False
-        self.last_call = None
+        self.incoming = self.last_call = None
         self.clear()
 
     def repeat(self, call: Call | None, tokens: int) -> None:
@@ -249,6 +257,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def _allocate(self, sizes: Sizes) -> None:
         super()._allocate(sizes)
         hook.tag(self.keys, self)
+        self.is_fused = self.policy.evicts and ops.serves(sizes)
 
     # What the policy sees and says.
 
@@ -272,20 +281,30 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         )
 
     def scores(self, held: Slots) -> Tensor:
-        """Scores ``[B, H, S]`` with protection applied."""
+        """Scores ``[B, H, S]`` of the policy."""
         scores = self.policy.scores(held)
         if scores.shape != held.positions.shape or scores.dtype != torch.float32:
             raise ValueError(
                 f"{type(self.policy).__name__}.scores must return float32 of shape [B, H, S] = "
                 f"{list(held.positions.shape)}, got {scores.dtype} of shape {list(scores.shape)}"
             )
+        return scores
+
+    def protected_scores(self, held: Slots) -> Tensor:
+        """Scores ``[B, H, S]`` with protection applied."""
         return slots.protect(
-            scores,
+            self.scores(held),
             held.positions,
             next_position=self.next_position,
             protected_prefix=self.protected_prefix,
             recent=self.rules.recent,
         )
+
+    @property
+    def adds_attention(self) -> bool:
+        """Whether the policy remembers the sum of the attention, as a kernel can add it up."""
+        adds = type(self.policy).accumulate is Policy.accumulate
+        return self.policy.observes == "attention" and adds and not self.policy.mixes_heads
 
     def accumulate(self, seen: Tensor, weights: Tensor) -> Tensor:
         """What the policy remembers once it saw these weights ``[B, H, G, Q, S]``."""

@@ -10,7 +10,6 @@ from compressed_cache.policies import Policy
 from compressed_cache.rules import Rules
 
 _SMALLEST_CAPACITY = 256
-_SHARED_BY_ROWS = ("tokens_seen", "phase")
 
 
 class Sizes(NamedTuple):
@@ -33,11 +32,12 @@ class SlotMemory:
     Attributes:
         keys, values: ``[B, H, S, D]`` in the dtype of the model.
         positions: ``[B, H, S]`` int64, position of the token in each slot, ``-1`` where empty.
-        next_position: ``[B]`` int64, position of the incoming token of each row.
+        counts: ``[B, 3]`` int64, for each row the position of the incoming token, the tokens seen,
+            padding included, and which of the victims is due: one tensor, so that a step counts in
+            one launch.
         protected_prefix: ``[B]`` int64, positions below it are never evicted.
-        tokens_seen: 0-d int64, tokens seen by every row, padding included.
-        victims, phase: ``[B, H, interval]`` and ``[1]`` int64, the slots to overwrite next, lowest
-            first, and which of them is due (read with ``interval > 1``).
+        victims: ``[B, H, interval]`` int64, the slots to overwrite next, lowest first (read with
+            ``interval > 1``).
         attention: ``[B, H, S]`` float32, what the policy made of the attention seen; without slots
             unless it asks for it.
         queries, query_positions: ``[B, H, G, W, D]`` and ``[B, W]`` int64, a ring of the last
@@ -47,11 +47,9 @@ class SlotMemory:
     keys: Tensor
     values: Tensor
     positions: Tensor
-    next_position: Tensor
+    counts: Tensor
     protected_prefix: Tensor
-    tokens_seen: Tensor
     victims: Tensor
-    phase: Tensor
     attention: Tensor
     queries: Tensor
     query_positions: Tensor
@@ -60,6 +58,21 @@ class SlotMemory:
         self.policy = policy
         self.rules = rules
         self.sizes: Sizes | None = None
+
+    @property
+    def next_position(self) -> Tensor:
+        """``[B]`` int64, position of the incoming token of each row."""
+        return self.counts[:, 0]
+
+    @property
+    def tokens_seen(self) -> Tensor:
+        """0-d int64, tokens seen by every row, padding included."""
+        return self.counts[0, 1]
+
+    @property
+    def phase(self) -> Tensor:
+        """``[1]`` int64, which of the victims is due."""
+        return self.counts[:1, 2]
 
     def provide(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Allocates slots for a prompt ``[B, H * G | H, L, D]``, or keeps those that fit."""
@@ -92,9 +105,8 @@ class SlotMemory:
 
     def reorder(self, rows: Tensor) -> None:
         """Row ``b`` becomes a copy of row ``rows[b]``, in place."""
-        for name, tensor in self.named_tensors().items():
-            if name not in _SHARED_BY_ROWS:
-                tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
+        for tensor in self.tensors():
+            tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
 
     def select(self, rows: Tensor) -> None:
         """Keeps the given rows, in new memory where their number is another."""
@@ -106,8 +118,7 @@ class SlotMemory:
         held = self.named_tensors()
         self._allocate(self.sizes._replace(batch=len(rows)))
         for name, tensor in self.named_tensors().items():
-            shared = name in _SHARED_BY_ROWS
-            tensor.copy_(held[name] if shared else held[name][rows.to(tensor.device)])
+            tensor.copy_(held[name][rows.to(tensor.device)])
 
     def load(self, tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
         """Takes over the contents of another memory, in place where the sizes are the same."""
@@ -136,10 +147,8 @@ class SlotMemory:
         self.keys = full(batch, heads, capacity, sizes.dim, dtype=sizes.dtype)
         self.values = full(batch, heads, capacity, sizes.value_dim, dtype=sizes.value_dtype)
         self.positions = full(batch, heads, capacity, fill=-1)
-        self.next_position = full(batch)
+        self.counts = full(batch, 3)
         self.protected_prefix = full(batch)
-        self.tokens_seen = full()
-        self.phase = full(1)
         self.victims = full(batch, heads, self.rules.interval)
         remembered = capacity if self.policy.observes == "attention" else 0
         self.attention = full(batch, heads, remembered, dtype=torch.float32)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache import attention, checks, slots
-from compressed_cache.stepping import observe, write
+from compressed_cache.stepping import step
 
 if TYPE_CHECKING:
     from compressed_cache.layer import CompressedLayer
@@ -59,7 +59,7 @@ def _fill(
     layer.provide(query, key, value)
     rows = torch.where(real, real.cumsum(dim=1) - 1, -1)
     layer.next_position.copy_(real.sum(dim=1))
-    layer.tokens_seen.fill_(key.shape[2])
+    layer.counts[:, 1] = key.shape[2]
     layer.protected_prefix.fill_(layer.rules.sinks)
     seen = layer.attention
     if layer.policy.observes == "attention":
@@ -120,7 +120,7 @@ def _read_block(
         layer.keys.index_copy_(2, free, key)
         layer.values.index_copy_(2, free, value)
         layer.positions.index_copy_(2, free, new_positions)
-    layer.tokens_seen.add_(key.shape[2])
+    layer.counts[:, 1] += key.shape[2]
     return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
 
 
@@ -131,8 +131,8 @@ def _read_steps(
     outputs = []
     for token in range(query.shape[2]):
         here = slice(token, token + 1)
-        write(layer, key[:, :, here], value[:, :, here], ranks=layer.clock.ranks_at(token))
-        outputs.append(observe(layer, query[:, :, here])[0])
+        one = (tensor[:, :, here] for tensor in (query, key, value))
+        outputs.append(step(layer, *one, ranks=layer.clock.ranks_at(token))[0])
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -174,7 +174,7 @@ def _keep_best(
     count = min(positions.shape[2], layer.positions.shape[2])
     kept = None
     if count < positions.shape[2]:
-        scores = layer.scores(layer.view(keys, values, positions, seen))
+        scores = layer.protected_scores(layer.view(keys, values, positions, seen))
         kept = slots.keep_best(scores, positions, count=count)
     for memory, tokens in contents:
         if kept is not None:

@@ -5,21 +5,105 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from compressed_cache import attention, slots
+from compressed_cache.kernels import ops
 
 if TYPE_CHECKING:
     from compressed_cache.layer import CompressedLayer
 
 
-def write(layer: "CompressedLayer", key: Tensor, value: Tensor, *, ranks: bool) -> None:
-    """Puts one token ``[B, H, 1, D]`` into the slot of the victim.
+def step(
+    layer: "CompressedLayer",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    ranks: bool,
+    weighs: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Puts one token per row into the slot of the victim, and attends with its query.
 
     Args:
         layer: a filled layer.
+        query: ``[B, H * G, 1, D]``.
         key: ``[B, H, 1, D]``.
         value: ``[B, H, 1, D]``.
         ranks: whether the slots are ranked before, for this step and the next ``interval - 1``.
+        weighs: whether the weights are wanted even where they must be made for it.
+
+    Returns:
+        The output ``[B, H * G, 1, D]`` and the attention weights ``[B, H, G, 1, S]`` float32, None
+        where there are none.
     """
-    slot = _victim(layer, ranks)
+    # Detached everywhere: a graph through the slots would live as long as the cache.
+    key, value = key.detach(), value.detach()
+    planned = _planned_slot(layer, ranks)
+    if layer.is_fused and not query.requires_grad:
+        output, weights = _fused(layer, query, key, value, planned, weighs)
+    else:
+        _write(layer, key, value, _slot(layer) if planned is None else planned)
+        output, weights = attention.attend(
+            query, layer.keys, layer.values, layer.positions >= 0, layer.form
+        )
+        _remember(layer, weights)
+    _record_query(layer, query.detach())
+    layer.counts.add_(1)
+    return output, weights
+
+
+def _fused(
+    layer: "CompressedLayer",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot: Tensor | None,
+    weighs: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """All of it in one kernel, but for what only this policy does."""
+    scores = None if slot is not None else layer.scores(layer.held())
+    if weighs or (layer.policy.observes == "attention" and not layer.adds_attention):
+        record = "weights"
+    else:
+        record = "total" if layer.adds_attention else "nothing"
+    output, weights = ops.decode_step(
+        *(query, key, value, layer.keys, layer.values, layer.positions, layer.attention),
+        *(layer.next_position, layer.protected_prefix, slot),
+        # A tensor that is changed must not be given twice.
+        None if scores is layer.attention else scores,
+        layer.form.sinks,
+        recent=layer.rules.recent,
+        scaling=layer.form.scaling,
+        softcap=layer.form.softcap,
+        record=record,
+    )
+    if record != "weights":
+        return output, None
+    _remember(layer, weights)
+    return output, weights
+
+
+def _planned_slot(layer: "CompressedLayer", ranks: bool) -> Tensor | None:
+    """The slot to overwrite, ``[B, H, 1]``, where that was decided in an earlier step."""
+    if not layer.policy.evicts:
+        return layer.tokens_seen.expand(*layer.positions.shape[:2], 1)
+    if layer.rules.interval == 1:
+        return None
+    if ranks:
+        victims = slots.next_victims(
+            layer.protected_scores(layer.held()),
+            layer.positions,
+            protected_prefix=layer.protected_prefix,
+            count=layer.rules.interval,
+        )
+        layer.victims.copy_(victims)
+        layer.phase.zero_()
+    return layer.victims.index_select(2, layer.phase)
+
+
+def _slot(layer: "CompressedLayer") -> Tensor:
+    return slots.lowest_slot(layer.protected_scores(layer.held()), layer.positions)
+
+
+def _write(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -> None:
     layer.keys.scatter_(2, slot.unsqueeze(-1).expand_as(key), key)
     layer.values.scatter_(2, slot.unsqueeze(-1).expand_as(value), value)
     layer.positions.scatter_(2, slot, layer.next_position[:, None, None].expand_as(slot))
@@ -27,44 +111,15 @@ def write(layer: "CompressedLayer", key: Tensor, value: Tensor, *, ranks: bool) 
         layer.attention.scatter_(2, slot, 0.0)
 
 
-def observe(layer: "CompressedLayer", query: Tensor) -> tuple[Tensor, Tensor]:
-    """Attends with one query ``[B, H * G, 1, D]`` and remembers what the policy asked for.
-
-    Returns:
-        The output ``[B, H * G, 1, D]`` and the attention weights ``[B, H, G, 1, S]`` float32.
-    """
-    output, weights = attention.attend(
-        query, layer.keys, layer.values, layer.positions >= 0, layer.form
-    )
-    query = query.detach()
+def _remember(layer: "CompressedLayer", weights: Tensor) -> None:
     if layer.policy.observes == "attention":
         seen = layer.accumulate(layer.attention, weights.detach().nan_to_num(0.0))
         layer.attention.copy_(seen)
+
+
+def _record_query(layer: "CompressedLayer", query: Tensor) -> None:
     if layer.policy.observes == "queries":
         place = (layer.next_position % layer.query_positions.shape[1])[:, None]
         grouped = attention.group_queries(query, layer.keys.shape[1])
         layer.queries.scatter_(3, place[:, None, None, :, None].expand_as(grouped), grouped)
         layer.query_positions.scatter_(1, place, layer.next_position[:, None])
-    layer.next_position.add_(1)
-    layer.tokens_seen.add_(1)
-    return output, weights
-
-
-def _victim(layer: "CompressedLayer", ranks: bool) -> Tensor:
-    """The slot to overwrite, ``[B, H, 1]``, from what is known before the step."""
-    if not layer.policy.evicts:
-        return layer.tokens_seen.expand(*layer.positions.shape[:2], 1)
-    if layer.rules.interval == 1:
-        return slots.lowest_slot(layer.scores(layer.held()), layer.positions)
-    if ranks:
-        victims = slots.next_victims(
-            layer.scores(layer.held()),
-            layer.positions,
-            protected_prefix=layer.protected_prefix,
-            count=layer.rules.interval,
-        )
-        layer.victims.copy_(victims)
-        layer.phase.zero_()
-    slot = layer.victims.index_select(2, layer.phase)
-    layer.phase.add_(1)
-    return slot

@@ -125,7 +125,9 @@ class Policy:
         """What is remembered of the attention seen so far, once new weights arrive.
 
         Called with ``observes = "attention"``: at prefill for consecutive blocks of prompt queries,
-        then once per decode step. A new token starts at zero.
+        then once per decode step. A new token starts at zero. A policy that leaves this as it is
+        remembers the sum over all queries of the mean over the group, and no weights need to be
+        written down for it.
 
         Args:
             attention: ``[B, H, S]`` float32, the memory so far.
@@ -135,6 +137,4 @@ class Policy:
         Returns:
             ``[B, H, S]`` float32.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} must define accumulate(attention, weights)"
-        )
+        return attention + weights.mean(dim=2).sum(dim=2)

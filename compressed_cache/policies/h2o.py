@@ -24,8 +24,5 @@ class H2O(Policy):
     def defaults(self, budget: int) -> Defaults:
         return Defaults(recent=budget // 2)
 
-    def accumulate(self, attention: Tensor, weights: Tensor) -> Tensor:
-        return attention + weights.mean(dim=2).sum(dim=2)
-
     def scores(self, slots: Slots) -> Tensor:
         return slots.attention
