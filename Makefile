@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TORCH ?= 2.13.0
 TRANSFORMERS ?= ==5.24.0
+TRITON ?= 3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -41,10 +42,11 @@ core: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n auto $(CORE:%=tests/test_%.py)
 
 # torch comes first and pinned, so that nothing later pulls another build; transformers is pinned
-# too, so that a release of theirs is met by `make compat` and not by everybody's tests.
+# too, so that a release of theirs is met by `make compat` and not by everybody's tests. Triton is
+# that of this torch, which brings it along only where it finds CUDA.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "torch==$(TORCH)" "transformers$(TRANSFORMERS)"
+	$(BIN)/pip install --quiet "torch==$(TORCH)" "triton==$(TRITON)" "transformers$(TRANSFORMERS)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 

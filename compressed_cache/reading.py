@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressed_cache import attention, checks, slots
 from compressed_cache.stepping import step
+from compressed_cache.totals import attention_totals
 
 if TYPE_CHECKING:
     from compressed_cache.layer import CompressedLayer
@@ -62,7 +63,10 @@ def _fill(
     layer.counts[:, 1] = key.shape[2]
     layer.protected_prefix.fill_(layer.rules.sinks)
     seen = layer.attention
-    if layer.policy.observes == "attention":
+    if layer.adds_attention:
+        assert layer.sizes is not None
+        seen = attention_totals(query, key, real, form=layer.form, sizes=layer.sizes)
+    elif layer.policy.observes == "attention":
         seen = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
         for weights in attention.attention_rows(
             query,

@@ -95,7 +95,8 @@ def _planned_slot(layer: "CompressedLayer", ranks: bool) -> Tensor | None:
             count=layer.rules.interval,
         )
         layer.victims.copy_(victims)
-        layer.phase.zero_()
+        # In every row: beams exchange theirs.
+        layer.counts[:, 2].zero_()
     return layer.victims.index_select(2, layer.phase)
 
 

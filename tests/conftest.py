@@ -1,10 +1,16 @@
 """Small random models whose attention is far from uniform."""
 
+import os
 from collections.abc import Callable
+
+import torch
+
+# Triton reads this when it is imported, which transformers may do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -10,6 +10,10 @@ before the second launch.
 The new token is put among those loaded, not loaded back, so no program waits for its own writes.
 """
 
+# Triton declares types that are not those of what it takes and returns.
+# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false
+
 from typing import NamedTuple
 
 import torch
@@ -302,15 +306,13 @@ def decode_step(
     value_dim, groups = step.values.shape[3], step.query.shape[1] // heads
     device = step.keys.device
     programs = batch * heads
-    if splits is None:
-        splits = _splits(programs, capacity, device)
-    split = triton.cdiv(capacity, splits)
+    wanted = _splits(programs, capacity, device) if splits is None else splits
     pads = [max(16, triton.next_power_of_2(size)) for size in (groups, dim, value_dim)]
     groups_pad, dim_pad, value_pad = pads
     element = step.keys.element_size()
     block = max(16, min(128, _TILE_BYTES[element] // (element * max(dim_pad, value_pad))))
-    split = triton.cdiv(split, block) * block
-    splits = triton.cdiv(capacity, split)
+    split = triton.cdiv(triton.cdiv(capacity, wanted), block) * block
+    parts = triton.cdiv(capacity, split)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -320,10 +322,10 @@ def decode_step(
     weights = floats(*(recorded if record == "weights" else (0,)))
     # Where the weights go there is room for the logits.
     logits = floats(*recorded) if record == "total" else weights
-    parts = splits if splits > 1 else 0
-    peaks, totals = (floats(programs, parts, groups_pad) for _ in range(2))
-    partial = floats(programs, parts, groups_pad, value_pad)
-    victims = torch.empty(programs if parts else 0, dtype=torch.int64, device=device)
+    merged = programs if parts > 1 else 0
+    peaks, totals = (floats(merged, parts, groups_pad) for _ in range(2))
+    partial = floats(merged, parts, groups_pad, value_pad)
+    victims = torch.empty(merged, dtype=torch.int64, device=device)
     remembers = step.memory.shape[2] > 0
     scores = step.memory if step.scores is None else step.scores.contiguous()
     sinks = step.memory if step.sinks is None else step.sinks
@@ -335,12 +337,12 @@ def decode_step(
         "GROUPS_PAD": groups_pad,
         "VALUE_PAD": value_pad,
         "RANK_BLOCK": rank_block,
-        "SPLITS": splits,
+        "SPLITS": parts,
         "SINKS": step.sinks is not None,
         "RECORD": record,
         "REMEMBERS": remembers,
     }
-    _attend_kernel[(programs, splits)](
+    _attend_kernel[(programs, parts)](
         *(step.query.contiguous(), step.key.contiguous(), step.value.contiguous()),
         *(step.keys, step.values, step.positions, step.memory),
         *(step.next_position, step.protected_prefix, slot, scores, sinks),
@@ -355,7 +357,7 @@ def decode_step(
         num_stages=2,
         **common,
     )
-    if splits > 1:
+    if parts > 1:
         _merge_kernel[(programs,)](
             *(step.positions, step.memory, step.next_position, sinks, logits, weights, output),
             *(partial, peaks, totals, victims, step.next_position.stride(0), heads, capacity),

@@ -93,3 +93,27 @@ def _(
     shape = (batch, heads, query.shape[1] // heads, 1, capacity) if record == "weights" else (0,)
     output = query.new_empty(*query.shape[:3], values.shape[3], dtype=values.dtype)
     return output, query.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("compressed_cache::attention_totals", mutates_args=())
+def attention_totals(
+    queries: Tensor,
+    keys: Tensor,
+    padding: Tensor,
+    sinks: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """See :func:`compressed_cache.kernels.totals.attention_totals`."""
+    from compressed_cache.kernels import totals
+
+    with torch.cuda.device_of(keys):
+        return totals.attention_totals(
+            queries, keys, padding, sinks, scaling=scaling, softcap=softcap
+        )
+
+
+@attention_totals.register_fake
+def _(queries: Tensor, keys: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return keys.new_empty(keys.shape[:3], dtype=torch.float32)

@@ -1,0 +1,91 @@
+"""How much attention each token of a prompt received in all, without the weights in memory."""
+
+import torch
+from torch import Tensor
+
+from compressed_cache.attention import Form, attention_rows, group_queries
+from compressed_cache.kernels import ops
+from compressed_cache.memory import Sizes
+
+_BLOCK_ELEMENTS = 1 << 20
+"""Weights held at once on a CPU: 4 MiB of float32, which stay in its cache between two passes."""
+
+
+def attention_totals(
+    queries: Tensor, keys: Tensor, real: Tensor, *, form: Form, sizes: Sizes
+) -> Tensor:
+    """Sum over all queries of a prompt of their causal attention, averaged over the group.
+
+    The weights of a block of queries are made, added up by column and forgotten. On CUDA two
+    kernels do it: one finds the log-sum-exp of each query, the second needs only that to add up a
+    column of keys from top to bottom. Values are never read.
+
+    Args:
+        queries: ``[B, H * G, L, D]`` after RoPE.
+        keys: ``[B, H, L, D]`` after RoPE.
+        real: ``[B, L]`` bool, ``False`` at padding, which is on the left.
+        form: how logits become weights.
+        sizes: of the layer.
+
+    Returns:
+        ``[B, H, L]`` float32, zero at padding. Logits that are not a number count as not visible.
+    """
+    if ops.serves(sizes):
+        padding = (~real).sum(dim=1)
+        return ops.attention_totals(
+            queries, keys, padding, form.sinks, scaling=form.scaling, softcap=form.softcap
+        )
+    if keys.device.type == "cpu":
+        totals = _block_totals(queries, keys, real, form)
+        if totals.isfinite().all():
+            return totals
+    return _row_totals(queries, keys, real, form)
+
+
+def _row_totals(queries: Tensor, keys: Tensor, real: Tensor, form: Form) -> Tensor:
+    positions = torch.where(real, real.cumsum(dim=1) - 1, -1)
+    totals = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    for weights in attention_rows(
+        queries, keys, query_positions=positions, positions=positions[:, None], form=form
+    ):
+        totals += weights.mean(dim=2).sum(dim=2)
+    return totals
+
+
+def _block_totals(queries: Tensor, keys: Tensor, real: Tensor, form: Form) -> Tensor:
+    """Head by head, so that a block of weights is small; what is after a query is not computed."""
+    batch, heads, length = keys.shape[:3]
+    exact = torch.promote_types(keys.dtype, torch.float32)
+    grouped = group_queries(queries, heads)
+    groups = grouped.shape[2]
+    block = max(1, _BLOCK_ELEMENTS // (groups * length))
+    memory = torch.empty(groups * block * length, dtype=exact)
+    totals = torch.zeros(batch, heads, length, dtype=exact)
+    for row, padding in enumerate((~real).sum(dim=1).tolist()):
+        for head in range(heads):
+            sinks = None
+            if form.sinks is not None:
+                sinks = form.sinks.to(exact).view(heads, groups, 1, 1)[head]
+            own_keys = keys[row, head, padding:].to(exact).mT
+            own_queries = grouped[row, head, :, padding:]
+            for start in range(0, length - padding, block):
+                queries_here = own_queries[:, start : start + block].to(exact)
+                end = start + queries_here.shape[1]
+                shape = groups, end - start, end
+                weights = memory[: groups * (end - start) * end].view(shape)
+                torch.mm(
+                    (queries_here * form.scaling).flatten(0, 1),
+                    own_keys[:, :end],
+                    out=weights.flatten(0, 1),
+                )
+                if form.softcap is not None:
+                    weights.div_(form.softcap).tanh_().mul_(form.softcap)
+                later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+                weights[:, :, start:].masked_fill_(later, -torch.inf)
+                peak = weights.amax(dim=-1, keepdim=True)
+                sums = weights.sub_(peak).exp_().sum(dim=-1, keepdim=True)
+                if sinks is not None:
+                    sums += (sinks - peak).exp()
+                weights.div_(sums * groups)
+                totals[row, head, padding : padding + end] += weights.sum(dim=(0, 1))
+    return totals.float()

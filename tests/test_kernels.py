@@ -1,0 +1,417 @@
+"""The Triton kernels against loops in float64: on CUDA where there is one, else interpreted."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from compressed_cache import CompressedCache, layer
+from compressed_cache.kernels import ops
+from compressed_cache.memory import Sizes
+from compressed_cache.policies import POLICIES
+from compressed_cache.versions import cache_argument
+from tests.compiling import CountingBackend, compiled
+from tests.conftest import distinct_tokens
+
+pytest.importorskip("triton")
+from compressed_cache.kernels import decode, totals
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+NEEDS_CUDA = pytest.mark.skipif(
+    DEVICE == "cpu", reason="the interpreter multiplies bfloat16 as if it were integers"
+)
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, NEEDS_CUDA]),
+]
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+RECENT, SEEN = 5, 500
+
+
+def softmax(logits: np.ndarray, sink: float | None = None) -> np.ndarray:
+    exponentials = np.exp(logits)
+    return exponentials / (exponentials.sum() + (0 if sink is None else math.exp(sink)))
+
+
+def bent(logits: np.ndarray, softcap: float | None) -> np.ndarray:
+    return logits if softcap is None else softcap * np.tanh(logits / softcap)
+
+
+def victim(scores: np.ndarray, positions: np.ndarray, prefix: int) -> int:
+    """The slot to overwrite: an empty one, else the lowest unprotected, the oldest of equals."""
+
+    def order(slot: int) -> tuple[float, ...]:
+        position = positions[slot]
+        if position < 0:
+            return (0, 0, slot)
+        if position < prefix or position >= SEEN - RECENT:
+            return (2, 0, position)
+        score = scores[slot]
+        return (0, 0, position + 1) if np.isnan(score) else (1, score, position)
+
+    return min(range(len(positions)), key=order)
+
+
+def make_step(
+    *sizes: int, dtype: torch.dtype, record: str, chooses: bool, with_sinks: bool
+) -> decode.Step:
+    batch, heads, groups, capacity, dim, value_dim = sizes
+    generator = torch.Generator().manual_seed(sum(sizes))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    positions = torch.stack(
+        [torch.randperm(SEEN, generator=generator)[:capacity] for _ in range(batch * heads)]
+    )
+    positions = positions.view(batch, heads, capacity)
+    positions[0, 0, : capacity // 3] = -1
+    scores = normal(batch, heads, capacity).float()
+    scores[-1, -1, capacity // 2 :] = scores[-1, -1].min()
+    scores[-1, 0, capacity // 2] = torch.nan
+    slot = torch.randint(0, capacity, (batch, heads, 1), generator=generator).to(DEVICE)
+    counts = torch.full((batch, 3), SEEN).to(DEVICE)
+    step = decode.Step(
+        query=normal(batch, heads * groups, 1, dim),
+        key=normal(batch, heads, 1, dim),
+        value=normal(batch, heads, 1, value_dim),
+        keys=normal(batch, heads, capacity, dim),
+        values=normal(batch, heads, capacity, value_dim),
+        positions=positions.to(DEVICE),
+        memory=normal(batch, heads, capacity if record != "nothing" else 0).float().abs(),
+        next_position=counts[:, 0],
+        protected_prefix=torch.arange(batch).to(DEVICE) * 200,
+        slot=None if chooses else slot,
+        scores=None if record == "total" else scores,
+        sinks=normal(heads * groups) if with_sinks else None,
+    )
+    # What an empty slot holds must never be read.
+    step.keys[0, 0, : capacity // 3] = torch.nan
+    step.values[0, 0, : capacity // 3] = torch.inf
+    return step
+
+
+def check_step(
+    *sizes: int,
+    dtype: torch.dtype = torch.float32,
+    record: str = "nothing",
+    chooses: bool = True,
+    splits: int | None = 1,
+    softcap: float | None = None,
+    with_sinks: bool = False,
+) -> None:
+    step = make_step(*sizes, dtype=dtype, record=record, chooses=chooses, with_sinks=with_sinks)
+    before = [None if x is None else x.double().cpu().numpy().copy() for x in step]
+    scaling = sizes[4] ** -0.5
+    output, weights = decode.decode_step(
+        step, recent=RECENT, scaling=scaling, softcap=softcap, record=record, splits=splits
+    )
+    batch, heads, groups = sizes[:3]
+    query, key, value, keys, values, positions, memory, _, prefix, slots, scores, sinks = before
+    scores = memory if scores is None else scores
+    expected = np.zeros(output.shape)
+    expected_weights = np.zeros((batch, heads, groups, 1, sizes[3]))
+    for row in range(batch):
+        for head in range(heads):
+            held = positions[row, head]
+            slot = (
+                victim(scores[row, head], held, prefix[row])
+                if chooses
+                else int(slots[row, head, 0])
+            )
+            held[slot] = SEEN
+            keys[row, head, slot] = key[row, head, 0]
+            values[row, head, slot] = value[row, head, 0]
+            visible = held >= 0
+            if record != "nothing":
+                memory[row, head, slot] = 0
+            for group in range(groups):
+                own = head * groups + group
+                logits = bent(keys[row, head, visible] @ query[row, own, 0] * scaling, softcap)
+                row_weights = softmax(logits, None if sinks is None else sinks[own])
+                expected[row, own, 0] = row_weights @ values[row, head, visible]
+                expected_weights[row, head, group, 0, visible] = row_weights
+                if record == "total":
+                    memory[row, head, visible] += row_weights / groups
+    for found, wanted in zip(step[3:6], (keys, values, positions), strict=True):
+        np.testing.assert_array_equal(found.double().cpu().numpy(), wanted)
+    tolerance = TOLERANCES[dtype]
+    np.testing.assert_allclose(output.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(step.memory.cpu(), memory, rtol=2e-5, atol=2e-5)
+    if record == "weights":
+        np.testing.assert_allclose(weights.cpu(), expected_weights, rtol=2e-5, atol=2e-5)
+    else:
+        assert weights.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("record", ["nothing", "weights", "total"])
+@pytest.mark.parametrize("chooses", [True, False])
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2, 40, 16, 16), (1, 2, 4, 300, 80, 64), (1, 1, 7, 130, 256, 256)], ids=str
+)
+def test_decode_step(
+    sizes: tuple[int, ...], chooses: bool, record: str, splits: int, dtype: torch.dtype
+) -> None:
+    check_step(*sizes, dtype=dtype, record=record, chooses=chooses, splits=splits)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("record", ["weights", "total"])
+def test_decode_step_with_sinks_and_softcap(
+    record: str, softcap: float | None, splits: int
+) -> None:
+    sizes = (2, 2, 2, 200, 32, 32)
+    check_step(*sizes, record=record, splits=splits, softcap=softcap, with_sinks=True)
+
+
+def test_a_slot_of_one_and_a_group_of_one() -> None:
+    check_step(1, 1, 1, 1, 8, 8, record="total")
+
+
+def test_a_broken_key_spoils_its_own_head_only() -> None:
+    step = make_step(
+        *(1, 2, 2, 40, 16, 16),
+        dtype=torch.float32,
+        record="total",
+        chooses=False,
+        with_sinks=False,
+    )
+    step.keys[0, 1, 3] = torch.nan
+    step.slot.fill_(7)
+    memory = step.memory.clone()
+    output, _ = decode.decode_step(
+        step, recent=0, scaling=1.0, softcap=None, record="total", splits=1
+    )
+    assert output[0, :2].isfinite().all()
+    assert output[0, 2:].isnan().all()
+    memory[0, 1, 7] = 0
+    torch.testing.assert_close(step.memory[0, 1], memory[0, 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 2, 2, 70, 16), (1, 1, 4, 130, 80), (2, 1, 1, 33, 256)])
+def test_attention_totals(
+    sizes: tuple[int, ...], with_sinks: bool, softcap: float | None, dtype: torch.dtype
+) -> None:
+    batch, heads, groups, length, dim = sizes
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    # As a model has them: tokens before heads in memory.
+    queries = normal(batch, length, heads * groups, dim).transpose(1, 2)
+    keys = normal(batch, length, heads, dim).transpose(1, 2)
+    sinks = normal(heads * groups) if with_sinks else None
+    padding = torch.tensor([0, 9, length][:batch])
+    found = totals.attention_totals(
+        queries, keys, padding.to(DEVICE), sinks, scaling=0.3, softcap=softcap
+    )
+    expected = np.zeros(found.shape)
+    q, k = queries.double().cpu().numpy(), keys.double().cpu().numpy()
+    for row in range(batch):
+        for own in range(heads * groups):
+            for token in range(int(padding[row]), length):
+                seen = slice(int(padding[row]), token + 1)
+                logits = bent(k[row, own // groups, seen] @ q[row, own, token] * 0.3, softcap)
+                sink = None if sinks is None else float(sinks[own])
+                expected[row, own // groups, seen] += softmax(logits, sink) / groups
+    np.testing.assert_allclose(found.cpu(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_totals_pass_over_what_is_not_a_number() -> None:
+    queries, keys = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
+    keys[0, 1, 5] = torch.nan
+    found = totals.attention_totals(
+        queries.to(DEVICE),
+        keys.to(DEVICE),
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        None,
+        scaling=1.0,
+        softcap=None,
+    ).cpu()
+    assert found.isfinite().all()
+    assert found[0, 1, 5] == 0
+    # Query 5 of the second head sees its own key nowhere and still gives all its attention away.
+    torch.testing.assert_close(found.sum(dim=-1), torch.full((1, 2), 40.0))
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Whether layers use the kernels, whatever the device is."""
+
+    def serve(answer: bool) -> None:
+        monkeypatch.setattr(layer.ops, "serves", lambda sizes: answer)
+
+    return serve
+
+
+def generate(model: LlamaForCausalLM, policy: str, **options: Any) -> tuple[Tensor, list[Tensor]]:
+    ids = distinct_tokens(3, 30, seed=4)
+    mask = torch.arange(30) >= torch.tensor([0, 6, 19])[:, None]
+    ids = ids * mask
+    cache = CompressedCache(policy, 20)
+    with torch.inference_mode():
+        text = model.to(DEVICE).generate(
+            ids.to(DEVICE),
+            attention_mask=mask.to(DEVICE),
+            **cache_argument(cache),
+            max_new_tokens=12,
+            do_sample=False,
+            **options,
+        )
+    return text, [layer.positions.clone() for layer in cache.layers]
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "full"])
+def test_generation_is_the_same_with_and_without(
+    policy: str, model: LlamaForCausalLM, served: Callable[[bool], None]
+) -> None:
+    served(False)
+    text, positions = generate(model, policy, disable_compile=True)
+    served(True)
+    fused, fused_positions = generate(model, policy, disable_compile=True)
+    assert torch.equal(text, fused)
+    assert all(map(torch.equal, positions, fused_positions))
+    torch._dynamo.reset()
+    backend = CountingBackend()
+    fused, fused_positions = generate(model, policy, compile_config=compiled(backend))
+    assert torch.equal(text, fused)
+    assert all(map(torch.equal, positions, fused_positions))
+    assert backend.graphs == (2 if CompressedCache(policy, 20).rules.interval > 1 else 1)
+
+
+def test_eager_attention_has_its_weights(
+    make_model: Callable[..., LlamaForCausalLM], served: Callable[[bool], None]
+) -> None:
+    model = make_model(attn_implementation="eager").to(DEVICE)
+    served(True)
+    cache = CompressedCache("h2o", 8)
+    with torch.inference_mode():
+        model(torch.arange(1, 12, device=DEVICE)[None], **cache_argument(cache))
+        output = model(
+            torch.tensor([[20]], device=DEVICE), **cache_argument(cache), output_attentions=True
+        )
+    for weights in output.attentions:
+        assert weights.shape == (1, 4, 1, 8)
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
+
+
+def test_operators_keep_their_promises() -> None:
+    step = make_step(
+        *(1, 2, 2, 20, 16, 16),
+        dtype=torch.float32,
+        record="total",
+        chooses=True,
+        with_sinks=False,
+    )
+    for record in ("total", "weights"):
+        torch.library.opcheck(
+            ops.decode_step,
+            tuple(step),
+            {"recent": 3, "scaling": 0.2, "softcap": None, "record": record},
+        )
+    torch.library.opcheck(
+        ops.attention_totals,
+        (
+            step.query.repeat(1, 1, 20, 1),
+            step.memory.new_ones(1, 2, 20, 16),
+            step.protected_prefix,
+            None,
+        ),
+        {"scaling": 0.2, "softcap": None},
+    )
+
+
+SERVED = Sizes(*(1, 2, 4, 16, 128, 128), torch.bfloat16, torch.bfloat16, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16, "value_dtype": torch.float16}, True),
+        ({"dim": 256, "value_dim": 256}, True),
+        ({"dim": 257}, False),
+        ({"value_dim": 512}, False),
+        ({"groups": 65}, False),
+        ({"dtype": torch.float64, "value_dtype": torch.float64}, False),
+        ({"value_dtype": torch.float16}, False),
+    ],
+)
+def test_sizes_out_of_range_are_left_to_torch(
+    change: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "has_device", lambda device: True)
+    assert ops.serves(SERVED._replace(**change)) is expected
+
+
+def test_a_cpu_is_left_to_torch() -> None:
+    assert not ops.serves(SERVED._replace(device=torch.device("cpu")))
+
+
+COMPILE = """
+import itertools, triton
+from triton.backends.compiler import GPUTarget
+from compressed_cache.kernels import decode, totals
+TYPES = {"bf16": 2, "fp32": 4}
+POINTERS = dict(
+    query="*{t}", key="*{t}", value="*{t}", keys="*{t}", values="*{t}", queries="*{t}",
+    output="*{t}", positions="*i64", next_positions="*i64", prefixes="*i64", slots_given="*i64",
+    victims="*i64", paddings="*i64", scaling="fp32", softcap="fp32", memory="*fp32",
+    scores="*fp32", sinks="*fp32", logits="*fp32", weights="*fp32", partial="*fp32",
+    peaks="*fp32", totals="*fp32", found="*fp32",
+)
+CONSTANTS = dict(
+    GROUPS=4, DIM=128, VALUE_DIM=128, GROUPS_PAD=16, DIM_PAD=128, VALUE_PAD=128, RANK_BLOCK=256,
+    CHOOSES=True, SOFTCAP=True, SINKS=True, RECORD="total", REMEMBERS=True,
+)
+for (name, size), capability in itertools.product(TYPES.items(), (80, 90)):
+    for kernel, splits, block, warps in (
+        (decode._attend_kernel, 1, decode._TILE_BYTES[size] // 128 // size, decode._WARPS[size]),
+        (decode._merge_kernel, 4, 0, 4),
+        (totals._log_sum_exp_kernel, 0, totals._BLOCK[size], totals._WARPS[size]),
+        (totals._column_sums_kernel, 0, totals._BLOCK[size], totals._WARPS[size]),
+    ):
+        constants = {**CONSTANTS, "SPLITS": splits, "BLOCK": block}
+        kinds = {
+            argument: "constexpr" if argument in constants
+            else POINTERS.get(argument, "i32").format(t=name)
+            for argument in kernel.arg_names
+        }
+        aligned = {
+            (place,): [["tt.divisibility", 16]]
+            for place, kind in enumerate(kinds.values()) if kind[0] == "*"
+        }
+        known = {key: constants[key] for key in kinds if key in constants}
+        source = triton.compiler.ASTSource(kernel, kinds, known, aligned)
+        target = GPUTarget("cuda", capability, 32)
+        program = triton.compile(source, target=target, options={"num_warps": warps})
+        # What the smallest of these devices gives one program.
+        assert program.asm["cubin"] and program.metadata.shared <= 99 * 1024, (
+            kernel.__name__, name, capability, program.metadata.shared)
+        print(kernel.__name__, name, capability)
+"""
+
+
+def test_kernels_compile_for_ampere_and_hopper() -> None:
+    variables = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE]
+    run = subprocess.run(command, capture_output=True, text=True, env=variables)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert len(run.stdout.splitlines()) == 16
