@@ -17,6 +17,7 @@ from compressed_cache.bench.contenders import BASELINE, Generation
 from compressed_cache.bench.kvpress import VERSIONS, KvpressGeneration, Press, environment
 from compressed_cache.bench.test_decode import DEVICES, compare, make_model
 
+PLAIN = f"{BASELINE.name} of transformers {VERSIONS['transformers']}"
 PRESSES = [
     None,
     Press("KnormPress", interval=512),  # the default of DecodingPress
@@ -35,7 +36,7 @@ def python() -> Path:
 
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("press", PRESSES, ids=str)
+@pytest.mark.parametrize("press", PRESSES, ids=lambda press: str(press or PLAIN))
 def test_kvpress(
     benchmark: BenchmarkFixture, python: Path, press: Press | None, device: str, batch: int
 ) -> None:
@@ -49,7 +50,7 @@ def test_kvpress(
             measured,
             baseline,
             kind="decode",
-            contender=str(press or f"{BASELINE.name} of transformers {VERSIONS['transformers']}"),
+            contender=str(press or PLAIN),
             compiled=False,
             batch=batch,
             device=device,
