@@ -51,4 +51,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist demo_results *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-kvpress build dist demo_results *.egg-info .pytest_cache .ruff_cache

@@ -9,6 +9,7 @@ ratios to tokens of the baseline generated right before, which a drifting machin
 from collections.abc import Iterator
 from functools import cache
 from statistics import median
+from typing import Protocol
 
 import pytest
 import torch
@@ -51,8 +52,14 @@ class Stopwatch:
         return self.seconds
 
 
+class Continued(Protocol):
+    """A text such as ``Generation``, wherever it is generated."""
+
+    def continue_by(self, tokens: int) -> list[float]: ...
+
+
 def compare(
-    benchmark: BenchmarkFixture, measured: Generation, baseline: Generation, **conditions: object
+    benchmark: BenchmarkFixture, measured: Continued, baseline: Continued, **conditions: object
 ) -> None:
     """Lets both generate in turn; the benchmark records the median token of each turn."""
     stopwatch, ratios, tokens, others = Stopwatch(), [], [], []

@@ -1,0 +1,59 @@
+"""Latency of decoding under kvpress' DecodingPress, beside the caches of test_decode.py.
+
+    pytest bench/test_kvpress.py --benchmark-only
+
+The first run makes the environment `.venv-kvpress`, with pip.
+"""
+
+from contextlib import closing
+from pathlib import Path
+from subprocess import CalledProcessError
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from compressed_cache.bench.contenders import BASELINE, Generation
+from compressed_cache.bench.kvpress import VERSIONS, KvpressGeneration, Press, environment
+from compressed_cache.bench.test_decode import DEVICES, compare, make_model
+
+PLAIN = f"{BASELINE.name} of transformers {VERSIONS['transformers']}"
+PRESSES = [
+    None,
+    Press("KnormPress", interval=512),  # the default of DecodingPress
+    Press("KnormPress", interval=16),  # what snapkv takes here under this budget
+    Press("SnapKVPress", interval=65),  # the shortest that its window of 64 tokens allows
+]
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    try:
+        return environment()
+    except CalledProcessError as error:
+        pytest.skip(f"no environment for kvpress: {error.stderr.strip()[-300:]}")
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("press", PRESSES, ids=lambda press: str(press or PLAIN))
+def test_kvpress(
+    benchmark: BenchmarkFixture, python: Path, press: Press | None, device: str, batch: int
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    baseline = Generation(BASELINE, make_model(device), batch=batch)
+    benchmark.group = f"decode, {device}, batch {batch}"
+    with closing(KvpressGeneration(python, press, baseline)) as measured:
+        compare(
+            benchmark,
+            measured,
+            baseline,
+            kind="decode",
+            contender=str(press or PLAIN),
+            compiled=False,
+            batch=batch,
+            device=device,
+            versions=VERSIONS,
+        )
+        benchmark.extra_info["held_tokens"] = measured.held_tokens
