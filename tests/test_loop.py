@@ -247,6 +247,16 @@ def test_another_cache_is_left_to_generate(model: Any, plain_loops: list[str]) -
     assert plain_loops == ["_sample"] * 2
 
 
+def test_a_cache_that_drafts_is_left_to_generate(model: Any, plain_loops: list[str]) -> None:
+    texts = []
+    for options in ({}, {"custom_generate": decode}):
+        cache = _cache()
+        cache.activate_past_recording()
+        texts.append(_generate(model, cache, **options))
+    assert plain_loops == ["_sample"] * 2
+    assert torch.equal(*texts)
+
+
 def test_a_model_with_steps_of_its_own_is_left_to_generate(
     make_model: Callable[..., LlamaForCausalLM], plain_loops: list[str]
 ) -> None:
@@ -268,3 +278,20 @@ def test_other_custom_loops_are_called_as_ever(model: Any) -> None:
 
     _generate(model, DynamicCache(), custom_generate=loop, streamer=_Notes())
     assert "generation_config" in seen and "streamer" not in seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["greedy", "sampling", "ends"])
+def test_cuda_graphs_give_what_they_give_generate(
+    make_model: Callable[..., LlamaForCausalLM], mode: str
+) -> None:
+    torch._dynamo.reset()
+    model: Any = make_model().cuda()
+    inputs = {name: tensor.cuda() for name, tensor in _padded().items()}
+    caches = [_cache() for _ in range(2)]
+    expected = _generate(model, caches[0], **inputs, **MODES[mode])
+    got = _generate(model, caches[1], custom_generate=decode, **inputs, **MODES[mode])
+    assert torch.equal(got, expected)
+    _assert_same(caches[1], caches[0])
+    torch._dynamo.reset()
