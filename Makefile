@@ -30,7 +30,7 @@ readme: $(VENV)/installed
 
 # The core under the oldest transformers that is supported and under the newest there is. What it
 # needs of a release comes first, so that a failure names what has moved.
-CORE := backends cache compile errors families modes padding properties reference turns
+CORE := backends cache compile errors families loop modes padding properties reference turns
 compat:
 	$(MAKE) core VENV=.venv-oldest TRANSFORMERS===5.17.0
 	rm -rf .venv-newest

@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
+    from compressed_cache.loop import decode
     from compressed_cache.policies import POLICIES, Defaults, Policy, Slots
 
-__all__ = ["POLICIES", "CompressedCache", "Defaults", "Policy", "Slots", "__version__"]
+__all__ = ["POLICIES", "CompressedCache", "Defaults", "Policy", "Slots", "__version__", "decode"]
 
 __version__ = "0.1.0"
 
-_HOME = {"CompressedCache": "compressed_cache.cache"}
+_HOME = {"CompressedCache": "compressed_cache.cache", "decode": "compressed_cache.loop"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,13 +9,17 @@ affected, and there is no global "current cache" that threads could mix up.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_utils import AttentionInterface
 
 _TAG = "_compressed_layer"
+_TAKES_ALL = "_takes_all_arguments"
+
+
+Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
 class Attending(Protocol):
@@ -49,8 +53,18 @@ def dispatch(
     return layer.attend(function, module, query, key, value, attention_mask, **kwargs)
 
 
+def takes_all_arguments(loop: Loop) -> Loop:
+    """Marks a loop for ``generate(custom_generate=...)`` that is given what transformers' own are.
+
+    ``generate`` itself keeps ``streamer``, ``tokenizer``, ``assistant_model`` and ``synced_gpus``
+    from a callable without a word.
+    """
+    setattr(loop, _TAKES_ALL, True)
+    return loop
+
+
 def install() -> None:
-    """Wraps attention and assisted decoding of transformers; the second call does nothing."""
+    """Wraps attention and two details of ``generate``; the second call does nothing."""
     original = AttentionInterface.get_interface
     if getattr(original, _TAG, False):
         return
@@ -64,6 +78,7 @@ def install() -> None:
     setattr(get_interface, _TAG, True)
     AttentionInterface.get_interface = get_interface
     _announce_prompts()
+    _hand_over_arguments()
 
 
 def _announce_prompts() -> None:
@@ -79,3 +94,16 @@ def _announce_prompts() -> None:
         return original(self, input_ids, *args, **kwargs)
 
     generation._assisted_decoding = assisted_decoding
+
+
+def _hand_over_arguments() -> None:
+    generation: Any = GenerationMixin
+    original = generation._extract_generation_mode_kwargs
+
+    @functools.wraps(original)
+    def extract(self: Any, custom_generate: Any, *args: Any) -> Any:
+        if getattr(custom_generate, _TAKES_ALL, False):
+            custom_generate = None
+        return original(self, custom_generate, *args)
+
+    generation._extract_generation_mode_kwargs = extract

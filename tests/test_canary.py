@@ -4,6 +4,7 @@ When a release moves one of these, exactly the test that names it fails, and say
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,33 @@ def assisted_decoding_says_that_it_begins_and_takes_tokens_back() -> bool:
     return ".activate_past_recording()" in source and ".crop(-" in source
 
 
+def arguments_of_decoding_loops_are_extracted_by_one_method() -> bool:
+    given = _parameters(GenerationMixin._extract_generation_mode_kwargs)
+    return given == [
+        "self",
+        "custom_generate",
+        "kwargs",
+        "synced_gpus",
+        "assistant_model",
+        "streamer",
+    ]
+
+
+def models_decode_by_methods_of_these_names() -> bool:
+    source = _source(GenerationMixin._sample)
+    methods = ("_prefill", "_update_model_kwargs_for_generation", "prepare_inputs_for_generation")
+    more = ("_valid_auto_compile_criteria", "get_compiled_call", "_optimize_model_for_decode")
+    return all(f"self.{name}(" in source for name in methods + more)
+
+
+def a_step_is_given_another_token_and_position_and_nothing_else() -> bool:
+    """It is why a loop may prepare a step once; read both anew where one has changed."""
+    kept = _source(GenerationMixin._update_model_kwargs_for_generation)
+    names = set(re.findall(r'model_kwargs\.get\("?(\w+)', kept))
+    known = {"token_type_ids", "mm_token_type_ids", "position_ids_key", "attention_mask_key"}
+    return names == known
+
+
 def beams_reorder_the_cache() -> bool:
     return "reorder_cache" in _source(GenerationMixin._beam_search)
 
@@ -127,6 +155,9 @@ DETAILS: list[Callable[[], bool]] = [
     compiled_calls_come_from_the_model,
     assisted_decoding_is_given_the_prompt_and_the_cache,
     assisted_decoding_says_that_it_begins_and_takes_tokens_back,
+    arguments_of_decoding_loops_are_extracted_by_one_method,
+    models_decode_by_methods_of_these_names,
+    a_step_is_given_another_token_and_position_and_nothing_else,
     beams_reorder_the_cache,
     prompts_are_cut_into_chunks_by_prefill_chunk_size,
     linear_attention_keeps_its_states_in_dictionaries,

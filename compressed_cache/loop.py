@@ -1,0 +1,135 @@
+"""A loop for ``generate`` that leaves the host little to do between two steps."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+from compressed_cache import hook
+from compressed_cache.cache import CompressedCache
+from compressed_cache.versions import CACHE
+
+hook.install()
+
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# A model with one of these of its own may need more than another token in each step.
+_METHODS = (
+    "_sample",
+    "_prefill",
+    "_update_model_kwargs_for_generation",
+    "prepare_inputs_for_generation",
+)
+
+
+@hook.takes_all_arguments
+def decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
+    """The tokens of plain ``generate`` with less work for the host in each step::
+
+        model.generate(**inputs, past_key_values=CompressedCache(), custom_generate=decode)
+
+    What a model reads in a step over a :class:`CompressedCache` is the same each time but for the
+    token and its position, so it is prepared once and then written in place. The compiled step,
+    the logits processors, the stopping criteria and the streamer are those of plain ``generate``.
+    Nothing waits for the device where only a length ends the text.
+
+    This is for greedy decoding and sampling. Whatever else is asked for (beams, drafts,
+    ``return_dict_in_generate``, another cache, a model that prepares its inputs in a way of its
+    own) is left to the loop ``generate`` would have used.
+
+    Args:
+        model: the model.
+        input_ids: ``[B, L]`` int64 the prompt.
+        arguments: what ``generate`` passes to its own loops.
+
+    Returns:
+        What ``generate`` returns.
+    """
+    config: GenerationConfig = arguments["generation_config"]
+    mode = config.get_generation_mode(arguments.get("assistant_model"))
+    if mode in _MODES and _is_simple(model, config, arguments):
+        return _decode(model, input_ids, **arguments)
+    return getattr(type(model), GENERATION_MODES_MAPPING[mode])(model, input_ids, **arguments)
+
+
+def _is_simple(model: Any, config: GenerationConfig, arguments: dict[str, Any]) -> bool:
+    cache = arguments.get(CACHE)
+    return (
+        isinstance(cache, CompressedCache)
+        # Not while it drafts.
+        and cache.is_compileable
+        and bool(arguments["use_cache"])
+        and arguments.get("position_ids") is not None
+        and not arguments.get("synced_gpus")
+        and not config.return_dict_in_generate
+        and not config.is_assistant
+        and not model.is_remote_code()
+        and all(_is_inherited(model, method) for method in _METHODS)
+    )
+
+
+def _is_inherited(model: Any, method: str) -> bool:
+    return getattr(getattr(model, method), "__func__", None) is getattr(GenerationMixin, method)
+
+
+def _decode(
+    model: Any,
+    ids: Tensor,
+    *,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any = None,
+    synced_gpus: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    forward = (
+        model.get_compiled_call(generation_config.compile_config)
+        if model._valid_auto_compile_criteria(kwargs, generation_config)
+        else model.__call__
+    )
+    outputs = model._prefill(ids, generation_config, kwargs)
+    kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+
+    criteria = [c for c in stopping_criteria if type(c) is not MaxLengthCriteria]
+    limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
+    longest = min(limits, default=math.inf)
+    pad = generation_config._pad_token_tensor
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    unfinished = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
+    inputs: Any = None
+    with model._optimize_model_for_decode():
+        while True:
+            # A copy, or the logits of a whole prompt would stay in memory.
+            scores = outputs.logits[:, -1].to(ids.device, torch.float32, copy=True)
+            del outputs
+            for processor in logits_processor:
+                scores = processor(ids, scores)
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+            else:
+                tokens = scores.argmax(dim=-1, keepdim=True)
+            if pads:
+                tokens = torch.where(unfinished, tokens, pad.to(ids.device))
+            ids = torch.cat([ids, tokens], dim=-1)
+            for criterion in criteria:
+                unfinished = unfinished & ~criterion(ids, None)[:, None]
+            if streamer is not None:
+                streamer.put(tokens[:, 0].cpu())
+            if ids.shape[1] >= longest or (criteria and not unfinished.any()):
+                break
+            # Ends the step before, as transformers does when it asks for the size of a mask.
+            kwargs[CACHE].get_mask_sizes(1, 0)
+            if inputs is None:
+                inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
+            else:
+                inputs["input_ids"].copy_(tokens)
+                inputs["position_ids"].add_(1)
+            outputs = forward(**inputs, return_dict=True)
+    if streamer is not None:
+        streamer.end()
+    return ids
