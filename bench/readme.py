@@ -148,6 +148,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "harness": harness,
     "decode": bench_report.decode,
     "prompt": bench_report.prompt,
+    "compile": bench_report.compilation,
 }
 
 

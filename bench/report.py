@@ -30,6 +30,11 @@ def prompt() -> str:
     return _report("prompt", _peaks)
 
 
+def compilation() -> str:
+    """How long the decode step takes to compile."""
+    return _report("compile", _compile_times)
+
+
 def _report(table: str, make: Callable[[dict[str, Any]], str]) -> str:
     """What was measured on each device, or the command that would."""
     parts = []
@@ -63,6 +68,28 @@ def _peaks(document: dict[str, Any]) -> str:
             markdown(header, lines),
             "",
             f"![Peak memory against the length of the prompt](bench/results/prompt-{device}.png)",
+        ]
+    )
+
+
+def _compile_times(document: dict[str, Any]) -> str:
+    rows, versions = document["rows"], document["conditions"]["versions"]
+    sizes = list(dict.fromkeys(row["layers"] for row in rows))
+    found = {(row["cache"], row["once"], row["layers"]): row for row in rows}
+    header = ["cache", "compiles", *(f"{n} layers, {t}" for n in sizes for t in ("cold", "warm"))]
+    lines = []
+    for cache, once in dict.fromkeys((row["cache"], row["once"]) for row in rows):
+        cells = [found[cache, once, size] for size in sizes]
+        shown = [f"{row[name]:.1f}" for row in cells for name in ("cold_s", "warm_s")]
+        lines.append([cache, "one layer" if once else "every layer", *shown])
+    return "\n".join(
+        [
+            f"Seconds to compile the decode step on {rows[0]['device']} "
+            f"({document['conditions']['hardware']}, torch {versions['torch']}, transformers "
+            f"{versions['transformers']}): *cold* with nothing on disk, *warm* in a new process "
+            "that finds what another left there.",
+            "",
+            markdown(header, lines),
         ]
     )
 

@@ -5,12 +5,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
     from compressed_cache.policies import POLICIES, Defaults, Policy, Slots
+    from compressed_cache.regions import compile_layers_once
 
-__all__ = ["POLICIES", "CompressedCache", "Defaults", "Policy", "Slots", "__version__"]
+__all__ = [
+    "POLICIES",
+    "CompressedCache",
+    "Defaults",
+    "Policy",
+    "Slots",
+    "__version__",
+    "compile_layers_once",
+]
 
 __version__ = "0.1.0"
 
-_HOME = {"CompressedCache": "compressed_cache.cache"}
+_HOME = {
+    "CompressedCache": "compressed_cache.cache",
+    "compile_layers_once": "compressed_cache.regions",
+}
 
 
 def __getattr__(name: str) -> Any:
