@@ -1,8 +1,10 @@
-"""Keeps what the benchmarks measured in bench/results, one file per table and device."""
+"""Keeps what the benchmarks measured in bench/results, one file per machine."""
 
+import ctypes
 import json
+import os
 import platform
-from pathlib import Path
+import sys
 from typing import Any
 
 import pytest
@@ -10,28 +12,62 @@ import torch
 import transformers
 
 import compressed_cache
+from compressed_cache.bench.results import Results
 from compressed_cache.demo.report import processor
 
-RESULTS = Path(__file__).resolve().parent / "results"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MEASURED = pytest.StashKey[dict[str, Any]]()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _steady_memory() -> None:
+    """Lets glibc keep large blocks.
+
+    As it is, a cache that allocates itself anew in each step takes up to twice as long, as chance
+    has it: most of all DynamicCache, which everything is compared with.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    # For processes that a benchmark starts.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 25)
+    os.environ["MALLOC_TRIM_THRESHOLD_"] = str((1 << 31) - 1)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    session: Any = vars(terminalreporter.config)["_benchmarksession"]
-    rows: dict[tuple[str, str], list[dict[str, object]]] = {}
-    for benchmark in session.benchmarks:
-        row = dict(benchmark.extra_info)
-        rows.setdefault((row.pop("table"), row["device"]), []).append(row)
-    for (table, device), measured in rows.items():
-        document = {"conditions": _conditions(device), "rows": measured}
-        path = RESULTS / f"{table}-{device}.json"
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        terminalreporter.write_line(json.dumps({"written": path.name, "rows": len(measured)}))
+    config: Any = terminalreporter.config
+    measured: dict[str, dict[str, dict[str, Any]]] = {}
+    for benchmark in vars(config)["_benchmarksession"].benchmarks:
+        row = {"group": benchmark.group, **benchmark.extra_info}
+        tables = measured.setdefault(row["device"], {})
+        tables.setdefault(row.pop("table"), {})[benchmark.fullname] = row
+    for device, tables in measured.items():
+        results = Results.of(_hardware(device), device)
+        for table, rows in tables.items():
+            results.add(table, rows, _conditions(device))
+        results.save()
+    config.stash[_MEASURED] = measured
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    # After pytest's own last line, so that this is the last.
+    if measured := config.stash.get(_MEASURED, None):
+        print(json.dumps(measured), file=sys.__stdout__)
+
+
+def _hardware(device: str) -> str:
+    return processor() if device == "cpu" else torch.cuda.get_device_name()
 
 
 def _conditions(device: str) -> dict[str, object]:
     return {
-        "hardware": processor() if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "dtype": "float32" if device == "cpu" else "bfloat16",
         "versions": {

@@ -1,4 +1,4 @@
-"""What reading a long prompt in chunks takes, measured in a process of its own."""
+"""What reading a prompt takes, measured in a process of its own."""
 
 import multiprocessing
 import re
@@ -11,14 +11,16 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from compressed_cache import CompressedCache
+from compressed_cache.bench.contenders import Place, make_model
 from compressed_cache.versions import cache_argument
 
 CHUNK = 1024  # tokens
 BUDGET = 256
+_SHORT = 256  # tokens, to warm up
 
 
-def measure(cache: str, tokens: int, device: str) -> dict[str, float]:
-    """Peak memory and time of reading a prompt of so many tokens.
+def measure_chunks(cache: str, tokens: int, device: str) -> dict[str, float]:
+    """Peak memory and time of reading a prompt in chunks, with a model of 4 layers of 128.
 
     Args:
         cache: ``"DynamicCache"`` or the name of a policy.
@@ -29,23 +31,46 @@ def measure(cache: str, tokens: int, device: str) -> dict[str, float]:
         ``peak_mib``, memory beyond what a prompt of one chunk took (on a CPU the peak of resident
         memory, as Linux tells it), and ``seconds``.
     """
+    return _apart(_measure_chunks, cache, tokens, device)
+
+
+def measure_prefill(cache: str, tokens: int, place: Place) -> dict[str, float]:
+    """Peak memory and time of reading a prompt at once, with the model of this place.
+
+    Returns:
+        ``peak_mib``, memory beyond the model and a short prompt, and ``seconds``.
+    """
+    return _apart(_measure_prefill, cache, tokens, place)
+
+
+def _apart(function: Any, *args: object) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure, cache, tokens, device).result()
+        return pool.submit(function, *args).result()
 
 
-def _measure(cache: str, tokens: int, device: str) -> dict[str, float]:
+def _measure_chunks(cache: str, tokens: int, device: str) -> dict[str, float]:
+    return _measure(_small_model(device), cache, tokens, short=CHUNK, prefill_chunk_size=CHUNK)
+
+
+def _measure_prefill(cache: str, tokens: int, place: Place) -> dict[str, float]:
+    return _measure(make_model(place), cache, tokens, short=_SHORT)
+
+
+def _measure(
+    model: Any, cache: str, tokens: int, *, short: int, **options: object
+) -> dict[str, float]:
     torch.set_num_threads(1)
-    model = _model(device)
-    _read(model, cache, CHUNK)
+    device = model.device.type
+    _read(model, cache, short, options)
     before = _peak_bytes(device)
     started = time.perf_counter()
-    _read(model, cache, tokens)
+    _read(model, cache, tokens, options)
     seconds = time.perf_counter() - started
     return {"peak_mib": (_peak_bytes(device) - before) / 2**20, "seconds": seconds}
 
 
-def _model(device: str) -> Any:
+def _small_model(device: str) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=128,
@@ -63,7 +88,7 @@ def _model(device: str) -> Any:
     return model.to(device).eval()
 
 
-def _read(model: Any, name: str, tokens: int) -> None:
+def _read(model: Any, name: str, tokens: int, options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 500, (1, tokens), generator=generator).to(model.device)
     full = name == "DynamicCache"
@@ -73,10 +98,10 @@ def _read(model: Any, name: str, tokens: int) -> None:
             ids,
             attention_mask=torch.ones_like(ids),
             **cache_argument(cache),
-            prefill_chunk_size=CHUNK,
             max_new_tokens=1,
             do_sample=False,
             disable_compile=True,
+            **options,
         )
     if model.device.type == "cuda":
         torch.cuda.synchronize()

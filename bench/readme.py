@@ -147,7 +147,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "policies": policies,
     "harness": harness,
     "decode": bench_report.decode,
-    "prompt": bench_report.prompt,
+    "seen": bench_report.tokens_seen,
+    "budget": bench_report.budget,
+    "prefill": bench_report.prefill,
+    "chunks": bench_report.chunks,
+    "capacity": bench_report.capacity,
+    "compile": bench_report.compilation,
 }
 
 
@@ -168,8 +173,7 @@ def _full_length(document: dict[str, Any]) -> str:
 
 def main() -> None:
     """Rewrites README.md and draws what it shows."""
-    for device in ("cpu", "cuda"):
-        bench_report.draw_peaks(device)
+    bench_report.draw_peaks()
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text()))
 

@@ -1,49 +1,186 @@
-"""The results of the benchmarks as Markdown and as a picture."""
+"""The results of the benchmarks as Markdown and as pictures."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from compressed_cache.bench.markdown import markdown
+from compressed_cache.bench.results import Results
 
-RESULTS = Path(__file__).resolve().parent / "results"
 COMMAND = "pytest bench/ --benchmark-only"
-HEADER = (
-    "device",
-    "batch",
-    "cache",
-    "decode step",
-    "ms per token",
-    "times as fast as DynamicCache",
-)
+DEVICES = ("cpu", "cuda")
 Row = dict[str, Any]
 
 
-def decode() -> str:
-    """How long a token takes under each cache."""
-    return _report("decode", _measured)
-
-
-def prompt() -> str:
-    """What a long prompt takes in memory."""
-    return _report("prompt", _peaks)
-
-
-def _report(table: str, make: Callable[[dict[str, Any]], str]) -> str:
-    """What was measured on each device, or the command that would."""
+def table(name: str, make: Callable[[Results], str]) -> str:
+    """What was measured on each machine, or the command that would."""
     parts = []
-    for device in ("cpu", "cuda"):
-        path = RESULTS / f"{table}-{device}.json"
-        if path.exists():
-            parts.append(make(json.loads(path.read_text())))
-        else:
+    for device in DEVICES:
+        found = [each for each in Results.all() if each.device == device and each.rows(name)]
+        parts += [make(each) for each in found]
+        if not found:
             parts.append(f"On {device}: not measured. `{COMMAND}` fills these rows where it can.")
     return "\n\n".join(parts)
 
 
-def _peaks(document: dict[str, Any]) -> str:
-    rows = document["rows"]
+def decode() -> str:
+    """How long a token takes under each cache."""
+    return table("decode", _decode)
+
+
+def tokens_seen() -> str:
+    """How long a token takes after texts of several lengths."""
+    return table("tokens seen", _tokens_seen)
+
+
+def budget() -> str:
+    """How long a token takes under several budgets."""
+    return table("budget", _budget)
+
+
+def prefill() -> str:
+    """What reading a prompt at once takes."""
+    return table("prefill", _prefill)
+
+
+def chunks() -> str:
+    """What reading a long prompt in chunks takes in memory."""
+    return table("chunks", _chunks)
+
+
+def capacity() -> str:
+    """What fits in memory."""
+    return table("capacity", _capacity)
+
+
+def compilation() -> str:
+    """How long the decode step takes to compile."""
+    return table("compile", _compilation)
+
+
+def _machine(results: Results, name: str) -> str:
+    conditions = results.tables[name]["conditions"]
+    versions = conditions["versions"]
+    threads = f"{conditions['threads']} thread, " if results.device == "cpu" else ""
+    return (
+        f"{results.hardware}, {threads}{conditions['dtype']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}"
+    )
+
+
+def _by_model(rows: list[Row]) -> dict[str, list[Row]]:
+    models: dict[str, list[Row]] = {}
+    for row in rows:
+        models.setdefault(row["model"], []).append(row)
+    return models
+
+
+def _speed(row: Row) -> str:
+    # The ratio is of times, so its extremes change places.
+    return f"{1 / row['ratio']:.2f} [{1 / row['ratio_high']:.2f}, {1 / row['ratio_low']:.2f}]"
+
+
+def _share(row: Row) -> str:
+    return f"{row['share_of_bandwidth']:.0%}" if "share_of_bandwidth" in row else "-"
+
+
+def _decode(results: Results) -> str:
+    header = ["batch", "cache", "step", "ms per token", "tokens/s", "times as fast as DynamicCache"]
+    parts = []
+    for model, rows in _by_model(results.rows("decode")).items():
+        first = rows[0]
+        lines = [
+            [
+                *(str(row["batch"]), row["contender"], row["step"], f"{row['ms_per_token']:.2f}"),
+                f"{1000 * row['batch'] / row['ms_per_token']:,.0f}",
+                *(_speed(row), _share(row)),
+            ]
+            for row in sorted(rows, key=lambda row: row["batch"])
+        ]
+        parts.append(
+            f"{_machine(results, 'decode')}; {model}, prompt of {first['prompt']:,} tokens, budget "
+            f"{first['budget']}. Medians, with the extremes of the rounds, each of "
+            f"{first['tokens_per_round']} tokens and right after as many of DynamicCache.\n\n"
+            + markdown([*header, "share of bandwidth"], lines)
+        )
+    return "\n\n".join([*parts, *_claims(results)])
+
+
+def _claims(results: Results) -> list[str]:
+    rows = results.rows("late against early")
+    lines = [
+        f"- {row['model']}, `{row['contender']}`, compiled: a token after {row['late']:,} tokens "
+        f"takes {row['ratio']:.2f} times as long as after {row['early']:,} "
+        f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]."
+        for row in rows
+    ]
+    return ["\n".join(lines)] if lines else []
+
+
+def _grid(
+    results: Results, name: str, column: str, cell: Callable[[Row], str], corner: str, title: str
+) -> str:
+    """A table with a row per cache and a column per size, for each model."""
+    parts = []
+    for model, rows in _by_model(results.rows(name)).items():
+        sizes = sorted({row[column] for row in rows})
+        key = "contender" if "contender" in rows[0] else "cache"
+        found = {(row[key], row[column]): row for row in rows}
+        lines = []
+        for cache in dict.fromkeys(row[key] for row in rows):
+            cells = [found.get((cache, size)) for size in sizes]
+            lines.append([cache, *(cell(row) if row else "-" for row in cells)])
+        parts.append(
+            f"{_machine(results, name)}; {model}, {title}\n\n"
+            + markdown([corner, *(f"{size:,}" for size in sizes)], lines)
+        )
+    return "\n\n".join(parts)
+
+
+def _milliseconds(row: Row) -> str:
+    return f"{row['ms_per_token']:.2f} ({1 / row['ratio']:.2f}x)"
+
+
+def _tokens_seen(results: Results) -> str:
+    budget = results.rows("tokens seen")[0]["budget"]
+    return _grid(
+        *(results, "tokens seen", "prompt", _milliseconds),
+        "ms per token after so many",
+        f"batch 1, budget {budget}; in brackets how many times as fast as DynamicCache there.",
+    )
+
+
+def _budget(results: Results) -> str:
+    prompt = results.rows("budget")[0]["prompt"]
+    return _grid(
+        *(results, "budget", "budget", _milliseconds),
+        "ms per token at budget",
+        f"batch 1, prompt of {prompt:,} tokens, compiled; in brackets how many times as fast as "
+        "DynamicCache there.",
+    )
+
+
+def _prefill(results: Results) -> str:
+    plain = {
+        (row["model"], row["tokens"]): row
+        for row in results.rows("prefill")
+        if row["cache"] == "DynamicCache"
+    }
+
+    def cell(row: Row) -> str:
+        ratio = row["seconds"] / plain[row["model"], row["tokens"]]["seconds"]
+        return f"{row['seconds']:.2f} ({ratio:.2f}x), {row['peak_mib']:,.0f}"
+
+    budget = results.rows("prefill")[0]["budget"]
+    return _grid(
+        *(results, "prefill", "tokens", cell),
+        "prompt of so many tokens",
+        f"budget {budget}; seconds (of those of DynamicCache), and peak MiB beyond the model; each "
+        "in a process of its own.",
+    )
+
+
+def _chunks(results: Results) -> str:
+    rows = results.rows("chunks")
     lengths = list(dict.fromkeys(row["tokens"] for row in rows))
     found = {(row["cache"], row["tokens"]): row for row in rows}
     header = ["peak MiB beyond one chunk", *(f"{tokens:,} tokens" for tokens in lengths)]
@@ -52,77 +189,79 @@ def _peaks(document: dict[str, Any]) -> str:
         cells = [found.get((cache, tokens)) for tokens in lengths]
         shown = [f"{row['peak_mib']:.0f}" if row else "-" for row in cells]
         lines.append([cache, *shown])
-    conditions, versions = document["conditions"], document["conditions"]["versions"]
-    device = rows[0]["device"]
     return "\n".join(
         [
-            f"{conditions['hardware']}, 1 thread, four layers of hidden size 128, chunks of "
-            f"{rows[0]['chunk']:,} tokens, budget {rows[0]['budget']}, torch {versions['torch']}, "
-            f"transformers {versions['transformers']}; each cell in a process of its own.",
+            f"{_machine(results, 'chunks')}; four layers of 128, chunks of {rows[0]['chunk']:,} "
+            f"tokens, budget {rows[0]['budget']}; each cell in a process of its own.",
             "",
             markdown(header, lines),
             "",
-            f"![Peak memory against the length of the prompt](bench/results/prompt-{device}.png)",
+            "![Peak memory against the length of the prompt]"
+            f"(bench/results/{results.picture('chunks').name})",
         ]
     )
 
 
-def draw_peaks(device: str) -> None:
-    """Draws peak memory against the length of the prompt."""
-    path = RESULTS / f"prompt-{device}.json"
-    if not path.exists():
-        return
+def draw_peaks() -> None:
+    """Draws peak memory against the length of the prompt, for each machine."""
     from matplotlib.figure import Figure
 
-    rows = json.loads(path.read_text())["rows"]
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for cache in dict.fromkeys(row["cache"] for row in rows):
-        own = [row for row in rows if row["cache"] == cache]
-        peaks = [row["peak_mib"] for row in own]
-        axes.plot([row["tokens"] for row in own], peaks, marker="o", label=cache)
-    axes.set_xlabel("tokens of the prompt")
-    axes.set_ylabel("peak MiB beyond one chunk")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+    for results in Results.all():
+        rows = results.rows("chunks")
+        if not rows:
+            continue
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for cache in dict.fromkeys(row["cache"] for row in rows):
+            own = [row for row in rows if row["cache"] == cache]
+            peaks = [row["peak_mib"] for row in own]
+            axes.plot([row["tokens"] for row in own], peaks, marker="o", label=cache)
+        axes.set_xlabel("tokens of the prompt")
+        axes.set_ylabel("peak MiB beyond one chunk")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+        figure.savefig(results.picture("chunks"), dpi=120)
 
 
-def _measured(document: dict[str, Any]) -> str:
-    conditions, rows = document["conditions"], document["rows"]
-    versions = conditions["versions"]
-    decode = [row for row in rows if row["kind"] == "decode"]
+def _capacity(results: Results) -> str:
+    parts = []
+    for model, rows in _by_model(results.rows("capacity")).items():
+        first = rows[0]
+        lines = []
+        for row in rows:
+            longest = row["longest_text_tokens"]
+            lines.append(
+                [
+                    *(row["cache"], f"{row['row_bytes'] / 2**20:,.1f}"),
+                    f"{row['largest_batch']:,}",
+                    "any" if longest is None else f"{longest:,}",
+                ]
+            )
+        header = ["cache", f"MiB per row of {first['row_tokens']:,} tokens", "rows", "longest text"]
+        budget = next(row["budget"] for row in rows if row["budget"])
+        parts.append(
+            f"{model}, {results.tables['capacity']['conditions']['dtype']}, budget {budget}: what "
+            f"fits in {first['memory_bytes'] / 2**30:.0f} GiB of cache, from the bytes it held "
+            f"({results.device}).\n\n" + markdown(header, lines)
+        )
+    return "\n\n".join(parts)
+
+
+def _compilation(results: Results) -> str:
+    rows = results.rows("compile")
+    sizes = list(dict.fromkeys(row["layers"] for row in rows))
+    found = {(row["cache"], row["once"], row["layers"]): row for row in rows}
+    header = ["cache", "compiles", *(f"{n} layers, {t}" for n in sizes for t in ("cold", "warm"))]
+    lines = []
+    for cache, once in dict.fromkeys((row["cache"], row["once"]) for row in rows):
+        cells = [found[cache, once, size] for size in sizes]
+        shown = [f"{row[name]:.1f}" for row in cells for name in ("cold_s", "warm_s")]
+        lines.append([cache, "one layer" if once else "every layer", *shown])
     return "\n".join(
         [
-            f"{conditions['hardware']}, {conditions['threads']} threads, {conditions['dtype']}, "
-            f"torch {versions['torch']}, transformers {versions['transformers']}; prompt of "
-            f"{rows[0]['prompt']} tokens, budget {rows[0]['budget']}. Medians and extremes "
-            f"of {rows[0]['rounds']} rounds, each right after as many tokens of DynamicCache.",
+            f"Seconds to compile the decode step ({_machine(results, 'compile')}): *cold* with "
+            "nothing on disk, *warm* in a new process that finds what another left there.",
             "",
-            markdown(HEADER, map(_cells, decode)),
-            *(["", *_long(rows)] if len(rows) > len(decode) else []),
+            markdown(header, lines),
         ]
     )
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    # The ratio is of times, so its extremes change places.
-    speed = f"{1 / row['ratio']:.2f} [{1 / row['ratio_high']:.2f}, {1 / row['ratio_low']:.2f}]"
-    return (
-        row["device"],
-        str(row["batch"]),
-        row["contender"],
-        "compiled" if row["compiled"] else "eager",
-        f"{row['ms_per_token']:.2f}",
-        speed,
-    )
-
-
-def _long(rows: list[Row]) -> list[str]:
-    return [
-        f"- `{row['contender']}`, compiled: a token after {row['late']:,} tokens takes "
-        f"{row['ratio']:.2f} times as long as after {row['early']:,} "
-        f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]."
-        for row in rows
-        if row["kind"] == "long"
-    ]

@@ -2,12 +2,12 @@
 
     pytest bench/ --benchmark-only
 
-The table shows how long each token takes; `bench/results/decode-DEVICE.json` keeps medians, and
-ratios to tokens of the baseline generated right before, which a drifting machine cannot distort.
+The table shows how long each token takes; the results keep medians, and ratios to tokens of the
+baseline generated right before, which a drifting machine cannot distort.
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from statistics import median
 from typing import Protocol
 
@@ -16,30 +16,49 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from compressed_cache.bench import contenders
+from compressed_cache.bench.bandwidth import cache_bytes, copy_bandwidth, step_bytes
 from compressed_cache.bench.contenders import (
     BASELINE,
+    EACH_PLACE,
+    EVICTING,
     FLOOR,
+    GROUPED_STATIC,
+    PLACES,
+    PROMPT,
     STATIC,
     Contender,
     Generation,
+    Place,
     compressed,
 )
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ROUNDS = 12
+FEW_ROUNDS = 5  # where many rows are measured, or a round of the baseline takes long
 TOKENS = 24  # of each round
-EARLY, LATE = 1024, 32768  # tokens seen
+BUDGETS = (128, 512, 1024, 4096)
+LONG_PROMPT = 6144  # tokens, longer than any of these
+BATCHES = sorted({batch for place in PLACES for batch in place.batches})
+LENGTHS = sorted({length for place in PLACES for length in place.lengths})
 
-make_model = cache(contenders.make_model)
+# Of two models on one device there may be room for one only.
+make_model = lru_cache(maxsize=1)(contenders.make_model)
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler(device: str) -> Iterator[None]:
-    if device == "cuda" and not torch.cuda.is_available():
+def _fresh_compiler(place: Place) -> Iterator[None]:
+    if place.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+class Continued(Protocol):
+    """A text that is continued round by round."""
+
+    def continue_by(self, tokens: int) -> list[float]:
+        """Seconds of each of so many tokens."""
+        ...
 
 
 class Stopwatch:
@@ -52,93 +71,158 @@ class Stopwatch:
         return self.seconds
 
 
-class Continued(Protocol):
-    """A text such as ``Generation``, wherever it is generated."""
-
-    def continue_by(self, tokens: int) -> list[float]: ...
-
-
 def compare(
-    benchmark: BenchmarkFixture, measured: Continued, baseline: Continued, **conditions: object
+    benchmark: BenchmarkFixture,
+    measured: Continued,
+    baseline: Continued,
+    *,
+    rounds: int = ROUNDS,
+    **conditions: object,
 ) -> None:
     """Lets both generate in turn; the benchmark records the median token of each turn."""
-    stopwatch, ratios, tokens, others = Stopwatch(), [], [], []
+    stopwatch, ratios, tokens, means, others = Stopwatch(), [], [], [], []
     benchmark._timer = stopwatch
 
     def turn() -> None:
         other = median(baseline.continue_by(TOKENS))
-        token = median(measured.continue_by(TOKENS))
+        seconds = measured.continue_by(TOKENS)
+        token = median(seconds)
         stopwatch.seconds += token
         tokens.append(token)
+        means.append(sum(seconds) / len(seconds))
         others.append(other)
         ratios.append(token / other)
 
     for generation in (measured, baseline):
         generation.continue_by(TOKENS)
-    benchmark.pedantic(turn, rounds=ROUNDS, iterations=1)
+    benchmark.pedantic(turn, rounds=rounds, iterations=1)
     benchmark.extra_info.update(
         conditions,
-        table="decode",
-        prompt=contenders.PROMPT,
-        budget=contenders.BUDGET,
         ms_per_token=1000 * median(tokens),
-        rounds=ROUNDS,
+        # Steps in which slots are ranked count in the mean only.
+        mean_ms_per_token=1000 * median(means),
+        rounds=rounds,
         tokens_per_round=TOKENS,
         baseline_ms=1000 * median(others),
         ratio=median(ratios),
         ratio_low=min(ratios),
         ratio_high=max(ratios),
     )
+    if isinstance(measured, Generation):
+        needed = step_bytes(measured.model, cache_bytes(measured.cache))
+        bandwidth = copy_bandwidth(measured.model.device.type)
+        benchmark.extra_info.update(
+            bytes_per_step=needed,
+            copy_bytes_per_s=bandwidth,
+            share_of_bandwidth=needed / bandwidth / median(tokens),
+        )
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("device", DEVICES)
+def measure(
+    benchmark: BenchmarkFixture,
+    contender: Contender,
+    place: Place,
+    table: str,
+    *,
+    batch: int = 1,
+    prompt: int = PROMPT,
+    rounds: int = ROUNDS,
+    **conditions: object,
+) -> None:
+    """A row: a contender beside the baseline, with the same prompt and batch."""
+    model = make_model(place)
+    benchmark.group = f"{table}, {place}, batch {batch}, prompt {prompt}"
+    compare(
+        benchmark,
+        Generation(contender, model, batch=batch, prompt=prompt),
+        Generation(BASELINE, model, batch=batch, prompt=prompt),
+        rounds=rounds,
+        table=table,
+        device=place.device,
+        model=place.model,
+        contender=contender.name,
+        step=contender.step,
+        batch=batch,
+        prompt=prompt,
+        **conditions,
+    )
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@EACH_PLACE
 @pytest.mark.parametrize(
     "contender",
     [
         BASELINE,
         STATIC,
+        GROUPED_STATIC,
         FLOOR,
-        *(
-            compressed(policy, compiled=compiled)
-            for policy in ("snapkv", "h2o")
-            for compiled in (False, True)
-        ),
+        *(compressed(policy) for policy in EVICTING),
+        compressed("h2o", loop=True),
+        *(compressed(policy, compiled=False) for policy in EVICTING),
     ],
     ids=str,
 )
-def test_decode(benchmark: BenchmarkFixture, contender: Contender, device: str, batch: int) -> None:
-    model = make_model(device)
-    benchmark.group = f"decode, {device}, batch {batch}"
-    compare(
-        benchmark,
-        Generation(contender, model, batch=batch),
-        Generation(BASELINE, model, batch=batch),
-        kind="decode",
-        contender=contender.name,
-        compiled=contender.compiled,
+def test_decode(
+    benchmark: BenchmarkFixture, contender: Contender, place: Place, batch: int
+) -> None:
+    if batch not in place.batches:
+        pytest.skip("not a batch of this device")
+    if batch > 1 and contender.step == "eager" and contender is not BASELINE:
+        pytest.skip("what eager steps cost is seen at batch 1")
+    rounds = ROUNDS if batch == 1 else FEW_ROUNDS
+    measure(
+        *(benchmark, contender, place, "decode"),
         batch=batch,
-        device=device,
+        rounds=rounds,
+        budget=contenders.BUDGET,
     )
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("policy", ["snapkv"])
-def test_long(benchmark: BenchmarkFixture, policy: str, device: str) -> None:
-    model = make_model(device)
-    contender = compressed(policy, compiled=True)
-    late, early = (Generation(contender, model, batch=1, prompt=EARLY) for _ in range(2))
-    late.continue_by(LATE - EARLY)
-    benchmark.group = f"{LATE} against {EARLY} tokens seen, {device}"
+@pytest.mark.parametrize("tokens", LENGTHS)
+@EACH_PLACE
+@pytest.mark.parametrize(
+    "contender", [BASELINE, GROUPED_STATIC, compressed("h2o"), compressed("snapkv")], ids=str
+)
+def test_tokens_seen(
+    benchmark: BenchmarkFixture, contender: Contender, place: Place, tokens: int
+) -> None:
+    if tokens not in place.lengths:
+        pytest.skip("not a length of this device")
+    measure(
+        *(benchmark, contender, place, "tokens seen"),
+        prompt=tokens,
+        rounds=FEW_ROUNDS,
+        budget=contenders.BUDGET,
+    )
+
+
+@EACH_PLACE
+@pytest.mark.parametrize("policy", ["h2o", "snapkv"])
+def test_late_against_early(benchmark: BenchmarkFixture, policy: str, place: Place) -> None:
+    early, late = 1024, 32768
+    model, contender = make_model(place), compressed(policy)
+    benchmark.group = f"late against early, {place}"
     compare(
         benchmark,
-        late,
-        early,
-        kind="long",
-        early=EARLY,
-        late=LATE,
+        *(Generation(contender, model, batch=1, prompt=prompt) for prompt in (late, early)),
+        table="late against early",
+        device=place.device,
+        model=place.model,
         contender=policy,
-        compiled=True,
-        batch=1,
-        device=device,
+        early=early,
+        late=late,
+    )
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@EACH_PLACE
+@pytest.mark.parametrize("policy", EVICTING)
+def test_budget(benchmark: BenchmarkFixture, policy: str, place: Place, budget: int) -> None:
+    contender = compressed(policy, budget=budget)
+    measure(
+        *(benchmark, contender, place, "budget"),
+        prompt=LONG_PROMPT,
+        rounds=FEW_ROUNDS,
+        budget=budget,
     )

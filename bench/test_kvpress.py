@@ -13,9 +13,16 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from compressed_cache.bench.contenders import BASELINE, Generation
+from compressed_cache.bench.contenders import (
+    BASELINE,
+    BUDGET,
+    EACH_PLACE,
+    PROMPT,
+    Generation,
+    Place,
+)
 from compressed_cache.bench.kvpress import VERSIONS, KvpressGeneration, Press, environment
-from compressed_cache.bench.test_decode import DEVICES, compare, make_model
+from compressed_cache.bench.test_decode import FEW_ROUNDS, ROUNDS, compare, make_model
 
 PLAIN = f"{BASELINE.name} of transformers {VERSIONS['transformers']}"
 PRESSES = [
@@ -35,25 +42,31 @@ def python() -> Path:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("device", DEVICES)
+@EACH_PLACE
 @pytest.mark.parametrize("press", PRESSES, ids=lambda press: str(press or PLAIN))
 def test_kvpress(
-    benchmark: BenchmarkFixture, python: Path, press: Press | None, device: str, batch: int
+    benchmark: BenchmarkFixture, python: Path, press: Press | None, place: Place, batch: int
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
+    if place.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    baseline = Generation(BASELINE, make_model(device), batch=batch)
-    benchmark.group = f"decode, {device}, batch {batch}"
+    if place.model == "Qwen3-4B":
+        pytest.skip("one model in the other environment is enough")
+    baseline = Generation(BASELINE, make_model(place), batch=batch)
+    benchmark.group = f"decode, {place}, batch {batch}, prompt {PROMPT}"
     with closing(KvpressGeneration(python, press, baseline)) as measured:
         compare(
             benchmark,
             measured,
             baseline,
-            kind="decode",
+            rounds=ROUNDS if batch == 1 else FEW_ROUNDS,
+            table="decode",
+            device=place.device,
+            model=place.model,
             contender=str(press or PLAIN),
-            compiled=False,
+            step="eager",
             batch=batch,
-            device=device,
+            prompt=PROMPT,
+            budget=BUDGET,
             versions=VERSIONS,
         )
         benchmark.extra_info["held_tokens"] = measured.held_tokens

@@ -6,12 +6,26 @@ if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
     from compressed_cache.loop import decode
     from compressed_cache.policies import POLICIES, Defaults, Policy, Slots
+    from compressed_cache.regions import compile_layers_once
 
-__all__ = ["POLICIES", "CompressedCache", "Defaults", "Policy", "Slots", "__version__", "decode"]
+__all__ = [
+    "POLICIES",
+    "CompressedCache",
+    "Defaults",
+    "Policy",
+    "Slots",
+    "__version__",
+    "compile_layers_once",
+    "decode",
+]
 
 __version__ = "0.1.0"
 
-_HOME = {"CompressedCache": "compressed_cache.cache", "decode": "compressed_cache.loop"}
+_HOME = {
+    "CompressedCache": "compressed_cache.cache",
+    "compile_layers_once": "compressed_cache.regions",
+    "decode": "compressed_cache.loop",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -121,6 +121,7 @@ class CompressedCache(LinearLayers):
             return 0
         if torch.compiler.is_compiling():
             # An int would be compiled in as a constant.
+            self.clock.is_read = True
             return self.layers[self._first].tokens_seen
         return self.clock.tokens_seen
 
@@ -279,6 +280,10 @@ class CompressedCache(LinearLayers):
             )
         return layer
 
+    def takes_step(self, tokens: int) -> bool:
+        """Whether a call with so many tokens is a decode step."""
+        return tokens == 1 and self._is_filled
+
     def count(self, prompt_tokens: int, steps: int) -> None:
         """Counts a call that begins: tokens read as a prompt, then tokens read one by one."""
         if self._is_filled and (self.clock.running or prompt_tokens + steps > 1):
@@ -320,7 +325,7 @@ class CompressedCache(LinearLayers):
         prompt_tokens = tokens
         if not torch.compiler.is_compiling() and (self._drafts.active or self.clock.records):
             prompt_tokens = self._drafts.begin_call(self, tokens)
-        if tokens == 1 and self._is_filled:
+        if self.takes_step(tokens):
             prompt_tokens = 0
         self.count(prompt_tokens, tokens - prompt_tokens)
 

@@ -29,6 +29,9 @@ class Clock:
         """Whether layers remember what they read, because it may be taken back."""
         self.prompt_tokens = 0
         """How many tokens of the call that began last are read as a prompt; the others as steps."""
+        self.is_read = False
+        """Whether the graph of the running step has read how many tokens were seen, and the layer
+        that counts them has not gone on: see :mod:`compressed_cache.regions`."""
 
     @property
     def tokens_seen(self) -> int:
@@ -48,6 +51,7 @@ class Clock:
         After a prompt the slots are ranked anew in the next step.
         """
         self.prompt_tokens = prompt_tokens
+        self.is_read = False
         if prompt_tokens:
             self.is_first_prompt = self.is_first_prompt and self.steps == 0
             self.prompt += self.steps + prompt_tokens

@@ -1,4 +1,4 @@
-"""A cheap backend for torch.compile that counts graphs."""
+"""A cheap backend for torch.compile that counts graphs and what is compiled once in them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +8,26 @@ from transformers import CompileConfig
 
 
 class CountingBackend:
-    """Runs graphs uncompiled and counts them. transformers deep-copies what it is given."""
+    """Runs graphs uncompiled and counts them. transformers deep-copies what it is given.
+
+    Attributes:
+        graphs: how many there were.
+        regions: of the last one, the name of what each call of a region runs.
+    """
 
     def __init__(self) -> None:
         self.graphs = 0
+        self.regions: list[str] = []
 
     def __deepcopy__(self, memo: object) -> "CountingBackend":
         return self
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
         self.graphs += 1
+        calls = graph.graph.find_nodes(
+            op="call_function", target=torch.ops.higher_order.invoke_subgraph
+        )
+        self.regions = [call.args[1] for call in calls]
         return graph.forward
 
 

@@ -32,14 +32,19 @@ class Family:
     dtype: torch.dtype = torch.float64
     """float64 keeps rounding out of comparisons, where transformers computes right in it."""
 
-    def make(self) -> Any:
-        """Two layers, evaluation mode."""
+    def make(self, *, repeats: int = 1) -> Any:
+        """Two layers, so many times, in evaluation mode."""
         torch.manual_seed(0)
+        # What is said of each layer is a list.
+        settings = {
+            name: value * repeats if isinstance(value, list) else value
+            for name, value in self.settings.items()
+        }
         base = dict(
             vocab_size=VOCABULARY,
             hidden_size=32,
             intermediate_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=2 * repeats,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8,
@@ -49,7 +54,7 @@ class Family:
             eos_token_id=None,
             pad_token_id=0,
         )
-        config = getattr(transformers, self.config)(**{**base, **self.settings})
+        config = getattr(transformers, self.config)(**{**base, **settings})
         config._attn_implementation = self.attention
         make: Callable[..., Any] = transformers.AutoModelForCausalLM.from_config
         return make(config).eval().to(self.dtype)

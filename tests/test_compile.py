@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, StaticCache
 
-from compressed_cache import POLICIES, CompressedCache
+from compressed_cache import POLICIES, CompressedCache, compile_layers_once
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 
@@ -121,13 +121,90 @@ def test_a_model_compiled_by_hand_gives_the_same_positions(
         assert held(caches[0], layer) == held(caches[1], layer)
 
 
+@pytest.mark.parametrize(("interval", "graphs"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_layer_is_compiled_for_all(
+    make_model: Callable[..., LlamaForCausalLM],
+    backend: CountingBackend,
+    policy: str,
+    interval: int,
+    graphs: int,
+) -> None:
+    model, ids = make_model(num_hidden_layers=4), distinct_tokens(2, 33)
+
+    def generate(**more: object) -> tuple[torch.Tensor, list[list[list[int]]]]:
+        cache = CompressedCache(policy, 16, interval=interval, recent=8)
+        return _generate(model, ids, cache, **more), [held(cache, layer) for layer in range(4)]
+
+    expected_tokens, expected_positions = generate()
+    for _ in range(2):
+        compile_layers_once(model)
+        for more in ({}, {"compile_config": compiled(backend)}):
+            tokens, positions = generate(**more)
+            assert torch.equal(tokens, expected_tokens)
+            assert positions == expected_positions
+        assert backend.graphs == (graphs if policy != "full" else 1)
+        # Each layer draws other numbers, so for each there is other code.
+        assert len(backend.regions) == (0 if policy == "random" and interval == 1 else 4)
+        assert len(set(backend.regions)) <= 1
+
+
+def test_the_layer_whose_count_is_read_in_the_graph_stays_in_the_graph(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
+) -> None:
+    """Inductor does not know what a region writes, so nothing outside may read it."""
+    model, ids = make_model(num_hidden_layers=3), distinct_tokens(1, 30)
+    compile_layers_once(model)
+    step = torch.compile(model.forward, backend=backend, fullgraph=True)
+    caches = [CompressedCache("h2o", 16) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :20], past_key_values=cache)
+        for token in range(20, 30):
+            outputs = [
+                forward(ids[:, token : token + 1], past_key_values=cache).logits
+                for forward, cache in zip((step, model.forward), caches, strict=True)
+            ]
+            assert torch.equal(*outputs)
+    assert len(backend.regions) == 2
+
+
+def test_prompts_that_are_compiled_have_no_regions(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
+) -> None:
+    model, ids = make_model(), distinct_tokens(1, 30)
+    expected = _generate(model, ids, CompressedCache("h2o", 16), prefill_chunk_size=10)
+    compile_layers_once(model)
+    options = dict(prefill_chunk_size=10, compile_config=compiled(backend, fullgraph=False))
+    assert torch.equal(_generate(model, ids, CompressedCache("h2o", 16), **options), expected)
+
+
+def test_other_caches_are_compiled_as_before(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
+) -> None:
+    model = make_model()
+    compile_layers_once(model)
+    cache = StaticCache(model.config, max_cache_len=64)
+    _generate(model, distinct_tokens(1, 30), cache, compile_config=compiled(backend))
+    assert backend.graphs == 1
+    assert backend.regions == []
+
+
+def test_a_model_without_decoder_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="decoder layers made by transformers, got Linear"):
+        compile_layers_once(torch.nn.Linear(2, 2))
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("once", [False, True], ids=["every layer", "one layer"])
 @pytest.mark.parametrize("policy", ["h2o", "rkv"])
 def test_inductor_gives_the_tokens_of_eager(
-    make_model: Callable[..., LlamaForCausalLM], policy: str
+    make_model: Callable[..., LlamaForCausalLM], policy: str, once: bool
 ) -> None:
     torch._dynamo.reset()
     model, ids = make_model(), distinct_tokens(2, 30)
+    if once:
+        compile_layers_once(model)
     ids[0, :7] = 0
     mask = (ids != 0).long()
     caches = [CompressedCache(policy, 16, interval=2) for _ in range(2)]

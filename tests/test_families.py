@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressed_cache import CompressedCache
+from compressed_cache import CompressedCache, compile_layers_once
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import held
 from tests.families import FAMILIES, VOCABULARY, Family, table
@@ -90,6 +90,19 @@ def test_compiled_gives_the_tokens_of_eager_in_one_graph(
         )
         assert torch.equal(got, expected)
     assert backend.graphs == 1
+    torch._dynamo.reset()
+
+
+def test_layers_compiled_once_give_the_tokens_of_eager(family: Family) -> None:
+    torch._dynamo.reset()
+    model, backend = family.make(repeats=2), CountingBackend()
+    expected = _generate(model, CompressedCache("h2o", 16))
+    compile_layers_once(model)
+    got = _generate(model, CompressedCache("h2o", 16), compile_config=compiled(backend))
+    assert torch.equal(got, expected)
+    assert backend.graphs == 1
+    assert len(backend.regions) == 4
+    assert len(set(backend.regions)) <= 2
     torch._dynamo.reset()
 
 

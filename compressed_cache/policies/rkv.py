@@ -100,4 +100,5 @@ class RKV(Policy):
             spared = torch.where(newest >= 0, spared, oldest[:, :, None])
             total += cosine.scatter(-1, spared, 0.0).sum(dim=2)
         redundancy = masked_softmax(total / held.sum(dim=-1, keepdim=True), held)
-        return redundancy.masked_fill(broken, torch.nan)
+        # Not NaN, which differs from itself: the compiler would take all layers for different ones.
+        return redundancy.masked_fill(broken, torch.inf)

@@ -1,0 +1,68 @@
+"""How long the decode step takes to compile, measured in processes of their own."""
+
+import multiprocessing
+import os
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compressed_cache import compile_layers_once
+from compressed_cache.bench.contenders import STATIC, Generation, compressed
+
+PROMPT = 64  # tokens
+TOKENS = 8  # decoded, enough for a step with a ranking and one without
+
+
+def measure(cache: str, layers: int, device: str, *, once: bool) -> dict[str, float]:
+    """Compiles the decode step of a model, then once more in a new process.
+
+    Args:
+        cache: ``"StaticCache"`` or the name of a policy.
+        layers: of the model, which is narrow: widths do not matter to a compiler.
+        device: ``"cpu"`` or ``"cuda"``.
+        once: whether ``compile_layers_once`` is called before.
+
+    Returns:
+        ``cold_s``, with nothing on disk, and ``warm_s``, with what the first process left there:
+        seconds that decoding takes beyond the time of as many compiled steps.
+    """
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("cold_s", "warm_s"):
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                found[name] = pool.submit(_measure, cache, layers, device, once, folder).result()
+    return found
+
+
+def _measure(cache: str, layers: int, device: str, once: bool, folder: str) -> float:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    torch.set_num_threads(1)
+    model = _model(layers, device)
+    if once:
+        compile_layers_once(model)
+    contender = STATIC if cache == STATIC.name else compressed(cache)
+    seconds = Generation(contender, model, batch=1, prompt=PROMPT).continue_by(TOKENS)
+    return sum(seconds) - len(seconds) * min(seconds)
+
+
+def _model(layers: int, device: str) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=500,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device, dtype).eval()
