@@ -229,8 +229,8 @@ def _fill(cache: Cache, config: Any, ids: torch.Tensor, dtype: torch.dtype) -> N
         return
     with torch.inference_mode():
         for layer in range(config.num_hidden_layers):
-            states = (torch.randn(shape, dtype=dtype, device=ids.device) for _ in range(2))
-            cache.update(*states, layer)
+            keys, values = (torch.randn(shape, dtype=dtype, device=ids.device) for _ in range(2))
+            cache.update(keys, values, layer)
 
 
 class _TokenClock(BaseStreamer):

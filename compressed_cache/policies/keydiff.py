@@ -20,7 +20,10 @@ class KeyDiff(Policy):
     name: ClassVar[str] = "keydiff"
 
     def scores(self, slots: Slots) -> Tensor:
-        keys = torch.nn.functional.normalize(slots.keys.float(), dim=-1)
-        counted = (slots.positions >= 0).unsqueeze(-1) & ~keys.isnan()
-        anchor = keys.masked_fill(~counted, 0.0).sum(dim=2, keepdim=True)
-        return -torch.nn.functional.cosine_similarity(keys, anchor, dim=-1)
+        keys = slots.keys.float()
+        norms = keys.norm(dim=-1).clamp(min=1e-12)
+        counted = (slots.positions >= 0) & norms.isfinite()
+        shares = torch.where(counted, 1 / norms, 0.0).unsqueeze(2)
+        anchor = shares @ torch.where(counted.unsqueeze(-1), keys, 0.0)
+        anchor = torch.nn.functional.normalize(anchor, dim=-1)
+        return -(keys * anchor).sum(dim=-1) / norms
