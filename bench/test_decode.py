@@ -35,7 +35,7 @@ from compressed_cache.bench.contenders import (
 ROUNDS = 12
 FEW_ROUNDS = 5  # where many rows are measured, or a round of the baseline takes long
 TOKENS = 24  # of each round
-BUDGETS = (128, 512, 1024, 4096)
+BUDGETS = (128, 1024, 4096)
 LONG_PROMPT = 6144  # tokens, longer than any of these
 BATCHES = sorted({batch for place in PLACES for batch in place.batches})
 LENGTHS = sorted({length for place in PLACES for length in place.lengths})
