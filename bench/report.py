@@ -254,8 +254,9 @@ def _compilation(results: Results) -> str:
     header = ["cache", "compiles", *(f"{n} layers, {t}" for n in sizes for t in ("cold", "warm"))]
     lines = []
     for cache, once in dict.fromkeys((row["cache"], row["once"]) for row in rows):
-        cells = [found[cache, once, size] for size in sizes]
-        shown = [f"{row[name]:.1f}" for row in cells for name in ("cold_s", "warm_s")]
+        cells = [found.get((cache, once, size), {}) for size in sizes]
+        times = [row.get(name) for row in cells for name in ("cold_s", "warm_s")]
+        shown = ["-" if seconds is None else f"{seconds:.1f}" for seconds in times]
         lines.append([cache, "one layer" if once else "every layer", *shown])
     return "\n".join(
         [

@@ -7,8 +7,10 @@ import torch
 from transformers import LlamaForCausalLM, StaticCache
 
 from compressed_cache import POLICIES, CompressedCache, compile_layers_once
+from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
+from tests.families import FAMILIES
 
 
 @pytest.fixture
@@ -214,6 +216,27 @@ def test_inductor_gives_the_tokens_of_eager(
     for layer in range(2):
         for row in range(2):
             assert held(caches[1], layer, row) == held(caches[0], layer, row)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_inductor_reads_the_count_before_a_region_writes_it() -> None:
+    """Compiled by hand, the two rotations of Gemma 3 are made of the count: one late in use."""
+    (family,) = (family for family in FAMILIES if family.name == "Gemma 3")
+    torch._dynamo.reset()
+    model, ids = family.make(repeats=2), torch.arange(1, 25)[None]
+    compile_layers_once(model)
+    step = torch.compile(model.forward, fullgraph=True)
+    caches = [CompressedCache("h2o", 12) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :20], **cache_argument(cache))
+        for token in range(20, 24):
+            outputs = [
+                forward(ids[:, token : token + 1], **cache_argument(cache)).logits
+                for forward, cache in zip((step, model.forward), caches, strict=True)
+            ]
+            torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
     torch._dynamo.reset()
 
 
