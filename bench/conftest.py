@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,20 @@ import torch
 import transformers
 
 import compressed_cache
-from compressed_cache.bench.results import Results
+from compressed_cache.bench.results import FOLDER, Results
 from compressed_cache.demo.report import processor
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MEASURED = pytest.StashKey[dict[str, Any]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--results",
+        type=Path,
+        default=FOLDER,
+        help="folder of the file that keeps what was measured on this machine",
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -49,10 +59,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         tables = measured.setdefault(row["device"], {})
         tables.setdefault(row.pop("table"), {})[benchmark.fullname] = row
     for device, tables in measured.items():
-        results = Results.of(_hardware(device), device)
+        folder = config.getoption("--results")
+        results = Results.of(_hardware(device), device, folder)
         for table, rows in tables.items():
             results.add(table, rows, _conditions(device))
-        results.save()
+        results.save(folder)
     config.stash[_MEASURED] = measured
 
 

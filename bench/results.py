@@ -20,9 +20,9 @@ class Results:
     """By name: ``conditions``, and ``rows`` by the test that measured each."""
 
     @classmethod
-    def of(cls, hardware: str, device: str) -> "Results":
+    def of(cls, hardware: str, device: str, folder: Path = FOLDER) -> "Results":
         """What is known of a machine so far."""
-        path = _path(hardware, device)
+        path = folder / _name(hardware, device)
         return cls(**json.loads(path.read_text())) if path.exists() else cls(hardware, device)
 
     @classmethod
@@ -42,16 +42,16 @@ class Results:
         """The rows of a table."""
         return list(self.tables[table]["rows"].values()) if table in self.tables else []
 
-    def save(self) -> None:
+    def save(self, folder: Path = FOLDER) -> None:
         """Writes the file."""
         text = json.dumps(vars(self), indent=1)
-        _path(self.hardware, self.device).write_text(text + "\n")
+        (folder / _name(self.hardware, self.device)).write_text(text + "\n")
 
     def picture(self, name: str) -> Path:
         """Where a picture of this machine goes."""
-        return _path(self.hardware, self.device).with_suffix(f".{name}.png")
+        return (FOLDER / _name(self.hardware, self.device)).with_suffix(f".{name}.png")
 
 
-def _path(hardware: str, device: str) -> Path:
+def _name(hardware: str, device: str) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    return FOLDER / f"on-{device}-{slug}.json"
+    return f"on-{device}-{slug}.json"

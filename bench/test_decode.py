@@ -215,6 +215,41 @@ def test_late_against_early(benchmark: BenchmarkFixture, policy: str, place: Pla
     )
 
 
+@EACH_PLACE
+@pytest.mark.parametrize("policy", ["h2o"])
+def test_fresh_cache(benchmark: BenchmarkFixture, policy: str, place: Place) -> None:
+    """What a new cache object costs beside one that is reset: nothing, or CUDA graphs anew."""
+    model, contender = make_model(place), compressed(policy)
+    kept = Generation(contender, model, batch=1)
+    prompt = kept.ids
+    kept.continue_by(TOKENS)
+    seconds: dict[str, list[float]] = {"fresh": [], "reset": []}
+
+    def turn() -> None:
+        fresh = Generation(contender, model, batch=1)
+        seconds["fresh"].append(sum(fresh.continue_by(TOKENS)))
+        with torch.inference_mode():
+            kept.cache.reset()
+        kept.ids = prompt
+        seconds["reset"].append(sum(kept.continue_by(TOKENS)))
+
+    benchmark.group = f"fresh cache, {place}"
+    benchmark.pedantic(turn, rounds=FEW_ROUNDS, iterations=1)
+    ratios = [a / b for a, b in zip(seconds["fresh"], seconds["reset"], strict=True)]
+    benchmark.extra_info.update(
+        table="fresh cache",
+        device=place.device,
+        model=place.model,
+        contender=policy,
+        tokens=TOKENS,
+        fresh_ms=1000 * median(seconds["fresh"]),
+        reset_ms=1000 * median(seconds["reset"]),
+        ratio=median(ratios),
+        ratio_low=min(ratios),
+        ratio_high=max(ratios),
+    )
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 @EACH_PLACE
 @pytest.mark.parametrize("policy", EVICTING)
