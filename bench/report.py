@@ -114,8 +114,8 @@ def _claims(results: Results) -> list[str]:
         for row in rows
     ]
     lines += [
-        f"- {row['model']}, `{row['contender']}`, compiled: the first {row['tokens']} tokens with a "
-        f"new cache object take {row['ratio']:.2f} times as long as with one that was reset "
+        f"- {row['model']}, `{row['contender']}`, compiled: the first {row['tokens']} tokens with "
+        f"a new cache object take {row['ratio']:.2f} times as long as with one that was reset "
         f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]."
         for row in results.rows("fresh cache")
     ]
