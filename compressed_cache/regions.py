@@ -14,9 +14,9 @@ from compressed_cache.cache import CompressedCache
 def compile_layers_once(model: nn.Module) -> None:
     """Lets ``generate`` compile one decoder layer of each kind and use it for all the others.
 
-    The decode step under a :class:`CompressedCache` stays one graph. Prompts, other caches and
-    steps that are not compiled run as before. A layer that cannot be compiled as a whole is then
-    an error, also with ``CompileConfig(fullgraph=False)``.
+    The decode step under a :class:`CompressedCache` stays one graph. Prompts, other caches, steps
+    that are not compiled, and those that the kernels for CUDA take, run as before. A layer that
+    cannot be compiled as a whole is then an error, also with ``CompileConfig(fullgraph=False)``.
 
     Args:
         model: a transformers model, changed in place; its decoder layers are compiled once.
@@ -54,5 +54,8 @@ def _is_region(hidden_states: Any, *others: Any) -> bool:
         return False
     for other in others:
         if isinstance(other, CompressedCache):
-            return other.takes_step(hidden_states.shape[1]) and not other.clock.is_read
+            # A region cannot hold an operator that writes (torch 2.13).
+            is_fused = any(getattr(layer, "is_fused", False) for layer in other.layers)
+            takes_step = other.takes_step(hidden_states.shape[1])
+            return takes_step and not other.clock.is_read and not is_fused
     return False

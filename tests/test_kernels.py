@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from compressed_cache import CompressedCache, layer
+from compressed_cache import CompressedCache, compile_layers_once, layer
 from compressed_cache.kernels import ops
 from compressed_cache.memory import Sizes
 from compressed_cache.policies import POLICIES
@@ -294,6 +294,21 @@ def test_generation_is_the_same_with_and_without(
     assert torch.equal(text, fused)
     assert all(map(torch.equal, positions, fused_positions))
     assert backend.graphs == (2 if CompressedCache(policy, 20).rules.interval > 1 else 1)
+
+
+def test_layers_compiled_once_are_left_whole(
+    make_model: Callable[..., LlamaForCausalLM], served: Callable[[bool], None]
+) -> None:
+    model = make_model().to(DEVICE)
+    served(True)
+    text, positions = generate(model, "h2o", disable_compile=True)
+    compile_layers_once(model)
+    torch._dynamo.reset()
+    backend = CountingBackend()
+    fused, fused_positions = generate(model, "h2o", compile_config=compiled(backend))
+    assert torch.equal(text, fused)
+    assert all(map(torch.equal, positions, fused_positions))
+    assert backend.graphs == 1
 
 
 def test_eager_attention_has_its_weights(
