@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache, compile_layers_once, layer
+from compressed_cache import totals as torch_totals
+from compressed_cache.attention import Form
 from compressed_cache.kernels import ops
 from compressed_cache.memory import Sizes
 from compressed_cache.policies import POLICIES
@@ -205,9 +207,16 @@ def test_a_broken_key_spoils_its_own_head_only() -> None:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("sizes", [(3, 2, 2, 70, 16), (1, 1, 4, 130, 80), (2, 1, 1, 33, 256)])
+@pytest.mark.parametrize("way", ["kernel", "blocks", "rows"])
 def test_attention_totals(
-    sizes: tuple[int, ...], with_sinks: bool, softcap: float | None, dtype: torch.dtype
+    way: str,
+    sizes: tuple[int, ...],
+    with_sinks: bool,
+    softcap: float | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch_totals, "_BLOCK_ELEMENTS", 1000)
     batch, heads, groups, length, dim = sizes
     generator = torch.Generator().manual_seed(0)
 
@@ -219,9 +228,17 @@ def test_attention_totals(
     keys = normal(batch, length, heads, dim).transpose(1, 2)
     sinks = normal(heads * groups) if with_sinks else None
     padding = torch.tensor([0, 9, length][:batch])
-    found = totals.attention_totals(
-        queries, keys, padding.to(DEVICE), sinks, scaling=0.3, softcap=softcap
-    )
+    if way == "kernel":
+        found = totals.attention_totals(
+            queries, keys, padding.to(DEVICE), sinks, scaling=0.3, softcap=softcap
+        )
+    else:
+        torch_way = {"blocks": torch_totals._block_totals, "rows": torch_totals._row_totals}[way]
+        real = torch.arange(length) >= padding[:, None]
+        tensors = (tensor.cpu() for tensor in (queries, keys))
+        found = torch_way(
+            *tensors, real, Form(0.3, softcap, None if sinks is None else sinks.cpu())
+        )
     expected = np.zeros(found.shape)
     q, k = queries.double().cpu().numpy(), keys.double().cpu().numpy()
     for row in range(batch):
@@ -232,6 +249,19 @@ def test_attention_totals(
                 sink = None if sinks is None else float(sinks[own])
                 expected[row, own // groups, seen] += softmax(logits, sink) / groups
     np.testing.assert_allclose(found.cpu(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_broken_key_leaves_the_totals_of_the_others() -> None:
+    queries, keys = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
+    keys[0, 1, 5] = torch.nan
+    found = torch_totals.attention_totals(
+        *(queries, keys, torch.ones(1, 40, dtype=torch.bool)),
+        form=Form(1.0),
+        sizes=SERVED._replace(device=torch.device("cpu")),
+    )
+    assert found[0, 1, 5] == 0
+    # Query 5 of the second head still gives all its attention away.
+    torch.testing.assert_close(found.sum(dim=-1), torch.full((1, 2), 40.0))
 
 
 def test_totals_pass_over_what_is_not_a_number() -> None:
