@@ -4,13 +4,18 @@ import multiprocessing
 import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from compressed_cache import compile_layers_once
-from compressed_cache.bench.contenders import STATIC, Generation, compressed
+from compressed_cache.bench.contenders import (
+    ENDLESS,
+    STATIC,
+    Generation,
+    compressed,
+    random_model,
+)
 
 PROMPT = 64  # tokens
 TOKENS = 8  # decoded, enough for a step with a ranking and one without
@@ -41,7 +46,7 @@ def measure(cache: str, layers: int, device: str, *, once: bool) -> dict[str, fl
 def _measure(cache: str, layers: int, device: str, once: bool, folder: str) -> float:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     torch.set_num_threads(1)
-    model = _model(layers, device)
+    model = random_model(_config(layers), device)
     if once:
         compile_layers_once(model)
     contender = STATIC if cache == STATIC.name else compressed(cache)
@@ -49,9 +54,8 @@ def _measure(cache: str, layers: int, device: str, once: bool, folder: str) -> f
     return sum(seconds) - len(seconds) * min(seconds)
 
 
-def _model(layers: int, device: str) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def _config(layers: int) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=layers,
@@ -59,10 +63,5 @@ def _model(layers: int, device: str) -> Any:
         num_key_value_heads=2,
         vocab_size=500,
         max_position_embeddings=4096,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
+        **ENDLESS,
     )
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model: Any = LlamaForCausalLM(config)
-    return model.to(device, dtype).eval()

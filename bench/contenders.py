@@ -30,6 +30,7 @@ ROOM = 512  # tokens that a static cache has room for beyond the prompt
 SHORTEST = 16  # slots of the floor
 EVICTING = [name for name in POLICIES if name != "full"]
 
+ENDLESS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 SMALL = LlamaConfig(
     hidden_size=512,
     intermediate_size=1408,
@@ -38,9 +39,7 @@ SMALL = LlamaConfig(
     num_key_value_heads=4,
     vocab_size=2000,
     max_position_embeddings=1 << 18,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=0,
+    **ENDLESS,
 )
 LLAMA = LlamaConfig(
     hidden_size=4096,
@@ -51,9 +50,7 @@ LLAMA = LlamaConfig(
     vocab_size=128256,
     max_position_embeddings=1 << 18,
     rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=0,
+    **ENDLESS,
 )
 QWEN = Qwen3Config(
     hidden_size=2560,
@@ -65,9 +62,7 @@ QWEN = Qwen3Config(
     vocab_size=151936,
     max_position_embeddings=1 << 18,
     tie_word_embeddings=True,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=0,
+    **ENDLESS,
 )
 MODELS: dict[str, PreTrainedConfig] = {
     "4 layers of 512": SMALL,
@@ -107,11 +102,16 @@ EACH_PLACE = pytest.mark.parametrize(
 
 
 def make_model(place: Place) -> Any:
+    """The model of this place."""
+    return random_model(MODELS[place.model], place.device)
+
+
+def random_model(config: PreTrainedConfig, device: str) -> Any:
     """Random weights: float32 on a CPU, bfloat16 on CUDA."""
     torch.manual_seed(0)
-    dtype = torch.float32 if place.device == "cpu" else torch.bfloat16
-    with torch.device(place.device):
-        model: Any = AutoModelForCausalLM.from_config(MODELS[place.model], dtype=dtype)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
 
 

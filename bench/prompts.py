@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig
 
 from compressed_cache import CompressedCache
-from compressed_cache.bench.contenders import Place, make_model
+from compressed_cache.bench.contenders import ENDLESS, Place, make_model, random_model
 from compressed_cache.versions import cache_argument
 
 CHUNK = 1024  # tokens
 BUDGET = 256
 _SHORT = 256  # tokens, to warm up
+SMALL = LlamaConfig(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=500,
+    max_position_embeddings=1 << 20,
+    **ENDLESS,
+)
 
 
 def measure_chunks(cache: str, tokens: int, device: str) -> dict[str, float]:
@@ -50,7 +60,9 @@ def _apart(function: Any, *args: object) -> dict[str, float]:
 
 
 def _measure_chunks(cache: str, tokens: int, device: str) -> dict[str, float]:
-    return _measure(_small_model(device), cache, tokens, short=CHUNK, prefill_chunk_size=CHUNK)
+    return _measure(
+        random_model(SMALL, device), cache, tokens, short=CHUNK, prefill_chunk_size=CHUNK
+    )
 
 
 def _measure_prefill(cache: str, tokens: int, place: Place) -> dict[str, float]:
@@ -68,24 +80,6 @@ def _measure(
     _read(model, cache, tokens, options)
     seconds = time.perf_counter() - started
     return {"peak_mib": (_peak_bytes(device) - before) / 2**20, "seconds": seconds}
-
-
-def _small_model(device: str) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=500,
-        max_position_embeddings=1 << 20,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model: Any = LlamaForCausalLM(config)
-    return model.to(device).eval()
 
 
 def _read(model: Any, name: str, tokens: int, options: dict[str, Any]) -> None:

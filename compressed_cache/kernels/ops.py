@@ -77,17 +77,9 @@ def _(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    memory: Tensor,
-    next_position: Tensor,
-    protected_prefix: Tensor,
-    slot: Tensor | None,
-    scores: Tensor | None,
-    sinks: Tensor | None,
-    *,
-    recent: int,
-    scaling: float,
-    softcap: float | None,
+    *others: object,
     record: str,
+    **settings: object,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, capacity = positions.shape
     shape = (batch, heads, query.shape[1] // heads, 1, capacity) if record == "weights" else (0,)
