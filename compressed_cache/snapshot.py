@@ -21,7 +21,7 @@ from compressed_cache.rules import Rules
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 @dataclass(frozen=True)
