@@ -94,7 +94,7 @@ def _decode(results: Results) -> str:
                 f"{1000 * row['batch'] / row['ms_per_token']:,.0f}",
                 *(_speed(row), _share(row)),
             ]
-            for row in sorted(rows, key=lambda row: row["batch"])
+            for row in sorted(rows, key=lambda row: (row["batch"], "versions" in row))
         ]
         parts.append(
             f"{_machine(results, 'decode')}; {model}, prompt of {first['prompt']:,} tokens, budget "
@@ -112,6 +112,11 @@ def _claims(results: Results) -> list[str]:
         f"takes {row['ratio']:.2f} times as long as after {row['early']:,} "
         f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]."
         for row in rows
+    ]
+    lines += [
+        f"- {row['contender']}, batch {row['batch']}: held up to {row['held_tokens']:,} tokens."
+        for row in results.rows("decode")
+        if row.get("held_tokens") and row["batch"] == 1
     ]
     lines += [
         f"- {row['model']}, `{row['contender']}`, compiled: the first {row['tokens']} tokens with "

@@ -7,8 +7,8 @@ from compressed_cache.attention import Form, attention_rows, group_queries
 from compressed_cache.kernels import ops
 from compressed_cache.memory import Sizes
 
-_BLOCK_ELEMENTS = 1 << 20
-"""Weights held at once on a CPU: 4 MiB of float32, which stay in its cache between two passes."""
+_BLOCK_ELEMENTS = 1 << 21
+"""Weights held at once on a CPU: 8 MiB of float32, which stay in its cache between two passes."""
 
 
 def attention_totals(
@@ -82,10 +82,14 @@ def _block_totals(queries: Tensor, keys: Tensor, real: Tensor, form: Form) -> Te
                     weights.div_(form.softcap).tanh_().mul_(form.softcap)
                 later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
                 weights[:, :, start:].masked_fill_(later, -torch.inf)
-                peak = weights.amax(dim=-1, keepdim=True)
-                sums = weights.sub_(peak).exp_().sum(dim=-1, keepdim=True)
-                if sinks is not None:
-                    sums += (sinks - peak).exp()
-                weights.div_(sums * groups)
+                # The share of a row that its sink leaves to the tokens.
+                share = (
+                    None
+                    if sinks is None
+                    else (weights.logsumexp(-1, keepdim=True) - sinks).sigmoid()
+                )
+                torch.softmax(weights, dim=-1, out=weights)
+                if share is not None:
+                    weights.mul_(share)
                 totals[row, head, padding : padding + end] += weights.sum(dim=(0, 1))
-    return totals.float()
+    return (totals / groups).float()
