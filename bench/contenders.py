@@ -91,14 +91,20 @@ PLACES = [
         for model in ("Llama-3.1-8B", "Qwen3-4B")
     ),
 ]
+_MARKS = {
+    "cpu": (),
+    "cuda": (
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    ),
+}
 EACH_PLACE = pytest.mark.parametrize(
     "place",
-    [
-        pytest.param(place, id=str(place), marks=[pytest.mark.gpu] * (place.device == "cuda"))
-        for place in PLACES
-    ],
+    [pytest.param(place, id=str(place), marks=_MARKS[place.device]) for place in PLACES],
 )
-"""On CUDA only where there is one, which a test must see to."""
+EACH_DEVICE = pytest.mark.parametrize(
+    "device", [pytest.param(device, marks=marks) for device, marks in _MARKS.items()]
+)
 
 
 def make_model(place: Place) -> Any:

@@ -27,8 +27,6 @@ LENGTH = 32768  # of the texts in the largest batch
 @EACH_PLACE
 @pytest.mark.parametrize("cache", ["DynamicCache", *EVICTING])
 def test_capacity(benchmark: BenchmarkFixture, cache: str, place: Place) -> None:
-    if place.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     model = make_model(place)
     full = cache == "DynamicCache"
     held: Any = DynamicCache(config=model.config) if full else CompressedCache(cache, BUDGET)

@@ -4,10 +4,10 @@ pytest bench/test_compile.py --benchmark-only
 """
 
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from compressed_cache.bench.compilation import measure
+from compressed_cache.bench.contenders import EACH_DEVICE
 
 LAYERS = (4, 16, 32)
 CONTENDERS = [
@@ -19,14 +19,12 @@ CONTENDERS = [
 ]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@EACH_DEVICE
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize(("cache", "once"), CONTENDERS)
 def test_compile(
     benchmark: BenchmarkFixture, cache: str, once: bool, layers: int, device: str
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     benchmark.group = f"compile, {device}, {layers} layers"
     found = benchmark.pedantic(
         measure, args=(cache, layers, device), kwargs={"once": once}, rounds=1, iterations=1

@@ -10,7 +10,6 @@ from pathlib import Path
 from subprocess import CalledProcessError
 
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from compressed_cache.bench.contenders import (
@@ -47,8 +46,6 @@ def python() -> Path:
 def test_kvpress(
     benchmark: BenchmarkFixture, python: Path, press: Press | None, place: Place, batch: int
 ) -> None:
-    if place.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     if place.model == "Qwen3-4B":
         pytest.skip("one model in the other environment is enough")
     baseline = Generation(BASELINE, make_model(place), batch=batch)

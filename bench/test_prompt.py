@@ -4,10 +4,9 @@ pytest bench/test_prompt.py --benchmark-only
 """
 
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from compressed_cache.bench.contenders import EACH_PLACE, EVICTING, Place
+from compressed_cache.bench.contenders import EACH_DEVICE, EACH_PLACE, EVICTING, Place
 from compressed_cache.bench.prompts import BUDGET, CHUNK, measure_chunks, measure_prefill
 
 LENGTHS = (8_192, 32_768, 65_536, 200_000)
@@ -19,8 +18,6 @@ TO_THE_END = ("DynamicCache", "h2o", "snapkv", "streaming_llm")
 @EACH_PLACE
 @pytest.mark.parametrize("cache", ["DynamicCache", *EVICTING])
 def test_prefill(benchmark: BenchmarkFixture, cache: str, place: Place, tokens: int) -> None:
-    if place.device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     if tokens > place.lengths[-1]:
         pytest.skip("not a length of this device")
     if place.device == "cpu" and tokens > 8192 and cache not in TO_THE_END:
@@ -39,11 +36,9 @@ def test_prefill(benchmark: BenchmarkFixture, cache: str, place: Place, tokens: 
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@EACH_DEVICE
 @pytest.mark.parametrize("cache", ["h2o", "snapkv", "DynamicCache"])
 def test_chunks(benchmark: BenchmarkFixture, cache: str, device: str, tokens: int) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     if (cache, device, tokens) == ("DynamicCache", "cpu", LENGTHS[-1]):
         pytest.skip("attention to 200,000 tokens takes a quarter of an hour on a CPU")
     benchmark.group = f"chunks, {device}, {tokens} tokens"
