@@ -1,9 +1,7 @@
 """How long the decode step takes to compile, measured in processes of their own."""
 
-import multiprocessing
 import os
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from transformers import LlamaConfig
@@ -16,6 +14,7 @@ from compressed_cache.bench.contenders import (
     compressed,
     random_model,
 )
+from compressed_cache.bench.prompts import apart
 
 PROMPT = 64  # tokens
 TOKENS = 8  # decoded, enough for a step with a ranking and one without
@@ -34,13 +33,11 @@ def measure(cache: str, layers: int, device: str, *, once: bool) -> dict[str, fl
         ``cold_s``, with nothing on disk, and ``warm_s``, with what the first process left there:
         seconds that decoding takes beyond the time of as many compiled steps.
     """
-    context = multiprocessing.get_context("spawn")
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("cold_s", "warm_s"):
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                found[name] = pool.submit(_measure, cache, layers, device, once, folder).result()
-    return found
+        return {
+            name: apart(_measure, cache, layers, device, once, folder)
+            for name in ("cold_s", "warm_s")
+        }
 
 
 def _measure(cache: str, layers: int, device: str, once: bool, folder: str) -> float:

@@ -3,9 +3,10 @@
 import multiprocessing
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import DynamicCache, LlamaConfig
@@ -14,6 +15,7 @@ from compressed_cache import CompressedCache
 from compressed_cache.bench.contenders import ENDLESS, Place, make_model, random_model
 from compressed_cache.versions import cache_argument
 
+Result = TypeVar("Result")
 CHUNK = 1024  # tokens
 BUDGET = 256
 _SHORT = 256  # tokens, to warm up
@@ -41,7 +43,7 @@ def measure_chunks(cache: str, tokens: int, device: str) -> dict[str, float]:
         ``peak_mib``, memory beyond what a prompt of one chunk took (on a CPU the peak of resident
         memory, as Linux tells it), and ``seconds``.
     """
-    return _apart(_measure_chunks, cache, tokens, device)
+    return apart(_measure_chunks, cache, tokens, device)
 
 
 def measure_prefill(cache: str, tokens: int, place: Place) -> dict[str, float]:
@@ -50,10 +52,11 @@ def measure_prefill(cache: str, tokens: int, place: Place) -> dict[str, float]:
     Returns:
         ``peak_mib``, memory beyond the model and a short prompt, and ``seconds``.
     """
-    return _apart(_measure_prefill, cache, tokens, place)
+    return apart(_measure_prefill, cache, tokens, place)
 
 
-def _apart(function: Any, *args: object) -> dict[str, float]:
+def apart(function: Callable[..., Result], *args: object) -> Result:
+    """What a function returns in a process of its own, that begins with nothing in memory."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
