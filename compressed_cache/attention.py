@@ -112,7 +112,7 @@ def attention_rows(
     form: Form,
     last: int | None = None,
     window: int | None = None,
-) -> Iterator[Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Causal attention weights of many queries, in blocks so that memory is linear in ``S``.
 
     Args:
@@ -125,16 +125,19 @@ def attention_rows(
         window: how many tokens a query sees at most, its own included; None for all before it.
 
     Yields:
-        ``[B, H, G, Q, S]`` float32 for consecutive blocks of ``Q`` queries, oldest first.
+        ``[B, H, G, Q, S]`` float32 for consecutive blocks of ``Q`` queries, oldest first, and the
+        positions ``[B, Q]`` of these queries.
     """
     batch, num_queries, length = queries.shape[:3]
     grouped = group_queries(queries, keys.shape[1])
     block = max(1, _BLOCK_ELEMENTS // (batch * num_queries * keys.shape[2]))
     held = positions[:, :, None, :]
     for start in range(0 if last is None else max(0, length - last), length, block):
-        own = query_positions[:, None, start : start + block, None]
+        block_positions = query_positions[:, start : start + block]
+        own = block_positions[:, None, :, None]
         visible = (held >= 0) & (held <= own)
         if window is not None:
             visible = visible & (held > own - window)
         logits = form.logits(grouped[:, :, :, start : start + block], keys.unsqueeze(2))
-        yield masked_softmax(logits, visible[:, :, None], form.sink_logits(logits))
+        weights = masked_softmax(logits, visible[:, :, None], form.sink_logits(logits))
+        yield weights, block_positions

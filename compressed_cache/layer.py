@@ -13,7 +13,7 @@ from compressed_cache.clock import Clock
 from compressed_cache.kernels import ops
 from compressed_cache.memory import Sizes, SlotMemory
 from compressed_cache.padding import check_left, first_tokens, real_tokens
-from compressed_cache.policies import Policy, Slots
+from compressed_cache.policies import Policy, Rows, Site, Slots
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.reading import States, read
 from compressed_cache.rules import Rules
@@ -59,6 +59,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.window: int | None = None
         self.shard = Shard()
         self.module_id: int | None = None
+        self.constants: dict[str, Tensor] = {}
         self.calls = 0
         self.is_filled = False
         self.is_fused = False
@@ -223,7 +224,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         else:
             check_left(real)
             checks.check_attention(self.index, module, kwargs)
-            self._adopt(module, query, scaling, kwargs)
+            self._adopt(module, query, key, value, scaling, kwargs)
             if self.policy.evicts:
                 checks.check_prompt(real[:, :count].sum(dim=1), self.rules)
             prompt = (tensor[:, :, :count] for tensor in (query, key, value))
@@ -238,13 +239,32 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         return result
 
     def _adopt(
-        self, module: Any, query: Tensor, scaling: float | None, kwargs: dict[str, Any]
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        kwargs: dict[str, Any],
     ) -> None:
         """Notes what the model is like at this layer."""
         factor = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
         self.form = Form(factor, kwargs.get("softcap"), kwargs.get("s_aux"))
         self.shard = Shard.of(module, query)
         self._see(kwargs.get("sliding_window"))
+        heads = key.shape[1]
+        site = Site(
+            config=_text_config(module),
+            module=module,
+            layer=self.index,
+            first_head=self.shard.rank * heads,
+            heads=heads,
+            groups=query.shape[1] // heads,
+            dim=key.shape[3],
+            value_dim=value.shape[3],
+            device=key.device,
+        )
+        self.constants = self.policy.constants(site)
 
     def _see(self, window: int | None) -> None:
         """Keeps so many of the last tokens, or what the policy wants where there is no window."""
@@ -263,9 +283,29 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
 
     def held(self) -> Slots:
         """What the policy is shown of the slots."""
-        return self.view(self.keys, self.values, self.positions, self.attention)
+        return self.view(self.keys, self.values, self.positions, self.attention, self.notes)
 
-    def view(self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor) -> Slots:
+    def revised(self) -> Slots:
+        """The same, right before a ranking."""
+        if self.policy.revises:
+            self.notes.copy_(self.policy.revise(self.held()))
+        return self.held()
+
+    def note(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """What the policy writes down of new tokens ``[B, H, L, ...]``."""
+        nothing = self.attention[:, :, :0]
+        return self.policy.note(self.view(keys, values, positions, nothing, self.notes[:, :, :0]))
+
+    def view(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        seen: Tensor,
+        notes: Tensor,
+        *,
+        is_prompt: bool = False,
+    ) -> Slots:
         """What the policy is shown of these tokens."""
         return Slots(
             keys=keys,
@@ -278,6 +318,10 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             queries=self.queries,
             query_positions=self.query_positions,
             attention=seen,
+            notes=notes,
+            prompt_length=self.prompt_length,
+            is_prompt=is_prompt,
+            constants=self.constants,
         )
 
     def scores(self, held: Slots) -> Tensor:
@@ -304,9 +348,17 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def adds_attention(self) -> bool:
         """Whether the policy remembers the sum of the attention, as a kernel can add it up."""
         adds = type(self.policy).accumulate is Policy.accumulate
-        return self.policy.observes == "attention" and adds and not self.policy.mixes_heads
+        return self.policy.observes_attention and adds and not self.policy.mixes_heads
 
-    def accumulate(self, seen: Tensor, weights: Tensor) -> Tensor:
+    def accumulate(
+        self, seen: Tensor, weights: Tensor, query_positions: Tensor, positions: Tensor
+    ) -> Tensor:
         """What the policy remembers once it saw these weights ``[B, H, G, Q, S]``."""
-        seen = self.policy.accumulate(seen, weights.float())
+        rows = Rows(weights.float(), query_positions, positions)
+        seen = self.policy.accumulate(seen, rows)
         return self.shard.mean(seen) if self.policy.mixes_heads else seen
+
+
+def _text_config(module: Any) -> Any:
+    config = getattr(module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -38,8 +38,10 @@ class SlotMemory:
         protected_prefix: ``[B]`` int64, positions below it are never evicted.
         victims: ``[B, H, interval]`` int64, the slots to overwrite next, lowest first (read with
             ``interval > 1``).
-        attention: ``[B, H, S]`` float32, what the policy made of the attention seen; without slots
-            unless it asks for it.
+        prompt_length: ``[B]`` int64, tokens of the first prompt.
+        attention: ``[B, H, S]`` or ``[B, H, S, R]`` float32, what the policy made of the attention
+            seen; without slots unless it asks for it.
+        notes: ``[B, H, S, N]`` float32, what the policy wrote down of each token.
         queries, query_positions: ``[B, H, G, W, D]`` and ``[B, W]`` int64, a ring of the last
             queries, that of position ``p`` at ``p % W``; ``W = 0`` unless the policy asks for it.
     """
@@ -49,8 +51,10 @@ class SlotMemory:
     positions: Tensor
     counts: Tensor
     protected_prefix: Tensor
+    prompt_length: Tensor
     victims: Tensor
     attention: Tensor
+    notes: Tensor
     queries: Tensor
     query_positions: Tensor
 
@@ -149,9 +153,13 @@ class SlotMemory:
         self.positions = full(batch, heads, capacity, fill=-1)
         self.counts = full(batch, 3)
         self.protected_prefix = full(batch)
+        self.prompt_length = full(batch)
         self.victims = full(batch, heads, self.rules.interval)
-        remembered = capacity if self.policy.observes == "attention" else 0
-        self.attention = full(batch, heads, remembered, dtype=torch.float32)
+        remembered = capacity if self.policy.observes_attention else 0
+        rows = self.policy.num_rows
+        shape = (batch, heads, remembered, rows)[: 3 if rows == 1 else 4]
+        self.attention = full(*shape, dtype=torch.float32)
+        self.notes = full(batch, heads, capacity, self.policy.num_notes, dtype=torch.float32)
         window = self.policy.num_queries
         self.queries = full(batch, heads, sizes.groups, window, sizes.dim, dtype=sizes.dtype)
         self.query_positions = full(batch, window, fill=-1)

@@ -62,24 +62,35 @@ def _fill(
     layer.next_position.copy_(real.sum(dim=1))
     layer.counts[:, 1] = key.shape[2]
     layer.protected_prefix.fill_(layer.rules.sinks)
+    positions = rows[:, None].expand(key.shape[:3])
     seen = layer.attention
+    if layer.policy.observes_attention:
+        seen = _seen_of_prompt(layer, query, key, rows)
+    notes = layer.note(key, value, positions)
+    _end_of_prompt(layer, query, rows)
+    _keep_best(layer, key, value, positions, seen, notes)
+    layer.is_filled = layer.is_initialized = True
+
+
+def _seen_of_prompt(layer: "CompressedLayer", query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
+    """What the policy makes of the attention of a first prompt, ``[B, H, L]`` or more."""
     if layer.adds_attention:
         assert layer.sizes is not None
-        seen = attention_totals(query, key, real, form=layer.form, sizes=layer.sizes)
-    elif layer.policy.observes == "attention":
-        seen = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
-        for weights in attention.attention_rows(
-            query,
-            key,
-            query_positions=rows,
-            positions=rows[:, None],
-            form=layer.form,
-            last=layer.policy.prompt_queries,
-        ):
-            seen = layer.accumulate(seen, weights)
-    _end_of_prompt(layer, query, rows)
-    _keep_best(layer, key, value, rows[:, None].expand(key.shape[:3]), seen)
-    layer.is_filled = layer.is_initialized = True
+        totals = attention_totals(query, key, rows >= 0, form=layer.form, sizes=layer.sizes)
+        if totals is not None:
+            return totals
+    shape = *key.shape[:3], *layer.attention.shape[3:]
+    seen = torch.zeros(shape, dtype=torch.float32, device=key.device)
+    for weights, own in attention.attention_rows(
+        query,
+        key,
+        query_positions=rows,
+        positions=rows[:, None],
+        form=layer.form,
+        last=layer.policy.prompt_queries,
+    ):
+        seen = layer.accumulate(seen, weights, own, rows[:, None].expand(key.shape[:3]))
+    return seen
 
 
 def _read_block(
@@ -98,27 +109,30 @@ def _read_block(
     new_positions = rows[:, None].expand(key.shape[:3])
     keys, values = torch.cat([layer.keys, key], dim=2), torch.cat([layer.values, value], dim=2)
     positions = torch.cat([layer.positions, new_positions], dim=2)
-    observes = layer.policy.observes == "attention"
+    observes = layer.policy.observes_attention
     seen = before = layer.attention
     if observes:
-        seen = before = torch.nn.functional.pad(layer.attention, (0, key.shape[2]))
+        new = layer.attention.new_zeros(*key.shape[:3], *layer.attention.shape[3:])
+        seen = before = torch.cat([layer.attention, new], dim=2)
+    notes = torch.cat([layer.notes, layer.note(key, value, new_positions)], dim=2)
     outputs = []
-    for weights in attention.attention_rows(
+    for weights, own in attention.attention_rows(
         query, keys, query_positions=rows, positions=positions, form=layer.form, window=layer.window
     ):
         outputs.append(weights.to(values.dtype) @ values.unsqueeze(2))
         if observes:
-            seen = layer.accumulate(seen, weights)
+            seen = layer.accumulate(seen, weights, own, positions)
     if observes:
         # A row that only had padding saw nothing new.
-        seen = torch.where((count > 0)[:, None, None], seen, before)
+        saw = (count > 0).view(-1, *[1] * (seen.dim() - 1))
+        seen = torch.where(saw, seen, before)
     layer.next_position.add_(count)
     if is_prompt:
         _end_of_prompt(layer, query, rows)
     else:
         _record_queries(layer, query, rows)
     if layer.policy.evicts:
-        _keep_best(layer, keys, values, positions, seen)
+        _keep_best(layer, keys, values, positions, seen, notes)
     else:
         free = layer.tokens_seen + torch.arange(key.shape[2], device=key.device)
         layer.keys.index_copy_(2, free, key)
@@ -141,6 +155,7 @@ def _read_steps(
 
 
 def _end_of_prompt(layer: "CompressedLayer", query: Tensor, rows: Tensor) -> None:
+    layer.prompt_length.copy_(layer.next_position)
     if layer.rules.protect_prompt:
         layer.protected_prefix.clamp_(min=layer.next_position)
     _record_queries(layer, query, rows)
@@ -169,17 +184,25 @@ def _record_queries(layer: "CompressedLayer", query: Tensor, rows: Tensor) -> No
 
 
 def _keep_best(
-    layer: "CompressedLayer", keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor
+    layer: "CompressedLayer",
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    seen: Tensor,
+    notes: Tensor,
 ) -> None:
     """Copies the best of these tokens ``[B, H, L, ...]`` into the slots."""
-    contents = [(layer.keys, keys), (layer.values, values), (layer.positions, positions)]
-    if layer.policy.observes == "attention":
-        contents.append((layer.attention, seen))
     count = min(positions.shape[2], layer.positions.shape[2])
     kept = None
     if count < positions.shape[2]:
-        scores = layer.protected_scores(layer.view(keys, values, positions, seen))
-        kept = slots.keep_best(scores, positions, count=count)
+        prompt = layer.view(keys, values, positions, seen, notes, is_prompt=True)
+        prompt = prompt._replace(notes=layer.policy.revise(prompt))
+        kept = slots.keep_best(layer.protected_scores(prompt), positions, count=count)
+        notes = prompt.notes
+    contents = [(layer.keys, keys), (layer.values, values), (layer.positions, positions)]
+    contents.append((layer.notes, notes))
+    if layer.policy.observes_attention:
+        contents.append((layer.attention, seen))
     for memory, tokens in contents:
         if kept is not None:
             index = kept.reshape(*kept.shape, *[1] * (tokens.dim() - 3))

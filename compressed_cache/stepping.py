@@ -59,13 +59,17 @@ def _fused(
     weighs: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """All of it in one kernel, but for what only this policy does."""
-    scores = None if slot is not None else layer.scores(layer.held())
-    if weighs or (layer.policy.observes == "attention" and not layer.adds_attention):
+    if slot is None and layer.policy.num_notes:
+        # The notes of the new token go where it went.
+        slot = _slot(layer)
+    scores = None if slot is not None else layer.scores(layer.revised())
+    if weighs or (layer.policy.observes_attention and not layer.adds_attention):
         record = "weights"
     else:
         record = "total" if layer.adds_attention else "nothing"
     output, weights = ops.decode_step(
-        *(query, key, value, layer.keys, layer.values, layer.positions, layer.attention),
+        *(query, key, value, layer.keys, layer.values, layer.positions),
+        *(layer.attention if layer.policy.num_rows == 1 else layer.attention[:, :, :0, 0],),
         *(layer.next_position, layer.protected_prefix, slot),
         # A tensor that is changed must not be given twice.
         None if scores is layer.attention else scores,
@@ -75,8 +79,12 @@ def _fused(
         softcap=layer.form.softcap,
         record=record,
     )
+    if slot is not None and layer.policy.num_notes:
+        _note(layer, key, value, slot)
     if record != "weights":
         return output, None
+    if slot is not None and layer.policy.num_rows > 1:
+        _forget(layer, slot)
     _remember(layer, weights)
     return output, weights
 
@@ -89,7 +97,7 @@ def _planned_slot(layer: "CompressedLayer", ranks: bool) -> Tensor | None:
         return None
     if ranks:
         victims = slots.next_victims(
-            layer.protected_scores(layer.held()),
+            layer.protected_scores(layer.revised()),
             layer.positions,
             protected_prefix=layer.protected_prefix,
             count=layer.rules.interval,
@@ -101,25 +109,38 @@ def _planned_slot(layer: "CompressedLayer", ranks: bool) -> Tensor | None:
 
 
 def _slot(layer: "CompressedLayer") -> Tensor:
-    return slots.lowest_slot(layer.protected_scores(layer.held()), layer.positions)
+    return slots.lowest_slot(layer.protected_scores(layer.revised()), layer.positions)
 
 
 def _write(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -> None:
     layer.keys.scatter_(2, slot.unsqueeze(-1).expand_as(key), key)
     layer.values.scatter_(2, slot.unsqueeze(-1).expand_as(value), value)
     layer.positions.scatter_(2, slot, layer.next_position[:, None, None].expand_as(slot))
-    if layer.policy.observes == "attention":
-        layer.attention.scatter_(2, slot, 0.0)
+    if layer.policy.observes_attention:
+        _forget(layer, slot)
+    if layer.policy.num_notes:
+        _note(layer, key, value, slot)
+
+
+def _forget(layer: "CompressedLayer", slot: Tensor) -> None:
+    slot = slot.view(*slot.shape, *[1] * (layer.attention.dim() - 3))
+    layer.attention.scatter_(2, slot.expand(*slot.shape[:3], *layer.attention.shape[3:]), 0.0)
+
+
+def _note(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -> None:
+    notes = layer.note(key, value, layer.next_position[:, None, None].expand_as(slot))
+    layer.notes.scatter_(2, slot.unsqueeze(-1).expand_as(notes), notes)
 
 
 def _remember(layer: "CompressedLayer", weights: Tensor) -> None:
-    if layer.policy.observes == "attention":
-        seen = layer.accumulate(layer.attention, weights.detach().nan_to_num(0.0))
-        layer.attention.copy_(seen)
+    if layer.policy.observes_attention:
+        weights = weights.detach().nan_to_num(0.0)
+        own = layer.next_position[:, None]
+        layer.attention.copy_(layer.accumulate(layer.attention, weights, own, layer.positions))
 
 
 def _record_query(layer: "CompressedLayer", query: Tensor) -> None:
-    if layer.policy.observes == "queries":
+    if layer.policy.num_queries:
         place = (layer.next_position % layer.query_positions.shape[1])[:, None]
         grouped = attention.group_queries(query, layer.keys.shape[1])
         layer.queries.scatter_(3, place[:, None, None, :, None].expand_as(grouped), grouped)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from compressed_cache.attention import Form, attention_rows, group_queries
+from compressed_cache.attention import Form, group_queries
 from compressed_cache.kernels import ops
 from compressed_cache.memory import Sizes
 
@@ -13,7 +13,7 @@ _BLOCK_ELEMENTS = 1 << 21
 
 def attention_totals(
     queries: Tensor, keys: Tensor, real: Tensor, *, form: Form, sizes: Sizes
-) -> Tensor:
+) -> Tensor | None:
     """Sum over all queries of a prompt of their causal attention, averaged over the group.
 
     The weights of a block of queries are made, added up by column and forgotten. On CUDA two
@@ -28,7 +28,8 @@ def attention_totals(
         sizes: of the layer.
 
     Returns:
-        ``[B, H, L]`` float32, zero at padding. Logits that are not a number count as not visible.
+        ``[B, H, L]`` float32, zero at padding. None where these ways do not serve: on other devices
+        without the kernels, and on a CPU where a logit is not a number.
     """
     if ops.serves(sizes):
         padding = (~real).sum(dim=1)
@@ -39,17 +40,7 @@ def attention_totals(
         totals = _block_totals(queries, keys, real, form)
         if totals.isfinite().all():
             return totals
-    return _row_totals(queries, keys, real, form)
-
-
-def _row_totals(queries: Tensor, keys: Tensor, real: Tensor, form: Form) -> Tensor:
-    positions = torch.where(real, real.cumsum(dim=1) - 1, -1)
-    totals = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
-    for weights in attention_rows(
-        queries, keys, query_positions=positions, positions=positions[:, None], form=form
-    ):
-        totals += weights.mean(dim=2).sum(dim=2)
-    return totals
+    return None
 
 
 def _block_totals(queries: Tensor, keys: Tensor, real: Tensor, form: Form) -> Tensor:

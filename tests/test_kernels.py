@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache, compile_layers_once, layer
 from compressed_cache import totals as torch_totals
-from compressed_cache.attention import Form
+from compressed_cache.attention import Form, attention_rows
 from compressed_cache.kernels import ops
 from compressed_cache.memory import Sizes
 from compressed_cache.policies import POLICIES
@@ -233,7 +233,7 @@ def test_attention_totals(
             queries, keys, padding.to(DEVICE), sinks, scaling=0.3, softcap=softcap
         )
     else:
-        torch_way = {"blocks": torch_totals._block_totals, "rows": torch_totals._row_totals}[way]
+        torch_way = {"blocks": torch_totals._block_totals, "rows": row_totals}[way]
         real = torch.arange(length) >= padding[:, None]
         tensors = (tensor.cpu() for tensor in (queries, keys))
         found = torch_way(
@@ -251,14 +251,23 @@ def test_attention_totals(
     np.testing.assert_allclose(found.cpu(), expected, rtol=2e-5, atol=2e-5)
 
 
+def row_totals(queries: Tensor, keys: Tensor, real: Tensor, form: Form) -> Tensor:
+    """What a prompt gives where neither kernels nor blocks serve."""
+    positions = torch.where(real, real.cumsum(dim=1) - 1, -1)
+    rows = attention_rows(
+        queries, keys, query_positions=positions, positions=positions[:, None], form=form
+    )
+    return sum((weights.mean(2).sum(2) for weights, _ in rows), torch.zeros(keys.shape[:3]))
+
+
 def test_a_broken_key_leaves_the_totals_of_the_others() -> None:
     queries, keys = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
     keys[0, 1, 5] = torch.nan
-    found = torch_totals.attention_totals(
-        *(queries, keys, torch.ones(1, 40, dtype=torch.bool)),
-        form=Form(1.0),
-        sizes=SERVED._replace(device=torch.device("cpu")),
-    )
+    real = torch.ones(1, 40, dtype=torch.bool)
+    sizes = SERVED._replace(device=torch.device("cpu"))
+    form = Form(1.0)
+    assert torch_totals.attention_totals(queries, keys, real, form=form, sizes=sizes) is None
+    found = row_totals(queries, keys, real, form)
     assert found[0, 1, 5] == 0
     # Query 5 of the second head still gives all its attention away.
     torch.testing.assert_close(found.sum(dim=-1), torch.full((1, 2), 40.0))

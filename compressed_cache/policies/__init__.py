@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from compressed_cache.names import listing, nearest
-from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 from compressed_cache.policies.full import Full
 from compressed_cache.policies.h2o import H2O
 from compressed_cache.policies.keydiff import KeyDiff
@@ -15,7 +15,7 @@ from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.policies.tova import TOVA
 
-__all__ = ["POLICIES", "Defaults", "Policy", "Slots", "make_policy"]
+__all__ = ["POLICIES", "Defaults", "Policy", "Rows", "Site", "Slots", "make_policy"]
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,

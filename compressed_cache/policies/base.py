@@ -1,9 +1,11 @@
 """What a policy is: numbers, and a function that scores the held tokens."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from compressed_cache.attention import Form
@@ -39,13 +41,57 @@ class Slots(NamedTuple):
     form: Form
     """How the model turns products of queries and keys into attention weights."""
     queries: Tensor
-    """``[B, H, G, W, D]`` last queries seen, in any order; ``W = 0`` unless the policy has
-    ``observes = "queries"``."""
+    """``[B, H, G, W, D]`` last queries seen, in any order, ``W`` the policy's
+    :attr:`Policy.num_queries`."""
     query_positions: Tensor
     """``[B, W]`` int64, ``-1`` where no query was seen yet."""
     attention: Tensor
-    """``[B, H, S]`` float32, what :meth:`Policy.accumulate` made of the attention seen so far;
-    without slots unless the policy has ``observes = "attention"``."""
+    """``[B, H, S]`` float32, or ``[B, H, S, R]`` with :attr:`Policy.num_rows` ``R > 1``: what
+    :meth:`Policy.accumulate` made of the attention seen so far; without slots unless the policy
+    has ``observes_attention``."""
+    notes: Tensor
+    """``[B, H, S, N]`` float32, what :meth:`Policy.note` and :meth:`Policy.revise` wrote down;
+    ``N`` the policy's :attr:`Policy.num_notes`."""
+    prompt_length: Tensor
+    """``[B]`` int64, positions below it are of the first prompt; at prefill as far as it was read.
+    """
+    is_prompt: bool
+    """Whether these are the tokens of a prompt that is cut to the budget."""
+    constants: Mapping[str, Tensor]
+    """What :meth:`Policy.constants` gave for this layer."""
+
+
+class Rows(NamedTuple):
+    """Attention of ``Q`` consecutive queries, oldest first."""
+
+    weights: Tensor
+    """``[B, H, G, Q, S]`` float32; zeros where the query is padding."""
+    query_positions: Tensor
+    """``[B, Q]`` int64, ``-1`` at padding."""
+    positions: Tensor
+    """``[B, H, S]`` int64 of the tokens attended to, ``-1`` where there is none."""
+
+
+class Site(NamedTuple):
+    """Where in a model a layer of the cache works."""
+
+    config: Any
+    """The model's text config."""
+    module: Any
+    """The attention module."""
+    layer: int
+    """Index of the layer."""
+    first_head: int
+    """As in :class:`Slots`."""
+    heads: int
+    """``H``, key/value heads at hand."""
+    groups: int
+    """``G``."""
+    dim: int
+    """``D`` of keys."""
+    value_dim: int
+    """``D`` of values."""
+    device: torch.device
 
 
 class Defaults(NamedTuple):
@@ -70,16 +116,17 @@ class Policy:
     """
 
     name: ClassVar[str] = ""
-    observes: ClassVar[Literal["nothing", "queries", "attention"]] = "nothing"
-    """What the layer must record for the policy: nothing, the last :attr:`num_queries` queries, or
-    what :meth:`accumulate` makes of the attention weights of every query."""
+    observes_attention: ClassVar[bool] = False
+    """Whether :meth:`accumulate` is shown the attention weights of every query."""
     evicts: ClassVar[bool] = True
     """``False``: the cache grows instead, ``budget`` is ignored and scores are never asked for."""
     mixes_heads: ClassVar[bool] = False
-    """With ``observes = "attention"``: :meth:`accumulate` averages over all heads of the layer, so
+    """With ``observes_attention``: :meth:`accumulate` averages over all heads of the layer, so
     what tensor parallelism gave to other processes is averaged in."""
     prompt_queries: ClassVar[int | None] = None
-    """With ``observes = "attention"``: how many of the last prompt queries are shown; None: all."""
+    """With ``observes_attention``: how many of the last prompt queries are shown; None: all."""
+    revises: ClassVar[bool] = False
+    """Whether :meth:`revise` is called before each ranking."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -96,7 +143,17 @@ class Policy:
 
     @property
     def num_queries(self) -> int:
-        """How many of the last queries are recorded; with ``observes = "queries"``."""
+        """How many of the last queries are recorded."""
+        return 0
+
+    @property
+    def num_rows(self) -> int:
+        """Numbers that :meth:`accumulate` keeps of each token."""
+        return 1
+
+    @property
+    def num_notes(self) -> int:
+        """Numbers that :meth:`note` writes down of each token."""
         return 0
 
     @property
@@ -121,20 +178,54 @@ class Policy:
         """
         raise NotImplementedError(f"{type(self).__name__} must define scores(slots)")
 
-    def accumulate(self, attention: Tensor, weights: Tensor) -> Tensor:
-        """What is remembered of the attention seen so far, once new weights arrive.
+    def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
+        """What is remembered of the attention seen so far, once new rows arrive.
 
-        Called with ``observes = "attention"``: at prefill for consecutive blocks of prompt queries,
+        Called with ``observes_attention``: at prefill for consecutive blocks of prompt queries,
         then once per decode step. A new token starts at zero. A policy that leaves this as it is
         remembers the sum over all queries of the mean over the group, and no weights need to be
         written down for it.
 
         Args:
-            attention: ``[B, H, S]`` float32, the memory so far.
-            weights: ``[B, H, G, Q, S]`` float32 attention of ``Q`` consecutive queries, oldest
-                first.
+            attention: ``[B, H, S]`` float32 (``[B, H, S, R]`` with ``num_rows > 1``), the memory so
+                far.
+            rows: attention of consecutive queries.
 
         Returns:
-            ``[B, H, S]`` float32.
+            The memory, of the same shape.
         """
-        return attention + weights.mean(dim=2).sum(dim=2)
+        return attention + rows.weights.mean(dim=2).sum(dim=2)
+
+    def note(self, tokens: Slots) -> Tensor:
+        """What is written down of tokens as they come in; with ``num_notes > 0``.
+
+        Args:
+            tokens: the new ones alone, with ``S`` their number; their own notes and attention are
+                without slots, and what else is known of the layer is as before they came.
+
+        Returns:
+            ``[B, H, S, num_notes]`` float32.
+        """
+        return tokens.keys.new_zeros(*tokens.positions.shape, self.num_notes, dtype=torch.float32)
+
+    def revise(self, slots: Slots) -> Tensor:
+        """New notes of all tokens, right before they are ranked; with ``revises``.
+
+        Returns:
+            ``[B, H, S, num_notes]`` float32.
+        """
+        return slots.notes
+
+    def constants(self, site: Site) -> dict[str, Tensor]:
+        """Tensors that :meth:`scores` and the others need of this layer of the model.
+
+        Called once, when the layer meets the model, where a model that does not suit is refused.
+
+        Returns:
+            By name, on ``site.device``. They are not counted as memory of the cache.
+
+        Raises:
+            ValueError: statistics of another model.
+            NotImplementedError: a model that the policy cannot work with.
+        """
+        return {}

@@ -19,7 +19,7 @@ class H2O(Policy):
     """
 
     name: ClassVar[str] = "h2o"
-    observes: ClassVar = "attention"
+    observes_attention: ClassVar = True
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(recent=budget // 2)

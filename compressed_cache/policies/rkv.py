@@ -33,7 +33,6 @@ class RKV(Policy):
     """
 
     name: ClassVar[str] = "rkv"
-    observes: ClassVar = "queries"
     window: int = 8
     """Queries that vote, and tokens always kept."""
     kernel_size: int = 7

@@ -27,7 +27,6 @@ class SnapKV(Policy):
     """
 
     name: ClassVar[str] = "snapkv"
-    observes: ClassVar = "queries"
     window: int = 32
     """Queries that vote (the authors' patched models use 32)."""
     kernel_size: int = 5

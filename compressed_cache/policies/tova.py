@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressed_cache.policies.base import Policy, Slots
+from compressed_cache.policies.base import Policy, Rows, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +18,12 @@ class TOVA(Policy):
     """
 
     name: ClassVar[str] = "tova"
-    observes: ClassVar = "attention"
+    observes_attention: ClassVar = True
     mixes_heads: ClassVar = True
     prompt_queries: ClassVar = 1
 
-    def accumulate(self, attention: Tensor, weights: Tensor) -> Tensor:
-        return weights[:, :, :, -1].mean(dim=(1, 2)).unsqueeze(1).expand_as(attention)
+    def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
+        return rows.weights[:, :, :, -1].mean(dim=(1, 2)).unsqueeze(1).expand_as(attention)
 
     def scores(self, slots: Slots) -> Tensor:
         return slots.attention
