@@ -262,8 +262,8 @@ class CompressedCache(LinearLayers):
 
     def __repr__(self) -> str:
         rules = ", ".join(f"{name}={value!r}" for name, value in vars(self.rules).items())
-        policy = self.policy.name or type(self.policy).__name__
-        return f"CompressedCache(policy={policy!r}, {rules}, tokens_seen={self.get_seq_length()})"
+        seen = self.get_seq_length()
+        return f"CompressedCache(policy={self.policy.label!r}, {rules}, tokens_seen={seen})"
 
     # What the parts of a cache call.
 

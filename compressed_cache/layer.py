@@ -28,6 +28,7 @@ class LayerState(NamedTuple):
     tensors: dict[str, Tensor]
     form: Form
     window: int | None
+    constants: dict[str, Tensor]
 
 
 class Call(NamedTuple):
@@ -171,11 +172,12 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """A copy of what is held."""
         assert self.sizes is not None
         copies = {name: tensor.clone() for name, tensor in self.named_tensors().items()}
-        return LayerState(self.sizes, copies, self.form, self.window)
+        return LayerState(self.sizes, copies, self.form, self.window, self.constants)
 
     def restore(self, state: LayerState) -> None:
         """Holds again what ``state`` says, in place where it fits."""
         self.form = state.form
+        self.constants = state.constants
         self._see(state.window)
         self.load(state.tensors, state.sizes)
         self.calls = 0
@@ -344,12 +346,6 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             recent=self.rules.recent,
         )
 
-    @property
-    def adds_attention(self) -> bool:
-        """Whether the policy remembers the sum of the attention, as a kernel can add it up."""
-        adds = type(self.policy).accumulate is Policy.accumulate
-        return self.policy.observes_attention and adds and not self.policy.mixes_heads
-
     def accumulate(
         self, seen: Tensor, weights: Tensor, query_positions: Tensor, positions: Tensor
     ) -> Tensor:
@@ -360,5 +356,5 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
 
 
 def _text_config(module: Any) -> Any:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config

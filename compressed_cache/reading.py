@@ -74,7 +74,7 @@ def _fill(
 
 def _seen_of_prompt(layer: "CompressedLayer", query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
     """What the policy makes of the attention of a first prompt, ``[B, H, L]`` or more."""
-    if layer.adds_attention:
+    if layer.policy.adds_attention:
         assert layer.sizes is not None
         totals = attention_totals(query, key, rows >= 0, form=layer.form, sizes=layer.sizes)
         if totals is not None:

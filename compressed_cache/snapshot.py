@@ -15,13 +15,14 @@ from transformers.cache_utils import LinearAttentionLayer
 from compressed_cache.attention import Form
 from compressed_cache.layer import CompressedLayer, LayerState
 from compressed_cache.memory import Sizes
-from compressed_cache.policies import POLICIES, Policy
+from compressed_cache.policies import MODIFIERS, POLICIES, Policy, make_policy
 from compressed_cache.rules import Rules
 
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
-_FORMAT = "2"
+_FORMAT = "3"
+_CONSTANT = "constants."
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Snapshot:
                 described.append(None)
                 continue
             tensors |= {f"{index}.{name}": part for name, part in state.tensors.items()}
+            for name, constant in state.constants.items():
+                tensors[f"{index}.{_CONSTANT}{name}"] = constant.detach()
             if state.form.sinks is not None:
                 tensors[f"{index}.sinks"] = state.form.sinks.detach()
             described.append(
@@ -85,8 +88,8 @@ class Snapshot:
             )
         metadata = {
             "format": _FORMAT,
-            "policy": self.policy.name,
-            "options": json.dumps(asdict(self.policy)),
+            "policy": self.policy.label,
+            "options": json.dumps(self.policy.options),
             "rules": json.dumps(asdict(self.rules)),
             "clock": json.dumps(self.clock),
             "layers": json.dumps(described),
@@ -122,11 +125,12 @@ class Snapshot:
                 f"format {found.get('format')}"
             )
         if policy is None:
-            if found["policy"] not in POLICIES:
+            names = set(found["policy"].split("+"))
+            if not names <= {*POLICIES, *MODIFIERS}:
                 raise ValueError(
                     f"{str(path)!r} was saved with a policy of your own. Pass it as policy="
                 )
-            policy = POLICIES[found["policy"]](**json.loads(found["options"]))
+            policy = make_policy(found["policy"], **json.loads(found["options"]))
         layers = tuple(
             described and _described_state(described, _part(tensors, index))
             for index, described in enumerate(json.loads(found["layers"]))
@@ -151,6 +155,11 @@ def _part(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 
 
 def _described_state(described: dict[str, Any], tensors: dict[str, Tensor]) -> LayerState:
+    constants = {
+        name.removeprefix(_CONSTANT): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(_CONSTANT)
+    }
     form = Form(described["scaling"], described["softcap"], tensors.pop("sinks", None))
     keys, values = tensors["keys"], tensors["values"]
     batch, heads, capacity, dim = keys.shape
@@ -158,4 +167,4 @@ def _described_state(described: dict[str, Any], tensors: dict[str, Tensor]) -> L
         *(batch, heads, described["groups"], capacity, dim, values.shape[-1]),
         *(keys.dtype, values.dtype, keys.device),
     )
-    return LayerState(sizes, tensors, form, described["window"])
+    return LayerState(sizes, tensors, form, described["window"], constants)

@@ -63,10 +63,10 @@ def _fused(
         # The notes of the new token go where it went.
         slot = _slot(layer)
     scores = None if slot is not None else layer.scores(layer.revised())
-    if weighs or (layer.policy.observes_attention and not layer.adds_attention):
+    if weighs or (layer.policy.observes_attention and not layer.policy.adds_attention):
         record = "weights"
     else:
-        record = "total" if layer.adds_attention else "nothing"
+        record = "total" if layer.policy.adds_attention else "nothing"
     output, weights = ops.decode_step(
         *(query, key, value, layer.keys, layer.values, layer.positions),
         *(layer.attention if layer.policy.num_rows == 1 else layer.attention[:, :, :0, 0],),

@@ -316,7 +316,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"kv_press": "snapkw"},
         ValueError,
-        r"unknown policy kv_press='snapkw', expected one of .*Did you mean 'snapkv'\?",
+        r"kv_press='snapkw': unknown policy 'snapkw', expected one of .*Did you mean 'snapkv'\?",
     ),
     (
         {"kv_press": "snapkv", "kv_widow": 8},

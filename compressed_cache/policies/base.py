@@ -17,6 +17,8 @@ _CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "str": (str, "a str"),
 }
 
+_PARTS = ("base",)
+
 
 class Slots(NamedTuple):
     """What a policy sees of one layer (legend in :mod:`compressed_cache.slots`).
@@ -118,6 +120,8 @@ class Policy:
     name: ClassVar[str] = ""
     observes_attention: ClassVar[bool] = False
     """Whether :meth:`accumulate` is shown the attention weights of every query."""
+    scores_attention: ClassVar[bool] = False
+    """Whether scores are attention that the tokens received, averaged or added up."""
     evicts: ClassVar[bool] = True
     """``False``: the cache grows instead, ``budget`` is ignored and scores are never asked for."""
     mixes_heads: ClassVar[bool] = False
@@ -140,6 +144,32 @@ class Policy:
                 raise TypeError(
                     f"{field.name} must be {wording}, got {value!r} ({type(value).__name__})"
                 )
+
+    @property
+    def label(self) -> str:
+        """What a user writes to get such a policy."""
+        return self.name or type(self).__name__
+
+    @property
+    def parts(self) -> tuple["Policy", ...]:
+        """The policies that this one is made of, in the order they are written."""
+        return (self,)
+
+    @property
+    def options(self) -> dict[str, int | float | bool | str | None]:
+        """The fields of all parts."""
+        return {
+            field.name: getattr(part, field.name)
+            for part in self.parts
+            for field in dataclasses.fields(part)
+            if field.name not in _PARTS
+        }
+
+    @property
+    def adds_attention(self) -> bool:
+        """Whether the sum of the attention is remembered, which a kernel can add up."""
+        adds = type(self).accumulate is Policy.accumulate
+        return self.observes_attention and adds and not self.mixes_heads
 
     @property
     def num_queries(self) -> int:

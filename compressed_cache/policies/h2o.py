@@ -20,6 +20,7 @@ class H2O(Policy):
 
     name: ClassVar[str] = "h2o"
     observes_attention: ClassVar = True
+    scores_attention: ClassVar = True
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(recent=budget // 2)

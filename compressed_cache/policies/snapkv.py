@@ -27,6 +27,7 @@ class SnapKV(Policy):
     """
 
     name: ClassVar[str] = "snapkv"
+    scores_attention: ClassVar = True
     window: int = 32
     """Queries that vote (the authors' patched models use 32)."""
     kernel_size: int = 5

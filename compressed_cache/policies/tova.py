@@ -19,6 +19,7 @@ class TOVA(Policy):
 
     name: ClassVar[str] = "tova"
     observes_attention: ClassVar = True
+    scores_attention: ClassVar = True
     mixes_heads: ClassVar = True
     prompt_queries: ClassVar = 1
 

@@ -1,7 +1,7 @@
 """The ``kv_`` arguments of one run."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressed_cache.names import listing, nearest
@@ -38,9 +38,9 @@ class Press:
         cache = self.make_cache()
         policy = cache.policy
         return {
-            "policy": policy.name or type(policy).__name__,
+            "policy": policy.label,
             **asdict(cache.rules),
-            **asdict(policy),
+            **policy.options,
         }
 
 
@@ -89,14 +89,12 @@ def take_press(arguments: dict[str, Any]) -> Press | None:
 
 
 def _check_names(policy: Any, options: dict[str, Any]) -> None:
-    from compressed_cache.policies import POLICIES
+    from compressed_cache.policies import option_names
 
-    if isinstance(policy, str) and policy not in POLICIES:
-        raise ValueError(
-            f"unknown policy kv_press={policy!r}, expected one of {listing(POLICIES)}"
-            f"{nearest(policy, POLICIES)}"
-        )
-    own = [field.name for field in fields(POLICIES[policy])] if isinstance(policy, str) else []
+    try:
+        own = option_names(policy) if isinstance(policy, str) else []
+    except ValueError as error:
+        raise ValueError(f"kv_press={policy!r}: {error}") from None
     known = [PREFIX + name for name in ("press", *_RULES, *own)]
     for name in options:
         if PREFIX + name not in known:

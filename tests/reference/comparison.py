@@ -26,6 +26,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 6, "kernel_size": 3},
     "streaming_llm": {},
     "tova": {},
+    "h2o+caote": {},
+    "snapkv+caote": {"window": 6, "kernel_size": 3},
 }
 NAMES = sorted(OPTIONS)
 

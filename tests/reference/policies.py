@@ -7,7 +7,8 @@ of attention), so that a mistake in a running state of the library cannot be rep
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -260,6 +261,24 @@ def rkv(
     ]
 
 
+def caote(view: View, base: Callable[..., list[float]], **options: Any) -> list[float]:
+    """Change of the output of attention when a token goes and the others share its weight.
+
+    CAOTE (https://arxiv.org/abs/2504.14051), found by leaving the token out and comparing.
+    """
+    attention = base(view, **options)
+    total = math.fsum(attention)
+    weights = [weight / total for weight in attention]
+    output = sum(w * token.value for w, token in zip(weights, view.held, strict=True))
+    changes = []
+    for left_out in range(len(weights)):
+        rest = [0.0 if j == left_out else weight for j, weight in enumerate(weights)]
+        share = math.fsum(rest)
+        without = sum(w / share * token.value for w, token in zip(rest, view.held, strict=True))
+        changes.append(float(np.linalg.norm(without - output)))
+    return changes
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
     "full": full,
     "h2o": h2o,
@@ -269,4 +288,6 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "snapkv": snapkv,
     "streaming_llm": streaming_llm,
     "tova": tova,
+    "h2o+caote": partial(caote, base=h2o),
+    "snapkv+caote": partial(caote, base=snapkv),
 }

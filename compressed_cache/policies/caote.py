@@ -1,0 +1,49 @@
+"""How far the output would move without a token."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compressed_cache.policies.base import Slots
+from compressed_cache.policies.modifier import Modifier
+
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class CAOTE(Modifier):
+    """Weights the attention that a token received by how far its value is from the output.
+
+    CAOTE (https://arxiv.org/abs/2504.14051): ``a / (1 - a) * |v - o|`` with ``o = sum(a * v)``, the
+    exact change of the output when the token goes and the others share its attention. Works on
+    scores that are attention: those of ``h2o``, ``tova``, ``snapkv`` and their like.
+
+    Differs in one point: scores that do not sum to one over the held tokens, such as the totals of
+    ``h2o``, are divided by their sum first.
+    """
+
+    name: ClassVar[str] = "caote"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.base.scores_attention:
+            raise ValueError(
+                f"caote needs a policy whose scores are attention, such as 'h2o+caote', got "
+                f"{self.base.label!r}"
+            )
+
+    def scores(self, slots: Slots) -> Tensor:
+        held = slots.positions >= 0
+        attention = super().scores(slots)
+        broken = attention.isnan() | slots.values.isnan().any(dim=-1)
+        counted = held & ~broken
+        attention = torch.where(counted, attention, 0.0)
+        attention = attention / attention.sum(dim=-1, keepdim=True).clamp(min=_LEAST)
+        values = torch.where(counted.unsqueeze(-1), slots.values.float(), 0.0)
+        output = attention.unsqueeze(2) @ values
+        distance = (values - output).norm(dim=-1)
+        attention = attention.clamp(_LEAST, 1 - _LEAST)
+        scores = attention / (1 - attention) * distance
+        return scores.masked_fill(broken, -torch.inf)

@@ -1,0 +1,101 @@
+"""A policy made of another one."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
+
+_TRAITS = ("observes_attention", "mixes_heads", "prompt_queries", "revises", "scores_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modifier(Policy):
+    """Changes what another policy says, or what the cache does with it.
+
+    Written behind the other policy, ``"snapkv+chunkkv"``, or around it,
+    ``ChunkKV(base=SnapKV())``. What a modifier does not say itself, its base says.
+
+    Raises:
+        TypeError: a base that is not a policy, or a field of the wrong type.
+        ValueError: a base that evicts nothing, or that has the same modifier already.
+    """
+
+    base: Policy
+    """The policy that is modified."""
+    own_notes: ClassVar[int] = 0
+    """Numbers that the modifier itself writes down of each token, behind those of its base."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.base, Policy):
+            raise TypeError(
+                f"base must be a Policy, got {self.base!r} ({type(self.base).__name__})"
+            )
+        if not self.base.evicts:
+            raise ValueError(
+                f"{self.name} changes which tokens are evicted, and {self.base.label} evicts none"
+            )
+        if type(self) in [type(part) for part in self.base.parts]:
+            raise ValueError(f"{self.name} must be given once, got {self.label!r}")
+        for trait in _TRAITS:
+            if getattr(type(self), trait) == getattr(Policy, trait):
+                object.__setattr__(self, trait, getattr(self.base, trait))
+
+    @property
+    def label(self) -> str:
+        return f"{self.base.label}+{super().label}"
+
+    @property
+    def parts(self) -> tuple[Policy, ...]:
+        return *self.base.parts, self
+
+    @property
+    def num_queries(self) -> int:
+        return self.base.num_queries
+
+    @property
+    def num_rows(self) -> int:
+        return self.base.num_rows
+
+    @property
+    def num_notes(self) -> int:
+        return self.base.num_notes + self.own_notes
+
+    @property
+    def kept_recent(self) -> int:
+        return self.base.kept_recent
+
+    @property
+    def adds_attention(self) -> bool:
+        return self.base.adds_attention
+
+    def defaults(self, budget: int) -> Defaults:
+        return self.base.defaults(budget)
+
+    def scores(self, slots: Slots) -> Tensor:
+        return self.base.scores(self.seen_by_base(slots))
+
+    def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
+        return self.base.accumulate(attention, rows)
+
+    def note(self, tokens: Slots) -> Tensor:
+        notes = self.base.note(self.seen_by_base(tokens))
+        return torch.cat([notes, self.own_note(tokens)], dim=-1) if self.own_notes else notes
+
+    def own_note(self, tokens: Slots) -> Tensor:
+        """As :meth:`note`, ``[B, H, S, own_notes]``."""
+        raise NotImplementedError(f"{type(self).__name__} must define own_note(tokens)")
+
+    def revise(self, slots: Slots) -> Tensor:
+        own = slots.notes[..., self.base.num_notes :]
+        return torch.cat([self.base.revise(self.seen_by_base(slots)), own], dim=-1)
+
+    def constants(self, site: Site) -> dict[str, Tensor]:
+        return self.base.constants(site)
+
+    def seen_by_base(self, slots: Slots) -> Slots:
+        """The same without the notes of the modifier."""
+        return slots._replace(notes=slots.notes[..., : self.base.num_notes])
