@@ -15,7 +15,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from compressed_cache.attention import Form
 from compressed_cache.layer import CompressedLayer, LayerState
 from compressed_cache.memory import Sizes
-from compressed_cache.policies import MODIFIERS, POLICIES, Policy, make_policy
+from compressed_cache.policies import Policy, make_policy, split_name
 from compressed_cache.rules import Rules
 
 if TYPE_CHECKING:
@@ -125,11 +125,12 @@ class Snapshot:
                 f"format {found.get('format')}"
             )
         if policy is None:
-            names = set(found["policy"].split("+"))
-            if not names <= {*POLICIES, *MODIFIERS}:
+            try:
+                split_name(found["policy"])
+            except ValueError:
                 raise ValueError(
                     f"{str(path)!r} was saved with a policy of your own. Pass it as policy="
-                )
+                ) from None
             policy = make_policy(found["policy"], **json.loads(found["options"]))
         layers = tuple(
             described and _described_state(described, _part(tensors, index))

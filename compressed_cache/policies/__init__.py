@@ -11,6 +11,7 @@ from compressed_cache.policies.h2o import H2O
 from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
 from compressed_cache.policies.modifier import Modifier
+from compressed_cache.policies.phases import InPhases
 from compressed_cache.policies.random import Random
 from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.snapkv import SnapKV
@@ -21,6 +22,7 @@ __all__ = [
     "MODIFIERS",
     "POLICIES",
     "Defaults",
+    "InPhases",
     "Modifier",
     "Policy",
     "Rows",
@@ -28,6 +30,7 @@ __all__ = [
     "Slots",
     "make_policy",
     "option_names",
+    "split_name",
 ]
 
 POLICIES: dict[str, type[Policy]] = {
@@ -50,17 +53,15 @@ def make_policy(name: str, **options: Any) -> Policy:
     """A policy by name.
 
     Args:
-        name: a key of :data:`POLICIES`, followed by as many of :data:`MODIFIERS` as wanted, each
-            with a ``+`` before it and applied in this order: ``"snapkv+chunkkv"``.
+        name: a key of :data:`POLICIES`, or two with a ``/`` between them, the first for the prompt
+            and the second for decode steps; then as many of :data:`MODIFIERS` as wanted, each with
+            a ``+`` before it and applied in this order: ``"snapkv/h2o+caote"``.
         options: fields of these.
 
     Raises:
         ValueError: unknown name, or an option out of range.
         TypeError: unknown option, or an option of the wrong type.
     """
-    names = name.split("+")
-    _check_names(name, names)
-    given = [_own(part, options) for part in names]
     known = option_names(name)
     for option in options:
         if option not in known:
@@ -68,9 +69,11 @@ def make_policy(name: str, **options: Any) -> Policy:
             raise TypeError(
                 f"unknown option {option!r} for policy {name!r}, {expected}{nearest(option, known)}"
             )
-    policy = POLICIES[names[0]](**given[0])
-    for part, own in zip(names[1:], given[1:], strict=True):
-        policy = MODIFIERS[part](base=policy, **own)
+    scorers, modifiers = split_name(name)
+    made = [POLICIES[part](**_own(part, options)) for part in scorers]
+    policy = made[0] if len(made) == 1 else InPhases(prompt=made[0], decoding=made[1])
+    for part in modifiers:
+        policy = MODIFIERS[part](base=policy, **_own(part, options))
     return policy
 
 
@@ -80,9 +83,45 @@ def option_names(name: str) -> list[str]:
     Raises:
         ValueError: unknown name.
     """
-    names = name.split("+")
-    _check_names(name, names)
-    return [field for part in names for field in _fields(part)]
+    scorers, modifiers = split_name(name)
+    return list(dict.fromkeys(field for part in scorers + modifiers for field in _fields(part)))
+
+
+def split_name(name: str) -> tuple[list[str], list[str]]:
+    """The scorers and the modifiers in a name written as for :func:`make_policy`.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    first, *modifiers = name.split("+")
+    scorers = first.split("/")
+    for part in scorers:
+        if part in MODIFIERS:
+            raise ValueError(
+                f"policy {part!r} works on another one. Write it behind that, e.g. 'h2o+{part}'."
+            )
+        if part not in POLICIES:
+            raise ValueError(
+                f"unknown policy {part!r}, expected one of {listing(POLICIES)}"
+                f"{nearest(part, POLICIES)}"
+            )
+    if len(scorers) > 2:
+        raise ValueError(
+            f"policy {name!r} has {len(scorers)} policies with '/' between them, expected one for "
+            "the prompt and one for decode steps"
+        )
+    for part in modifiers:
+        if part in POLICIES:
+            raise ValueError(
+                f"policy {name!r} has a second scorer, {part!r}, behind '+'. Write '/' to have one "
+                "for the prompt and one for decode steps."
+            )
+        if part not in MODIFIERS:
+            raise ValueError(
+                f"unknown modifier {part!r} in policy {name!r}, expected one of "
+                f"{listing(MODIFIERS)}{nearest(part, MODIFIERS)}"
+            )
+    return scorers, modifiers
 
 
 def _fields(part: str) -> list[str]:
@@ -92,27 +131,3 @@ def _fields(part: str) -> list[str]:
 
 def _own(part: str, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in _fields(part)}
-
-
-def _check_names(name: str, names: list[str]) -> None:
-    first, *modifiers = names
-    if first in MODIFIERS:
-        raise ValueError(
-            f"policy {first!r} works on another one. Write it behind that, e.g. 'snapkv+{first}'."
-        )
-    if first not in POLICIES:
-        raise ValueError(
-            f"unknown policy {first!r}, expected one of {listing(POLICIES)}"
-            f"{nearest(first, POLICIES)}"
-        )
-    for part in modifiers:
-        if part in POLICIES:
-            raise ValueError(
-                f"policy {name!r} has two scorers, {first!r} and {part!r}, and can have one. "
-                f"Behind it goes any of {listing(MODIFIERS)}."
-            )
-        if part not in MODIFIERS:
-            raise ValueError(
-                f"unknown modifier {part!r} in policy {name!r}, expected one of "
-                f"{listing(MODIFIERS)}{nearest(part, MODIFIERS)}"
-            )

@@ -17,7 +17,7 @@ _CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "str": (str, "a str"),
 }
 
-_PARTS = ("base",)
+_PARTS = ("base", "prompt", "decoding")
 
 
 class Slots(NamedTuple):

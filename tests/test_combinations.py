@@ -1,0 +1,134 @@
+"""Policies made of others."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from compressed_cache import POLICIES, CompressedCache
+from compressed_cache.policies import MODIFIERS, make_policy, option_names
+from compressed_cache.policies.caote import CAOTE
+from compressed_cache.policies.h2o import H2O
+from compressed_cache.policies.phases import InPhases
+from compressed_cache.policies.snapkv import SnapKV
+from tests.reference import policies as reference_policies
+from tests.reference.comparison import (
+    assert_same_kept,
+    assert_same_logits,
+    distinct_tokens,
+    run_library,
+)
+from tests.reference.llama import ReferenceLlama
+from tests.reference.policies import Rules, View
+
+Score = Callable[[View], list[float]]
+SMALL = {"window": 6, "kernel_size": 3}
+
+
+def test_names_are_objects_written_short() -> None:
+    assert make_policy("snapkv+caote", window=9) == CAOTE(base=SnapKV(window=9))
+    phases = InPhases(prompt=SnapKV(window=9), decoding=H2O())
+    assert make_policy("snapkv/h2o", window=9) == phases
+    assert make_policy("snapkv/h2o+caote", window=9) == CAOTE(base=phases)
+    assert make_policy("snapkv/h2o+caote").label == "snapkv/h2o+caote"
+    assert make_policy("snapkv/h2o", window=9).options == {"window": 9, "kernel_size": 5}
+
+
+def test_no_option_of_a_modifier_is_one_of_another_part() -> None:
+    taken = {option for policy in POLICIES for option in option_names(policy)}
+    for modifier in MODIFIERS:
+        own = option_names(f"h2o+{modifier}")
+        assert not taken & set(own), modifier
+        taken |= set(own)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: make_policy("caote"), ValueError, "works on another one.*'h2o\\+caote'"),
+        (lambda: make_policy("snapkv+h2o"), ValueError, "second scorer, 'h2o'.*Write '/'"),
+        (lambda: make_policy("h2o/tova/rkv"), ValueError, "has 3 policies with '/'"),
+        (lambda: make_policy("h2o+coate"), ValueError, "unknown modifier.*Did you mean 'caote'"),
+        (lambda: make_policy("h2o/snapvk"), ValueError, "unknown policy.*Did you mean 'snapkv'"),
+        (lambda: make_policy("full+caote"), ValueError, "caote changes.*full evicts none"),
+        (lambda: make_policy("h2o/full"), ValueError, "must evict in both phases, full never"),
+        (lambda: make_policy("h2o+caote+caote"), ValueError, "caote must be given once"),
+        (lambda: make_policy("knorm+caote"), ValueError, "whose scores are attention.*'knorm'"),
+        (lambda: make_policy("h2o/tova"), ValueError, "would add up attention in two ways"),
+        (lambda: make_policy("h2o+caote", window=3), TypeError, "unknown option 'window'"),
+        (lambda: CAOTE(base=3), TypeError, "base must be a Policy, got 3"),  # pyright: ignore
+        (
+            lambda: InPhases(prompt=SnapKV(window=3), decoding=SnapKV(window=4)),
+            ValueError,
+            "window must be the same in both parts of 'snapkv/snapkv', got 3 and 4",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    make: Callable[[], Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        make()
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize(
+    ("prompt", "decoding"),
+    [("snapkv", "h2o"), ("h2o", "snapkv"), ("tova", "knorm"), ("rkv", "snapkv"), ("knorm", "rkv")],
+)
+def test_each_phase_has_its_own_scorer(
+    precise_model: LlamaForCausalLM,
+    reference: ReferenceLlama,
+    tolerance: float,
+    prompt: str,
+    decoding: str,
+    interval: int,
+) -> None:
+    length, steps = 19, 30
+    text = distinct_tokens(length + steps, seed=5)
+    # What rkv keeps by itself, it keeps in both phases.
+    rules = Rules(14, interval, sinks=1, recent=6)
+    name = f"{prompt}/{decoding}"
+    own = {key: value for key, value in SMALL.items() if key in option_names(name)}
+    _, watch = run_library(
+        precise_model,
+        [text[:length]],
+        steps,
+        name=name,
+        rules=rules,
+        forced=[text[length:]],
+        options=own,
+    )
+
+    def score_of(policy: str) -> Score:
+        fields = {key: value for key, value in own.items() if key in option_names(policy)}
+        return partial(reference_policies.POLICIES[policy], **fields)
+
+    first, then = score_of(prompt), score_of(decoding)
+
+    def score(view: View) -> list[float]:
+        return first(view) if len(view.held) > rules.budget else then(view)
+
+    trace = reference.generate(text[:length], steps, score=score, rules=rules, forced=text[length:])
+    assert_same_kept(trace, watch, 0)
+    assert_same_logits(trace, watch, 0, tolerance)
+
+
+def test_a_cache_of_a_combination_goes_on_from_a_file(
+    precise_model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    cache = CompressedCache("snapkv/h2o+caote", 14, window=5)
+    text = torch.tensor([distinct_tokens(30, seed=6)])
+    with torch.no_grad():
+        precise_model(text[:, :20], past_key_values=cache)
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = CompressedCache.load(tmp_path / "cache.safetensors")
+        assert loaded.policy == cache.policy
+        for token in range(20, 30):
+            step = text[:, token : token + 1]
+            expected = precise_model(step, past_key_values=cache).logits
+            assert torch.equal(precise_model(step, past_key_values=loaded).logits, expected)
