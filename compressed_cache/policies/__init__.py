@@ -12,7 +12,9 @@ from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.phases import InPhases
+from compressed_cache.policies.observed_attention import ObservedAttention
 from compressed_cache.policies.random import Random
+from compressed_cache.policies.random_prompt import RandomPrompt
 from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
@@ -36,9 +38,11 @@ __all__ = [
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
     "random": Random,
+    "random_prompt": RandomPrompt,
     "streaming_llm": StreamingLLM,
     "knorm": KNorm,
     "h2o": H2O,
+    "observed_attention": ObservedAttention,
     "tova": TOVA,
     "snapkv": SnapKV,
     "rkv": RKV,

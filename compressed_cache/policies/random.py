@@ -1,15 +1,12 @@
 """Eviction at random: the null hypothesis."""
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from compressed_cache.noise import check_seed, token_hash
 from compressed_cache.policies.base import Policy, Slots
-
-_MASK = 0xFFFFFFFF
-_Hashable = TypeVar("_Hashable", int, Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +31,8 @@ class Random(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        check_seed(self.seed)
 
     def scores(self, slots: Slots) -> Tensor:
-        num_heads = slots.keys.shape[1]
-        heads = slots.first_head + torch.arange(num_heads, device=slots.keys.device)[None, :, None]
-        drawn = _mix(heads + _mix(_mix(self.seed) + slots.layer))
-        if self.redraw:
-            drawn = _mix(drawn + slots.next_position[:, None, None])
         # 24 bits are what float32 holds exactly.
-        return (_mix(drawn + slots.positions) >> 8).float()
-
-
-def _mix(x: _Hashable) -> _Hashable:
-    """32-bit integer hash; the factors stay below 2**31 so that no int64 product overflows."""
-    x = x & _MASK
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x6C8E9CF5) & _MASK
-    return x ^ (x >> 16)
+        return (token_hash(slots, self.seed, redraw=self.redraw) >> 8).float()

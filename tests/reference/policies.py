@@ -171,6 +171,52 @@ def h2o(view: View) -> list[float]:
     ]
 
 
+def observed_attention(view: View) -> list[float]:
+    """What a token has received from each query that could see it, on average.
+
+    kvpress (https://github.com/NVIDIA/kvpress), "observed attention": row ``t`` counts for the
+    tokens up to position ``t``, so the divisor shrinks towards the end of the text.
+    """
+    return [
+        mean(
+            [
+                mean([row[token.position] for row in rows])
+                for rows in view.group_rows[token.position :]
+            ]
+        )
+        for token in view.held
+    ]
+
+
+def hash32(number: int) -> int:
+    """A bijection of 32-bit integers without visible order.
+
+    Two rounds of xor-shift and odd factor, shifts 16, 15, 16, factors 0x7feb352d and 0x6c8e9cf5.
+    """
+    number %= 2**32
+    number = (number ^ number // 2**16) * 0x7FEB352D % 2**32
+    number = (number ^ number // 2**15) * 0x6C8E9CF5 % 2**32
+    return number ^ number // 2**16
+
+
+def hash_of(*numbers: int) -> int:
+    """One 32-bit integer for a sequence: each number is added to the hash of those before it."""
+    hashed = 0
+    for number in numbers:
+        hashed = hash32(hashed + number)
+    return hashed
+
+
+def random(view: View, *, seed: int = 0, redraw: bool = True) -> list[float]:
+    """As good as chance, but the same whenever it is asked the same.
+
+    With ``redraw`` the position of the incoming token counts, so every ranking is another draw.
+    Tokens are told apart by 24 of the 32 bits.
+    """
+    drawn = (seed, view.layer, view.head, *[view.incoming] * redraw)
+    return [float(hash_of(*drawn, token.position) // 2**8) for token in view.held]
+
+
 def tova(view: View) -> list[float]:
     """Attention of the last query, averaged over all query heads of the layer.
 
@@ -284,6 +330,9 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "h2o": h2o,
     "keydiff": keydiff,
     "knorm": knorm,
+    "observed_attention": observed_attention,
+    "random": random,
+    "random_prompt": random,
     "rkv": rkv,
     "snapkv": snapkv,
     "streaming_llm": streaming_llm,
