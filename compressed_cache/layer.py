@@ -322,6 +322,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             attention=seen,
             notes=notes,
             prompt_length=self.prompt_length,
+            protected_prefix=self.protected_prefix,
+            recent=self.rules.recent,
+            budget=self.rules.budget,
             is_prompt=is_prompt,
             constants=self.constants,
         )

@@ -4,6 +4,7 @@ They are hashes of seed, layer, head and positions, so the global generator is n
 row of a batch does not depend on its neighbours or on padding.
 """
 
+import math
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -50,3 +51,17 @@ def check_seed(seed: int) -> None:
     """Raises ``ValueError`` for a seed that cannot be hashed."""
     if seed < 0:
         raise ValueError(f"seed must be >= 0, got {seed}")
+
+
+def gauss(slots: "Slots", seed: int, *, count: int) -> Tensor:
+    """Numbers of the standard normal distribution ``[B, count]`` float32, drawn at each ranking.
+
+    Args:
+        slots: the tokens; all heads of their layer share the numbers.
+        seed: another seed gives other numbers.
+        count: how many.
+    """
+    drawn = mix(mix(mix(seed) + slots.layer) + slots.next_position[:, None])
+    pairs = uniform(mix(drawn + torch.arange(2 * count, device=drawn.device)))
+    length, angle = pairs.unflatten(1, (count, 2)).unbind(dim=2)
+    return (-2 * length.log()).sqrt() * (2 * math.pi * angle).cos()

@@ -12,13 +12,17 @@ from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.phases import InPhases
+from compressed_cache.policies.morphkv import MorphKV
 from compressed_cache.policies.observed_attention import ObservedAttention
+from compressed_cache.policies.raas import RaaS
 from compressed_cache.policies.random import Random
 from compressed_cache.policies.random_prompt import RandomPrompt
 from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.policies.tova import TOVA
+from compressed_cache.policies.vase import VaSE
+from compressed_cache.policies.vase_dkv import VaSEDKV
 
 __all__ = [
     "MODIFIERS",
@@ -47,6 +51,10 @@ POLICIES: dict[str, type[Policy]] = {
     "snapkv": SnapKV,
     "rkv": RKV,
     "keydiff": KeyDiff,
+    "vase": VaSE,
+    "vase_dkv": VaSEDKV,
+    "raas": RaaS,
+    "morphkv": MorphKV,
 }
 
 

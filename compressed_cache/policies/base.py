@@ -57,6 +57,12 @@ class Slots(NamedTuple):
     prompt_length: Tensor
     """``[B]`` int64, positions below it are of the first prompt; at prefill as far as it was read.
     """
+    protected_prefix: Tensor
+    """``[B]`` int64, the cache keeps positions below it whatever their score."""
+    recent: int
+    """The cache keeps so many tokens before the incoming one whatever their score."""
+    budget: int
+    """How many tokens are kept: ``S`` while decoding."""
     is_prompt: bool
     """Whether these are the tokens of a prompt that is cut to the budget."""
     constants: Mapping[str, Tensor]
@@ -127,8 +133,6 @@ class Policy:
     mixes_heads: ClassVar[bool] = False
     """With ``observes_attention``: :meth:`accumulate` averages over all heads of the layer, so
     what tensor parallelism gave to other processes is averaged in."""
-    prompt_queries: ClassVar[int | None] = None
-    """With ``observes_attention``: how many of the last prompt queries are shown; None: all."""
     revises: ClassVar[bool] = False
     """Whether :meth:`revise` is called before each ranking."""
 
@@ -175,6 +179,11 @@ class Policy:
     def num_queries(self) -> int:
         """How many of the last queries are recorded."""
         return 0
+
+    @property
+    def prompt_queries(self) -> int | None:
+        """With ``observes_attention``: how many of the last prompt queries are shown; None: all."""
+        return None
 
     @property
     def num_rows(self) -> int:

@@ -21,7 +21,10 @@ class TOVA(Policy):
     observes_attention: ClassVar = True
     scores_attention: ClassVar = True
     mixes_heads: ClassVar = True
-    prompt_queries: ClassVar = 1
+
+    @property
+    def prompt_queries(self) -> int:
+        return 1
 
     def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
         return rows.weights[:, :, :, -1].mean(dim=(1, 2)).unsqueeze(1).expand_as(attention)

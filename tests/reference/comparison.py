@@ -22,15 +22,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "h2o": {},
     "keydiff": {},
     "knorm": {},
+    "morphkv": {"window": 3, "fuse": "sum"},
     "observed_attention": {},
     "random": {"seed": 3},
     "random_prompt": {"redraw": False},
+    "raas": {"share": 0.25},
     "rkv": {"window": 4, "kernel_size": 3, "mix_lambda": 0.4, "similarity_threshold": 0.3},
     "snapkv": {"window": 6, "kernel_size": 3},
     "streaming_llm": {},
     "tova": {},
     "h2o+caote": {},
     "snapkv+caote": {"window": 6, "kernel_size": 3},
+    "vase": {"window": 6, "seed": 5},
+    "vase_dkv": {"rank": 6, "seed": 7},
 }
 NAMES = sorted(OPTIONS)
 

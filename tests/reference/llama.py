@@ -168,7 +168,7 @@ class _Row:
         self.rows[layer].append(rows)
         return model.weights[f"{prefix}.o_proj.weight"] @ np.concatenate(outputs)
 
-    def view(self, layer: int, head: int) -> View:
+    def view(self, layer: int, head: int, rules: Rules) -> View:
         """What a policy may look at."""
         first = head * self.model.group_size
         return View(
@@ -178,6 +178,8 @@ class _Row:
             queries=self.queries[layer][head],
             group_rows=[rows[first : first + self.model.group_size] for rows in self.rows[layer]],
             layer_rows=self.rows[layer],
+            rules=rules,
+            prompt_length=self.prompt_length,
         )
 
     def compress_prompt(self, score: Score, rules: Rules, trace: Trace) -> None:
@@ -189,7 +191,7 @@ class _Row:
         for layer in range(self.model.num_layers):
             for head in range(self.model.num_heads):
                 ranking = rank(
-                    self.view(layer, head), score, rules, prompt_length=self.prompt_length
+                    self.view(layer, head, rules), score, rules, prompt_length=self.prompt_length
                 )
                 if excess > len(ranking.positions):
                     raise ValueError("protected tokens do not fit into the budget")
@@ -214,7 +216,10 @@ class _Row:
                     victims: list[int | None] = [None] * num_free
                     if num_tokens:
                         ranking = rank(
-                            self.view(layer, head), score, rules, prompt_length=self.prompt_length
+                            self.view(layer, head, rules),
+                            score,
+                            rules,
+                            prompt_length=self.prompt_length,
                         )
                         if not ranking.positions and not num_free:
                             raise ValueError("protected tokens do not fit into the budget")

@@ -39,6 +39,8 @@ class View:
         group_rows: ``group_rows[t][g]`` is the row of attention of query head ``g`` of the group
             which shares this head.
         layer_rows: ``layer_rows[t][q]`` is the same for all ``H * G`` query heads of the layer.
+        rules: What is kept whatever its score.
+        prompt_length: Tokens of the prompt.
     """
 
     layer: int
@@ -47,6 +49,8 @@ class View:
     queries: Sequence[Vector]
     group_rows: Sequence[Sequence[Row]]
     layer_rows: Sequence[Sequence[Row]]
+    rules: "Rules"
+    prompt_length: int
 
     @property
     def incoming(self) -> int:
@@ -325,18 +329,129 @@ def caote(view: View, base: Callable[..., list[float]], **options: Any) -> list[
     return changes
 
 
+def gauss(*numbers: int) -> float:
+    """A number of the standard normal distribution, drawn by the hashes of two sequences.
+
+    Box and Muller: the sequence that ends with ``2 * n`` gives the length and the one that ends
+    with ``2 * n + 1`` the angle, ``n`` the last of ``numbers``.
+    """
+    *drawn, last = numbers
+    length, angle = (uniform(hash_of(*drawn, 2 * last + part)) for part in (0, 1))
+    return math.sqrt(-2 * math.log(length)) * math.cos(2 * math.pi * angle)
+
+
+def uniform(hashed: int) -> float:
+    """Between 0 and 1: the middle of the ``2**23`` equal parts of which the hash names one."""
+    return (hashed // 2**9 + 0.5) / 2**23
+
+
+def vase(view: View, *, window: int = 64, large_share: float = 0.25, seed: int = 0) -> list[float]:
+    """The largest value ranges, then a draw by attention (https://arxiv.org/abs/2606.03928).
+
+    The draw without replacement is that of the largest sums of log-probability and Gumbel noise.
+    Attention is a softmax over all that is not recent, whether it can be evicted or not.
+    """
+    before = [t for t in view.held if t.position < view.incoming - view.rules.recent]
+    votes = {token.position: 0.0 for token in view.held}
+    window_queries = list(enumerate(view.queries))[-window:]
+    for position, group in window_queries:
+        for query in group:
+            row = attention_row(query, [token for token in before if token.position <= position])
+            for key, weight in row.items():
+                votes[key] += weight / len(group) / len(window_queries)
+    free = [
+        token
+        for token in before
+        if not view.rules.protects_for_good(token.position, prompt_length=view.prompt_length)
+    ]
+    free.sort(key=lambda token: (token.value.max() - token.value.min(), token.position))
+    num_large = int(large_share * view.rules.budget)
+    large = {token.position for token in free[len(free) - min(num_large, len(free)) :]}
+    scores = []
+    for position, vote in votes.items():
+        noise = uniform(hash_of(seed, view.layer, view.head, view.incoming, position))
+        drawn = math.log(max(vote, float(np.finfo(np.float32).tiny))) - math.log(-math.log(noise))
+        scores.append(1e9 if position in large else drawn)
+    return scores
+
+
+def vase_dkv(view: View, *, rank: int = 20, seed: int = 0) -> list[float]:
+    """Squared lengths of key and value in a random subspace, multiplied.
+
+    VaSE without attention (https://arxiv.org/abs/2606.03928). All heads of a layer share the
+    Gaussian matrix ``[D, rank]``, whose entry ``(d, r)`` is number ``d * rank + r``.
+    """
+    dim = max(len(view.held[0].key), len(view.held[0].value))
+    projection = np.array(
+        [
+            [
+                gauss(seed, view.layer, view.incoming, d * rank + column) / math.sqrt(rank)
+                for column in range(rank)
+            ]
+            for d in range(dim)
+        ]
+    )
+
+    def size(vector: Vector) -> float:
+        projected = vector @ projection[: len(vector)]
+        return float(projected @ projected)
+
+    return [size(token.key) * size(token.value) for token in view.held]
+
+
+def raas(view: View, *, share: float = 0.5) -> list[float]:
+    """When a token was last among the most attended, at the earliest when it came in.
+
+    RaaS (https://arxiv.org/abs/2502.11147): of a row, averaged over the group, the top ``share`` of
+    the tokens that its query could see, rounded up, is important.
+    """
+    stamps = {token.position: token.position for token in view.held}
+    for position, rows in enumerate(view.group_rows):
+        weights = {key: mean([row[key] for row in rows]) for key in rows[0]}
+        least = sorted(weights.values(), reverse=True)[math.ceil(share * len(weights)) - 1]
+        for key, weight in weights.items():
+            if weight >= least and key in stamps:
+                stamps[key] = max(stamps[key], position)
+    return [float(stamp) for stamp in stamps.values()]
+
+
+def morphkv(view: View, *, window: int = 3, fuse: str = "max") -> list[float]:
+    """Attention of the last ``window`` queries, each normalised without what was recent to it.
+
+    MorphKV (https://arxiv.org/abs/2503.00979). A query and the ``window`` tokens before it are
+    recent to it. The logits of a group are added up, which the sum of the logarithms of its
+    probabilities is as well, but for a number that is the same for all tokens.
+    """
+    seen: dict[int, list[float]] = {token.position: [0.0] for token in view.held}
+    for position, rows in list(enumerate(view.group_rows))[-window:]:
+        old = [key for key in rows[0] if key < position - window]
+        weights = softmax([math.fsum(math.log(row[key]) for row in rows) for key in old])
+        for key, weight in zip(old, weights, strict=True):
+            seen.get(key, []).append(weight)
+    return [
+        math.inf
+        if key >= view.incoming - 1 - window
+        else {"max": max, "sum": math.fsum}[fuse](weights)
+        for key, weights in seen.items()
+    ]
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
     "full": full,
     "h2o": h2o,
     "keydiff": keydiff,
     "knorm": knorm,
+    "morphkv": morphkv,
     "observed_attention": observed_attention,
     "random": random,
     "random_prompt": random,
+    "raas": raas,
     "rkv": rkv,
     "snapkv": snapkv,
     "streaming_llm": streaming_llm,
     "tova": tova,
     "h2o+caote": partial(caote, base=h2o),
     "snapkv+caote": partial(caote, base=snapkv),
+    "vase": vase,
+    "vase_dkv": vase_dkv,
 }
