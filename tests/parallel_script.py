@@ -22,7 +22,7 @@ results = {}
 compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
 compiled._compile_all_devices = True
 for policy, options in [*((name, {}) for name in POLICIES), ("tova", {"compile_config": compiled})]:
-    cache = CompressedCache(policy, 16, interval=3, recent=8)
+    cache = CompressedCache(policy, 16, interval=3, recent=8, protect_prompt=False)
     text = model.generate(
         ids,
         attention_mask=mask,

@@ -79,7 +79,7 @@ def test_back_ends_keep_and_say_the_same(
     for chosen in ("sdpa", implementation):
         # Not set_attn_implementation, which looks for the package.
         model.config._attn_implementation = chosen
-        cache = CompressedCache(policy, 16)
+        cache = CompressedCache(policy, 16, protect_prompt=False)
         # Inductor's C++ for masks of flex attention does not compile on every CPU.
         with torch.compiler.set_stance("force_eager"):
             text = _generate(model, cache, **options)
@@ -107,7 +107,7 @@ def test_real_flash_attention_says_what_sdpa_says(
     for chosen in ("sdpa", "flash_attention_2"):
         model.set_attn_implementation(chosen)
         ids, mask = (tensor.cuda() for tensor in _padded((9, 30, 17)))
-        cache = CompressedCache(policy, 64)
+        cache = CompressedCache(policy, 64, protect_prompt=False)
         texts.append(
             model.generate(
                 ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False
@@ -133,7 +133,7 @@ def test_no_dtype_loses_more_than_it_does_under_the_full_cache(
     exact.load_state_dict({name: w.double() for name, w in model.state_dict().items()})
     ids = distinct_tokens(2, 60)
     errors = []
-    for make in (DynamicCache, lambda: CompressedCache(policy, 16)):
+    for make in (DynamicCache, lambda: CompressedCache(policy, 16, protect_prompt=False)):
         wanted, got = _logits(exact, make(), ids), _logits(model, make(), ids)
         errors.append((got.double() - wanted).abs().mean().item())
     assert errors[1] <= 2 * errors[0]
@@ -171,5 +171,5 @@ def test_scores_are_float32_whatever_the_model(
         return scores
 
     monkeypatch.setattr(POLICIES[policy], "scores", watched)
-    _generate(make_model().to(torch.bfloat16), CompressedCache(policy, 16))
+    _generate(make_model().to(torch.bfloat16), CompressedCache(policy, 16, protect_prompt=False))
     assert seen and set(seen) == {torch.float32}

@@ -25,7 +25,9 @@ def test_a_budget_for_everything_gives_the_tokens_of_the_dynamic_cache(
 ) -> None:
     ids = distinct_tokens(2, 21)
     expected = _generate(model, ids, DynamicCache(), 40)
-    assert torch.equal(_generate(model, ids, CompressedCache(policy, 61), 40), expected)
+    assert torch.equal(
+        _generate(model, ids, CompressedCache(policy, 61, protect_prompt=False), 40), expected
+    )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -33,7 +35,7 @@ def test_a_budget_for_everything_gives_the_logits_of_the_dynamic_cache(
     model: LlamaForCausalLM, policy: str
 ) -> None:
     ids = distinct_tokens(2, 30)
-    ours, theirs = CompressedCache(policy, 40), DynamicCache()
+    ours, theirs = CompressedCache(policy, 40, protect_prompt=False), DynamicCache()
     for part in ids.split([21, *[1] * 9], dim=1):
         got = model(part, past_key_values=ours).logits
         expected = model(part, past_key_values=theirs).logits
@@ -45,7 +47,7 @@ def test_a_budget_for_everything_gives_the_logits_of_the_dynamic_cache(
 def test_the_budget_is_never_exceeded_and_allocated_once(
     model: LlamaForCausalLM, policy: str, prompt: int
 ) -> None:
-    cache = CompressedCache(policy, 16)
+    cache = CompressedCache(policy, 16, protect_prompt=False)
     ids = distinct_tokens(2, prompt + 60)
     model(ids[:, :prompt], past_key_values=cache)
     nbytes, addresses = cache.nbytes, [t.data_ptr() for t in cache.layers[0].tensors()]
@@ -69,7 +71,9 @@ def test_sinks_and_recent_tokens_are_never_evicted(
     model: LlamaForCausalLM, policy: str, interval: int
 ) -> None:
     options = {"window": 4} if policy == "rkv" else {}
-    cache = CompressedCache(policy, 24, interval=interval, sinks=3, recent=6, **options)
+    cache = CompressedCache(
+        policy, 24, interval=interval, sinks=3, recent=6, protect_prompt=False, **options
+    )
     ids = distinct_tokens(1, 150)
     model(ids[:, :40], past_key_values=cache)
     for token in range(40, 150):
@@ -95,12 +99,12 @@ def test_reset_makes_a_cache_as_new_in_the_same_memory(
     model: LlamaForCausalLM, policy: str
 ) -> None:
     first, second = distinct_tokens(2, 33, seed=1), distinct_tokens(2, 12, seed=2)
-    cache = CompressedCache(policy, 16)
+    cache = CompressedCache(policy, 16, protect_prompt=False)
     _generate(model, first, cache, 30)
     addresses = [t.data_ptr() for layer in cache.layers for t in layer.tensors()]
     cache.reset()
     assert cache.get_seq_length() == cache.evicted_tokens == 0
-    fresh = CompressedCache(policy, 16)
+    fresh = CompressedCache(policy, 16, protect_prompt=False)
     assert torch.equal(_generate(model, second, cache, 30), _generate(model, second, fresh, 30))
     assert [t.data_ptr() for layer in cache.layers for t in layer.tensors()] == addresses
     for ours, theirs in zip(cache.layers, fresh.layers, strict=True):
@@ -119,7 +123,7 @@ def test_a_model_with_fewer_layers_may_come_after_one_with_more(make_model: obje
 
 @pytest.mark.parametrize("policy", EVICTING)
 def test_layers_share_no_state(model: LlamaForCausalLM, policy: str) -> None:
-    cache = CompressedCache(policy, 16)
+    cache = CompressedCache(policy, 16, protect_prompt=False)
     _generate(model, distinct_tokens(1, 40), cache, 30)
     first, second = cache.layers
     storages = [{t.untyped_storage().data_ptr() for t in layer.tensors()} for layer in cache.layers]
@@ -134,7 +138,7 @@ def test_layers_share_no_state(model: LlamaForCausalLM, policy: str) -> None:
 
 def test_heads_keep_sets_of_their_own_and_tova_one_for_all(model: LlamaForCausalLM) -> None:
     for policy, shared in (("knorm", False), ("random", False), ("h2o", False), ("tova", True)):
-        cache = CompressedCache(policy, 12)
+        cache = CompressedCache(policy, 12, protect_prompt=False)
         _generate(model, distinct_tokens(1, 40), cache, 20)
         one, other = held(cache, 0)
         assert (one == other) is shared
@@ -183,7 +187,7 @@ def test_memory_is_the_same_after_300_and_after_5000_tokens(
     make_model: object, policy: str
 ) -> None:
     model = make_model(num_hidden_layers=1, hidden_size=16, intermediate_size=16, head_dim=4)
-    cache = CompressedCache(policy, 16)
+    cache = CompressedCache(policy, 16, protect_prompt=False)
     ids = distinct_tokens(1, 8)
     sizes, resident = [], []
 
@@ -248,7 +252,7 @@ def test_eager_attention_gives_the_same_tokens_and_positions(
     tokens, positions = [], []
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        cache = CompressedCache(policy, 12)
+        cache = CompressedCache(policy, 12, protect_prompt=False)
         tokens.append(_generate(model, ids, cache, 20))
         positions.append([held(cache, layer, row) for layer in range(2) for row in range(2)])
     model.set_attn_implementation("sdpa")

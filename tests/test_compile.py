@@ -34,12 +34,15 @@ def test_generate_compiles_once_and_never_again(
     graphs: int,
 ) -> None:
     model = make_model()
-    cache = CompressedCache(policy, 16, interval=interval, recent=8)
+    cache = CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False)
     for prompt in (33, 33, 12, 50):
         ids = distinct_tokens(2, prompt)
-        eager = CompressedCache(policy, 16, interval=interval, recent=8)
+        eager = CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False)
         expected = _generate(model, ids, eager)
-        for used in (cache, CompressedCache(policy, 16, interval=interval, recent=8)):
+        for used in (
+            cache,
+            CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False),
+        ):
             got = _generate(model, ids, used, compile_config=compiled(backend))
             assert torch.equal(got, expected)
             assert backend.graphs == (graphs if policy != "full" else 1)
@@ -135,7 +138,7 @@ def test_one_layer_is_compiled_for_all(
     model, ids = make_model(num_hidden_layers=4), distinct_tokens(2, 33)
 
     def generate(**more: object) -> tuple[torch.Tensor, list[list[list[int]]]]:
-        cache = CompressedCache(policy, 16, interval=interval, recent=8)
+        cache = CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False)
         return _generate(model, ids, cache, **more), [held(cache, layer) for layer in range(4)]
 
     expected_tokens, expected_positions = generate()
@@ -209,7 +212,7 @@ def test_inductor_gives_the_tokens_of_eager(
         compile_layers_once(model)
     ids[0, :7] = 0
     mask = (ids != 0).long()
-    caches = [CompressedCache(policy, 16, interval=2) for _ in range(2)]
+    caches = [CompressedCache(policy, 16, interval=2, protect_prompt=False) for _ in range(2)]
     expected = _generate(model, ids, caches[0], attention_mask=mask)
     got = _generate(model, ids, caches[1], attention_mask=mask, compile_config=compiled("inductor"))
     assert torch.equal(got, expected)
@@ -249,9 +252,11 @@ def test_generate_replays_cuda_graphs(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, ids = make_model().cuda(), distinct_tokens(2, 30).cuda()
-    expected = _generate(model, ids, CompressedCache(policy, 16), disable_compile=True)
+    expected = _generate(
+        model, ids, CompressedCache(policy, 16, protect_prompt=False), disable_compile=True
+    )
     for _ in range(2):
-        got = _generate(model, ids, CompressedCache(policy, 16))
+        got = _generate(model, ids, CompressedCache(policy, 16, protect_prompt=False))
         assert torch.equal(got, expected)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     torch._dynamo.reset()

@@ -37,7 +37,7 @@ def test_two_processes_with_half_of_the_heads_keep_and_say_what_one_does(
     processes = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert len(processes[0]) == len(POLICIES) + 1
     for policy, is_compiled in processes[0]:
-        cache = CompressedCache(policy, 16, interval=3, recent=8)
+        cache = CompressedCache(policy, 16, interval=3, recent=8, protect_prompt=False)
         mask = (ids != 0).long()
         expected = model.generate(
             ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, do_sample=False
@@ -63,7 +63,7 @@ def test_layers_may_be_anywhere(
             rest = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
             places = {**places, **rest, "lm_head": "cpu"}
             model = dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
-        cache = CompressedCache(policy, 16)
+        cache = CompressedCache(policy, 16, protect_prompt=False)
         text = model.generate(
             ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, do_sample=False
         )

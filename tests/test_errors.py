@@ -25,7 +25,10 @@ from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.snapkv import SnapKV
 from tests.conftest import distinct_tokens
 
-KNOWN = "'full', 'h2o', 'keydiff', 'knorm', 'random', 'rkv', 'snapkv', 'streaming_llm', 'tova'"
+KNOWN = (
+    "'full', 'h2o', 'keydiff', 'knorm', 'morphkv', 'observed_attention', 'raas', 'random', "
+    "'random_prompt', 'rkv', 'snapkv', 'streaming_llm', 'tova', 'vase', 'vase_dkv'"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ def plain_loops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def _cache(policy: str = "h2o", interval: int | None = None) -> CompressedCache:
-    return CompressedCache(policy, 16, interval=interval, recent=8)
+    return CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False)
 
 
 def _padded() -> dict[str, torch.Tensor]:

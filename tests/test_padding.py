@@ -30,7 +30,7 @@ def test_rows_of_a_padded_batch_generate_what_they_generate_alone(
     # float64, because a token that is generated twice has the same key norm in the first layer: a
     # tie that float32 noise would break differently in another batch.
     model = make_model().double()
-    options = dict(budget=20, interval=interval, sinks=1, recent=8)
+    options = dict(budget=20, interval=interval, sinks=1, recent=8, protect_prompt=False)
     rows = [distinct_tokens(1, length, seed=length) for length in LENGTHS]
     ids, mask = _padded(rows)
     batch = CompressedCache(policy, **options)
@@ -56,7 +56,7 @@ def test_masks_of_all_implementations_are_understood(
     rows = [distinct_tokens(1, length + 20, seed=length) for length in LENGTHS]
     ids, mask = _padded([row[:, :-20] for row in rows])
     steps = torch.cat([row[:, -20:] for row in rows])
-    batch = CompressedCache(policy, 20, recent=8)
+    batch = CompressedCache(policy, 20, recent=8, protect_prompt=False)
     lengths = torch.tensor(LENGTHS)[:, None]
     with torch.no_grad():
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -68,7 +68,7 @@ def test_masks_of_all_implementations_are_understood(
                 token, attention_mask=mask, position_ids=lengths + step, past_key_values=batch
             ).logits
         for number, row in enumerate(rows):
-            alone = CompressedCache(policy, 20, recent=8)
+            alone = CompressedCache(policy, 20, recent=8, protect_prompt=False)
             for part in row.split([LENGTHS[number], *[1] * 20], dim=1):
                 expected = model(part, past_key_values=alone).logits
             torch.testing.assert_close(logits[number, -1], expected[0, -1], rtol=1e-4, atol=1e-4)

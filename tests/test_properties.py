@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
+from compressed_cache.policies import make_policy
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 
 NEW = 14
+WINDOWED = ("morphkv", "rkv", "snapkv", "vase")
 
 
 def every(max_examples: int) -> settings:
@@ -38,14 +40,14 @@ def caches(draw: st.DrawFn) -> Callable[[], CompressedCache]:
     """A way to make equal caches."""
     policy = draw(st.sampled_from(list(POLICIES)))
     sinks, recent = draw(st.integers(0, 3)), draw(st.integers(0, 6))
-    options = {"window": draw(st.integers(1, 5))} if policy in ("snapkv", "rkv") else {}
-    if policy == "rkv":
-        recent = max(recent, options["window"])
+    options = {"window": draw(st.integers(1, 5))} if policy in WINDOWED else {}
+    recent = max(recent, make_policy(policy, **options).kept_recent)
     rules = dict(
         budget=sinks + recent + draw(st.integers(1, 30)),
         interval=draw(st.integers(1, 9)),
         sinks=sinks,
         recent=recent,
+        protect_prompt=False,
     )
     return lambda: CompressedCache(policy, **rules, **options)
 
@@ -165,7 +167,7 @@ def test_two_threads_with_two_models_do_not_mix(
 
     def run(model: Any, policy: str, seed: int) -> torch.Tensor:
         ids = distinct_tokens(2, 30, seed=seed)
-        return _generate(model, CompressedCache(policy, 16), ids)
+        return _generate(model, CompressedCache(policy, 16, protect_prompt=False), ids)
 
     expected = [run(*job) for job in work]
     got: dict[int, torch.Tensor] = {}

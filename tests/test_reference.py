@@ -243,3 +243,62 @@ def test_random_evicts_at_will_but_never_protected_tokens(
     )
     assert_same_kept(trace, watch, 0)
     assert_same_logits(trace, watch, 0, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("morphkv", {"window": 1, "fuse": "max"}),
+        ("morphkv", {"window": 5, "fuse": "max"}),
+        ("raas", {"share": 1.0}),
+        ("random", {"redraw": True}),
+        ("vase", {"window": 3, "large_share": 0.0}),
+        ("vase", {"window": 20, "large_share": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("interval", [1, 3])
+def test_other_options_keep_the_tokens_of_the_reference(
+    precise_model: LlamaForCausalLM,
+    reference: ReferenceLlama,
+    name: str,
+    options: dict[str, Any],
+    interval: int,
+) -> None:
+    text = distinct_tokens(25 + NUM_STEPS, seed=31)
+    rules = Rules(14, interval, sinks=1, recent=4)
+    _, watch = run_library(
+        precise_model,
+        [text[:25]],
+        NUM_STEPS,
+        name=name,
+        rules=rules,
+        forced=[text[25:]],
+        options=options,
+    )
+    score = partial(POLICIES[name], **options)
+    trace = reference.generate(text[:25], NUM_STEPS, score=score, rules=rules, forced=text[25:])
+    assert_same_kept(trace, watch, 0)
+
+
+@pytest.mark.parametrize("chunk", [5, 40])
+def test_observed_attention_is_what_h2o_adds_up_over_age(
+    precise_model: LlamaForCausalLM, chunk: int
+) -> None:
+    """With a budget for everything, so that both hold the same; the weights are the model's own."""
+    num_tokens = 40
+    ids = torch.tensor([distinct_tokens(num_tokens, seed=32)])
+    caches = [CompressedCache(name, 64) for name in ("observed_attention", "h2o")]
+    for cache in caches:
+        for start in range(0, num_tokens, chunk):
+            precise_model(ids[:, start : start + chunk], past_key_values=cache)
+    implementation = precise_model.config._attn_implementation
+    precise_model.set_attn_implementation("eager")
+    weights = precise_model(ids, output_attentions=True).attentions
+    precise_model.set_attn_implementation(implementation)
+    age = num_tokens - torch.arange(num_tokens)
+    for mean, total, rows in zip(caches[0].layers, caches[1].layers, weights, strict=True):
+        order = mean.positions.argsort(dim=-1)[:, :, -num_tokens:]
+        scores = mean.scores(mean.held()).gather(-1, order)
+        expected = rows.unflatten(1, (2, 2)).mean(dim=2).sum(dim=2) / age
+        torch.testing.assert_close(scores, expected.float())
+        torch.testing.assert_close(scores, total.attention.gather(-1, order) / age)

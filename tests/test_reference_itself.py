@@ -1,5 +1,6 @@
 """The float64 reference against transformers and against what its policies must do."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -73,7 +74,7 @@ def orthogonal_view(num_tokens: int) -> View:
     keys = np.eye(num_tokens)
     queries = np.random.default_rng(0).normal(size=(num_tokens, 2, num_tokens))
     held = [Token(t, keys[t], keys[t]) for t in range(num_tokens)]
-    return View(0, 0, held, list(queries), [], [])
+    return View(0, 0, held, list(queries), [], [], Rules(num_tokens), num_tokens)
 
 
 def replace_keys(view: View, copies: dict[int, int]) -> View:
@@ -82,7 +83,7 @@ def replace_keys(view: View, copies: dict[int, int]) -> View:
         token._replace(key=view.held[copies.get(token.position, token.position)].key)
         for token in view.held
     ]
-    return View(0, 0, held, view.queries, [], [])
+    return dataclasses.replace(view, held=held)
 
 
 def rank_of(position: int, scores: Sequence[float]) -> int:

@@ -44,7 +44,7 @@ def test_turns_with_a_budget_for_everything_are_those_of_the_dynamic_cache(
     model: Any, policy: str, second: int
 ) -> None:
     texts = []
-    for cache in (DynamicCache(), CompressedCache(policy, 140)):
+    for cache in (DynamicCache(), CompressedCache(policy, 140, protect_prompt=False)):
         text = _generate(model, distinct_tokens(2, 20), cache)
         for turn in range(2):
             text = torch.cat([text, distinct_tokens(2, second, seed=turn)], dim=1)
@@ -59,7 +59,7 @@ def test_a_long_second_prompt_sees_what_is_held_and_all_of_itself(
     model: Any, policy: str, interval: int
 ) -> None:
     """Compared with full attention under a mask that hides what each head has evicted."""
-    cache = CompressedCache(policy, 16, interval=interval, recent=8)
+    cache = CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False)
     ids = distinct_tokens(1, 80)
     model(ids[:, :30], past_key_values=cache)
     kept = [held(cache, layer) for layer in range(2)]
@@ -98,7 +98,7 @@ def _masked(mask: torch.Tensor) -> Any:
 def test_padded_second_prompts_are_what_they_are_alone(
     model: Any, policy: str, interval: int
 ) -> None:
-    rules = dict(budget=20, interval=interval, recent=8, sinks=1)
+    rules = dict(budget=20, interval=interval, recent=8, sinks=1, protect_prompt=False)
     firsts = [distinct_tokens(1, n, seed=n)[0] for n in (9, 30, 22)]
     seconds = [distinct_tokens(1, n, seed=40 + n)[0] for n in (25, 3, 12)]
     batch = CompressedCache(policy, **rules)
@@ -132,7 +132,10 @@ def test_only_the_first_prompt_is_protected(model: Any) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_chunk_for_everything_is_no_chunk(model: Any, policy: str) -> None:
     ids = distinct_tokens(2, 30)
-    cache, whole = CompressedCache(policy, 16), CompressedCache(policy, 16)
+    cache, whole = (
+        CompressedCache(policy, 16, protect_prompt=False),
+        CompressedCache(policy, 16, protect_prompt=False),
+    )
     got = _generate(model, ids, cache, prefill_chunk_size=64)
     assert torch.equal(got, _generate(model, ids, whole))
     assert [held(cache, layer) for layer in range(2)] == [held(whole, layer) for layer in range(2)]
@@ -146,7 +149,7 @@ def test_chunks_with_a_budget_for_everything_give_the_tokens_of_the_dynamic_cach
     rows = [distinct_tokens(1, n, seed=n)[0] for n in (30, 17, 5)]
     ids, mask = _padded(rows)
     expected = _generate(model, ids, DynamicCache(), attention_mask=mask)
-    cache = CompressedCache(policy, 60)
+    cache = CompressedCache(policy, 60, protect_prompt=False)
     got = _generate(model, ids, cache, attention_mask=mask, prefill_chunk_size=chunk)
     assert torch.equal(got, expected)
 
@@ -204,7 +207,7 @@ def test_chunks_may_be_compiled_with_graph_breaks(
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_context_answers_many_questions(model: Any, policy: str) -> None:
     context = distinct_tokens(1, 40)
-    cache = CompressedCache(policy, 24, interval=3, recent=8)
+    cache = CompressedCache(policy, 24, interval=3, recent=8, protect_prompt=False)
     model(context, past_key_values=cache)
     addresses = [tensor.data_ptr() for tensor in cache.layers[0].tensors()]
     snapshot, answers = cache.snapshot(), []
@@ -213,7 +216,7 @@ def test_one_context_answers_many_questions(model: Any, policy: str) -> None:
             text = torch.cat([context, distinct_tokens(1, question, seed=question)], dim=1)
             used = copy.deepcopy(cache) if copied else cache
             answers.append(_generate(model, text, used))
-            fresh = CompressedCache(policy, 24, interval=3, recent=8)
+            fresh = CompressedCache(policy, 24, interval=3, recent=8, protect_prompt=False)
             model(context, past_key_values=fresh)
             assert torch.equal(answers[-1], _generate(model, text, fresh))
             for layer in range(2):
@@ -242,7 +245,7 @@ def test_a_restored_cache_needs_no_other_graph(
 @pytest.mark.parametrize("policy", POLICIES)
 def test_rows_can_be_repeated_and_chosen(model: Any, policy: str) -> None:
     ids = distinct_tokens(2, 30)
-    repeated, chosen, plain = (CompressedCache(policy, 16) for _ in range(3))
+    repeated, chosen, plain = (CompressedCache(policy, 16, protect_prompt=False) for _ in range(3))
     for cache in (repeated, chosen, plain):
         model(ids, past_key_values=cache)
     repeated.batch_repeat_interleave(3)
@@ -273,7 +276,7 @@ torch.save(out, folder + "/out.pt")
 def test_another_process_goes_on_from_a_file(model: Any, policy: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     context = distinct_tokens(2, 30)
-    cache = CompressedCache(policy, 16, interval=3, sinks=1, recent=8)
+    cache = CompressedCache(policy, 16, interval=3, sinks=1, recent=8, protect_prompt=False)
     _generate(model, context, cache, 10)
     cache.save(tmp_path / "cache.safetensors")
     text = distinct_tokens(2, 39 + 8)

@@ -21,11 +21,12 @@ class VaSE(Policy):
     """Keeps the values of largest range, and draws the others in proportion to their attention.
 
     VaSE (https://arxiv.org/abs/2606.03928), with attention. Among the tokens that can be evicted,
-    the ``large_share * budget`` whose values have the largest range (maximum minus minimum over the
-    channels) stay; of the others as many as there is room for are drawn without replacement. Their
-    weight is the attention of the last ``window`` queries: softmax over all tokens that are not
-    recent, mean over the queries and over the query heads that share a key. The draw is the top of
-    log-weight plus Gumbel noise, a hash of seed, layer, head, position and incoming position.
+    the ``large_share * (budget - recent)`` whose values have the largest range (maximum minus
+    minimum over the channels) stay; of the others as many as there is room for are drawn without
+    replacement. Their weight is the attention of the last ``window`` queries: softmax over all
+    tokens that are not recent, mean over the queries and over the query heads that share a key. The
+    draw is the top of log-weight plus Gumbel noise, a hash of seed, layer, head, position and
+    incoming position.
 
     Differs in five points: the noise is a hash, and never runs out of tokens to draw; the first
     four tokens stay through ``sinks`` and are not counted among those of large range; slots are
@@ -39,8 +40,8 @@ class VaSE(Policy):
     window: int = 64
     """Queries that vote, and tokens protected by default as far as half the budget allows."""
     large_share: float = 0.25
-    """Share of the budget, 0 to 1, for the values of largest range (the authors' scripts; the class
-    in their code has 200 tokens)."""
+    """Share of the budget without the recent tokens, 0 to 1, for the values of largest range (the
+    authors' scripts; the class in their code has 200 tokens)."""
     seed: int = 0
     """Any int >= 0; another seed gives another sequence of draws."""
 
@@ -67,15 +68,16 @@ class VaSE(Policy):
         seen = (slots.query_positions >= 0).sum(dim=1)[:, None, None]
         weights = (votes / seen).clamp(min=torch.finfo(torch.float32).tiny)
         gumbel = -(-uniform(token_hash(slots, self.seed)).log()).log()
-        return (weights.log() + gumbel).masked_fill(self._large(slots, before), _LARGE)
-
-    def _large(self, slots: Slots, before: Tensor) -> Tensor:
-        free = before & (slots.positions >= slots.protected_prefix[:, None, None])
-        free = free & (slots.positions >= 0)
-        count = min(int(self.large_share * slots.budget), slots.positions.shape[2])
-        if count == 0:
-            return torch.zeros_like(free)
         values = slots.values.float()
         ranges = (values.amax(dim=-1) - values.amin(dim=-1)).nan_to_num(-1.0, posinf=-1.0)
+        large = self._largest(ranges, slots, before)
+        return torch.where(large, _LARGE * (1 + ranges), weights.log() + gumbel)
+
+    def _largest(self, ranges: Tensor, slots: Slots, before: Tensor) -> Tensor:
+        free = before & (slots.positions >= slots.protected_prefix[:, None, None])
+        free = free & (slots.positions >= 0)
+        count = min(int(self.large_share * (slots.budget - slots.recent)), slots.positions.shape[2])
+        if count == 0:
+            return torch.zeros_like(free)
         largest = keep_best(ranges.masked_fill(~free, -torch.inf), slots.positions, count=count)
         return torch.zeros_like(free).scatter(-1, largest, True) & free

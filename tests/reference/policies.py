@@ -365,13 +365,16 @@ def vase(view: View, *, window: int = 64, large_share: float = 0.25, seed: int =
         if not view.rules.protects_for_good(token.position, prompt_length=view.prompt_length)
     ]
     free.sort(key=lambda token: (token.value.max() - token.value.min(), token.position))
-    num_large = int(large_share * view.rules.budget)
-    large = {token.position for token in free[len(free) - min(num_large, len(free)) :]}
+    num_large = int(large_share * (view.rules.budget - view.rules.recent))
+    large = {token.position: token.value for token in free[len(free) - min(num_large, len(free)) :]}
     scores = []
     for position, vote in votes.items():
         noise = uniform(hash_of(seed, view.layer, view.head, view.incoming, position))
         drawn = math.log(max(vote, float(np.finfo(np.float32).tiny))) - math.log(-math.log(noise))
-        scores.append(1e9 if position in large else drawn)
+        if position in large:
+            # More than any logarithm, the smallest range first where even these are too many.
+            drawn = 1e9 * (1 + float(np.ptp(large[position])))
+        scores.append(drawn)
     return scores
 
 
