@@ -11,9 +11,9 @@ from compressed_cache.policies.h2o import H2O
 from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
 from compressed_cache.policies.modifier import Modifier
-from compressed_cache.policies.phases import InPhases
 from compressed_cache.policies.morphkv import MorphKV
 from compressed_cache.policies.observed_attention import ObservedAttention
+from compressed_cache.policies.phases import InPhases
 from compressed_cache.policies.raas import RaaS
 from compressed_cache.policies.random import Random
 from compressed_cache.policies.random_prompt import RandomPrompt

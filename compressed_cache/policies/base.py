@@ -133,6 +133,8 @@ class Policy:
     mixes_heads: ClassVar[bool] = False
     """With ``observes_attention``: :meth:`accumulate` averages over all heads of the layer, so
     what tensor parallelism gave to other processes is averaged in."""
+    prompt_queries: ClassVar[int | None] = None
+    """With ``observes_attention``: how many of the last prompt queries are shown; None: all."""
     revises: ClassVar[bool] = False
     """Whether :meth:`revise` is called before each ranking."""
 
@@ -179,11 +181,6 @@ class Policy:
     def num_queries(self) -> int:
         """How many of the last queries are recorded."""
         return 0
-
-    @property
-    def prompt_queries(self) -> int | None:
-        """With ``observes_attention``: how many of the last prompt queries are shown; None: all."""
-        return None
 
     @property
     def num_rows(self) -> int:

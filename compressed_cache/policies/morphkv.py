@@ -37,6 +37,7 @@ class MorphKV(Policy):
         check_window(self.window, 1)
         if self.fuse not in ("max", "sum"):
             raise ValueError(f"fuse must be 'max' or 'sum', got {self.fuse!r}")
+        object.__setattr__(self, "prompt_queries", self.window)
 
     @property
     def kept_recent(self) -> int:
@@ -44,10 +45,6 @@ class MorphKV(Policy):
 
     @property
     def num_rows(self) -> int:
-        return self.window
-
-    @property
-    def prompt_queries(self) -> int:
         return self.window
 
     def defaults(self, budget: int) -> Defaults:

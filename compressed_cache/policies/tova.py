@@ -21,10 +21,7 @@ class TOVA(Policy):
     observes_attention: ClassVar = True
     scores_attention: ClassVar = True
     mixes_heads: ClassVar = True
-
-    @property
-    def prompt_queries(self) -> int:
-        return 1
+    prompt_queries: ClassVar = 1
 
     def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
         return rows.weights[:, :, :, -1].mean(dim=(1, 2)).unsqueeze(1).expand_as(attention)
