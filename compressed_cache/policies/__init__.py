@@ -14,6 +14,7 @@ from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.phases import InPhases
 from compressed_cache.policies.random import Random
 from compressed_cache.policies.rkv import RKV
+from compressed_cache.policies.rkv_lsh import RKVLSH
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.policies.tova import TOVA
@@ -42,6 +43,7 @@ POLICIES: dict[str, type[Policy]] = {
     "tova": TOVA,
     "snapkv": SnapKV,
     "rkv": RKV,
+    "rkv_lsh": RKVLSH,
     "keydiff": KeyDiff,
 }
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
@@ -250,9 +251,18 @@ def rkv(
 
     R-KV, "joint eviction" (https://arxiv.org/abs/2505.24133).
     """
+    redundancy = rkv_redundancy(view.held, similarity_threshold=similarity_threshold)
+    return rkv_joint(
+        view, redundancy, window=window, kernel_size=kernel_size, mix_lambda=mix_lambda
+    )
+
+
+def rkv_joint(
+    view: View, redundancy: Sequence[float], *, window: int, kernel_size: int, mix_lambda: float
+) -> list[float]:
+    """R-KV, "joint eviction", with the redundancy of every token held."""
     prefix = [token for token in view.held if token.position < view.incoming - window]
     importance = rkv_importance(prefix, view.queries[-window:], kernel_size=kernel_size)
-    redundancy = rkv_redundancy(view.held, similarity_threshold=similarity_threshold)
     return [
         mix_lambda * importance[index] - (1 - mix_lambda) * redundancy[index]
         if index < len(prefix)
@@ -279,12 +289,46 @@ def caote(view: View, base: Callable[..., list[float]], **options: Any) -> list[
     return changes
 
 
+def rkv_lsh(
+    view: View,
+    *,
+    window: int = 8,
+    kernel_size: int = 7,
+    mix_lambda: float = 0.1,
+    bits: int = 6,
+    seed: int = 0,
+) -> list[float]:
+    """R-KV, but two keys have the cosine that the number of hyperplanes between them suggests.
+
+    An angle is pi times the share of random hyperplanes that separate the two (Charikar 2002).
+    """
+    dim = len(view.held[0].key)
+    # The hyperplanes are what both sides must agree on.
+    drawn = torch.randn(dim, bits, generator=torch.Generator().manual_seed(seed))
+    sides = [
+        [float(token.key @ plane) > 0 for plane in drawn.double().numpy().T] for token in view.held
+    ]
+    sums: list[float] = []
+    for i, own in enumerate(sides):
+        cosines: list[float] = []
+        for j, other in enumerate(sides):
+            separating = sum(a != b for a, b in zip(own, other, strict=True))
+            if i != j:
+                cosines.append(math.cos(math.pi * separating / bits))
+        sums.append(math.fsum(cosines))
+    redundancy = softmax([total / len(view.held) for total in sums])
+    return rkv_joint(
+        view, redundancy, window=window, kernel_size=kernel_size, mix_lambda=mix_lambda
+    )
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
     "full": full,
     "h2o": h2o,
     "keydiff": keydiff,
     "knorm": knorm,
     "rkv": rkv,
+    "rkv_lsh": rkv_lsh,
     "snapkv": snapkv,
     "streaming_llm": streaming_llm,
     "tova": tova,
