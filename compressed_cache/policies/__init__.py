@@ -6,10 +6,12 @@ from typing import Any
 from compressed_cache.names import listing, nearest
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 from compressed_cache.policies.caote import CAOTE
+from compressed_cache.policies.finch import Finch
 from compressed_cache.policies.full import Full
 from compressed_cache.policies.h2o import H2O
 from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
+from compressed_cache.policies.lagkv import LagKV
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.phases import InPhases
 from compressed_cache.policies.random import Random
@@ -45,6 +47,8 @@ POLICIES: dict[str, type[Policy]] = {
     "rkv": RKV,
     "rkv_lsh": RKVLSH,
     "keydiff": KeyDiff,
+    "lagkv": LagKV,
+    "finch": Finch,
 }
 
 

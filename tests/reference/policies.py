@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -322,11 +323,58 @@ def rkv_lsh(
     )
 
 
+def lagkv(
+    view: View, *, lag: int = 32, num_sinks: int = 4, cross_scoring: bool = False
+) -> list[float]:
+    """Spread of a token's channels on the scale of the block of ``lag`` tokens after its own.
+
+    LagKV (https://arxiv.org/abs/2504.04704). The last full block, what follows it and the sinks
+    are above all others, the newer the better.
+    """
+    scores = [2.0 + token.position for token in view.held]
+    indices = [i for i, token in enumerate(view.held) if token.position >= num_sinks]
+    blocks = [indices[i : i + lag] for i in range(0, len(indices) - lag + 1, lag)]
+    for block, following in pairwise(blocks):
+        shares = [0.0 for _ in block]
+        for kind in ("key", "value"):
+            reference = np.stack([getattr(view.held[i], kind) for i in following])
+            low, high = reference.min(axis=0), reference.max(axis=0)
+            spreads = [
+                float(np.std((getattr(view.held[i], kind) - low) / (high - low), ddof=1))
+                for i in block
+            ]
+            for i, share in enumerate(softmax(spreads)):
+                shares[i] += share / 2
+        for i, index in enumerate(block):
+            lower = sum(share < shares[i] for share in shares)
+            scores[index] = shares[i] if cross_scoring else lower / lag
+    return scores
+
+
+def finch(view: View, *, window: int = 32, normalize_scores: bool = True) -> list[float]:
+    """Attention of the last ``window`` queries, weighed by how many tokens each could see.
+
+    FINCH (https://doi.org/10.1162/tacl_a_00716), with the group of query heads averaged.
+    """
+    totals = [0.0 for _ in view.held]
+    first = max(0, view.incoming - window)
+    for position in range(first, view.incoming):
+        visible = [token for token in view.held if token.position <= position]
+        weight = len(visible) if normalize_scores else 1
+        rows = [attention_row(query, visible) for query in view.queries[position]]
+        for index, token in enumerate(view.held):
+            vote = mean([row.get(token.position, 0.0) for row in rows])
+            totals[index] += weight * vote / (view.incoming - first)
+    return totals
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
+    "finch": finch,
     "full": full,
     "h2o": h2o,
     "keydiff": keydiff,
     "knorm": knorm,
+    "lagkv": lagkv,
     "rkv": rkv,
     "rkv_lsh": rkv_lsh,
     "snapkv": snapkv,
