@@ -17,6 +17,7 @@ from compressed_cache.policies.phases import InPhases
 from compressed_cache.policies.random import Random
 from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.rkv_lsh import RKVLSH
+from compressed_cache.policies.rpc import RPC
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.policies.tova import TOVA
@@ -49,6 +50,7 @@ POLICIES: dict[str, type[Policy]] = {
     "keydiff": KeyDiff,
     "lagkv": LagKV,
     "finch": Finch,
+    "rpc": RPC,
 }
 
 

@@ -55,7 +55,7 @@ class RKVLSH(ImportanceAndRedundancy):
     def redundancy(self, slots: Slots) -> Tensor:
         keys, counted = directions(slots)
         above = (keys @ slots.constants["hyperplanes"]) > 0
-        codes = (above << torch.arange(self.bits, device=keys.device)).sum(dim=-1)
+        codes = (above.long() << torch.arange(self.bits, device=keys.device)).sum(dim=-1)
         sizes = keys.new_zeros(*codes.shape[:2], 2**self.bits)
         sizes = sizes.scatter_add(-1, codes, counted.float())
         similarity = (sizes @ slots.constants["cosines"]).gather(-1, codes) - 1

@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rkv": {"window": 4, "kernel_size": 3, "mix_lambda": 0.4, "similarity_threshold": 0.3},
     # Few keys share a code of seven bits, and without pooling equal scores are rare.
     "rkv_lsh": {"window": 4, "kernel_size": 1, "mix_lambda": 0.4, "bits": 7, "seed": 3},
+    "rpc": {"window": 4, "kernel_size": 3},
     "snapkv": {"window": 6, "kernel_size": 3},
     "streaming_llm": {},
     "tova": {},

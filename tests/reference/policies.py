@@ -6,7 +6,7 @@ of attention), so that a mistake in a running state of the library cannot be rep
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -41,6 +41,8 @@ class View:
         group_rows: ``group_rows[t][g]`` is the row of attention of query head ``g`` of the group
             which shares this head.
         layer_rows: ``layer_rows[t][q]`` is the same for all ``H * G`` query heads of the layer.
+        prompt_length: Tokens of the prompt.
+        memory: What a policy wrote down about a position when it last ranked this head.
     """
 
     layer: int
@@ -49,6 +51,8 @@ class View:
     queries: Sequence[Vector]
     group_rows: Sequence[Sequence[Row]]
     layer_rows: Sequence[Sequence[Row]]
+    prompt_length: int = 0
+    memory: dict[int, float] = field(default_factory=dict)
 
     @property
     def incoming(self) -> int:
@@ -57,7 +61,10 @@ class View:
 
 
 Score = Callable[[View], list[float]]
-"""One number for every token of ``View.held``, in that order. Larger is kept longer."""
+"""One number for every token of ``View.held``, in that order. Larger is kept longer.
+
+While decoding, minus infinity frees the place at once.
+"""
 
 
 @dataclass(frozen=True)
@@ -368,6 +375,33 @@ def finch(view: View, *, window: int = 32, normalize_scores: bool = True) -> lis
     return totals
 
 
+def rpc(
+    view: View, *, window: int = 32, kernel_size: int = 7, compression: float = 0.0
+) -> list[float]:
+    """Attention of the last queries among the generated tokens before them, over all heads.
+
+    Reasoning Path Compression (https://arxiv.org/abs/2505.13866). With ``compression`` no more of
+    these tokens stay than one in so many generated ones.
+    """
+    last = view.incoming - window
+    voted = [t.position for t in view.held if view.prompt_length <= t.position < last]
+    votes = [0.0 for _ in voted]
+    for rows in view.layer_rows[-window:]:
+        for row in rows:
+            # A softmax among some tokens is one among all, divided by what these have of it.
+            total = math.fsum(row.get(position, 0.0) for position in voted)
+            for index, position in enumerate(voted):
+                if total:
+                    votes[index] += row[position] / total / len(rows)
+    smooth = [mean(neighbours(votes, index, kernel_size)) for index in range(len(votes))]
+    scores = dict(zip(voted, smooth, strict=True))
+    if compression:
+        quota = int((view.incoming - view.prompt_length) / compression)
+        best = sorted(voted, key=lambda position: (scores[position], position), reverse=True)
+        scores |= dict.fromkeys(best[quota:], -math.inf)
+    return [scores.get(t.position, window + 1.0 + t.position) for t in view.held]
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
     "finch": finch,
     "full": full,
@@ -377,6 +411,7 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "lagkv": lagkv,
     "rkv": rkv,
     "rkv_lsh": rkv_lsh,
+    "rpc": rpc,
     "snapkv": snapkv,
     "streaming_llm": streaming_llm,
     "tova": tova,
