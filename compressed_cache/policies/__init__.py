@@ -8,6 +8,7 @@ from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 from compressed_cache.policies.caote import CAOTE
 from compressed_cache.policies.finch import Finch
 from compressed_cache.policies.full import Full
+from compressed_cache.policies.gkv import GKV
 from compressed_cache.policies.h2o import H2O
 from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
@@ -51,6 +52,7 @@ POLICIES: dict[str, type[Policy]] = {
     "lagkv": LagKV,
     "finch": Finch,
     "rpc": RPC,
+    "gkv": GKV,
 }
 
 

@@ -29,8 +29,7 @@ class ImportanceAndRedundancy(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_window(self.window, self.kernel_size)
-        if not 0 <= self.mix_lambda <= 1:
-            raise ValueError(f"mix_lambda must be from 0 to 1, got {self.mix_lambda}")
+        check_mix(self.mix_lambda)
 
     @property
     def kept_recent(self) -> int:
@@ -93,6 +92,12 @@ class RKV(ImportanceAndRedundancy):
 
     def redundancy(self, slots: Slots) -> Tensor:
         return spared_redundancy(slots, self.similarity_threshold)
+
+
+def check_mix(mix_lambda: float) -> None:
+    """Raises ``ValueError`` for what is no share."""
+    if not 0 <= mix_lambda <= 1:
+        raise ValueError(f"mix_lambda must be from 0 to 1, got {mix_lambda}")
 
 
 def check_similarity(similarity_threshold: float) -> None:

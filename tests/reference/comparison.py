@@ -20,6 +20,7 @@ NUM_STEPS = 30
 # Small windows, so that they end, wrap and are pooled many times in a short text.
 OPTIONS: dict[str, dict[str, Any]] = {
     "finch": {"window": 5},
+    "gkv": {"window": 4, "kernel_size": 3, "similarity_threshold": 0.3},
     "h2o": {},
     "keydiff": {},
     "knorm": {},

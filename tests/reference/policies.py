@@ -402,8 +402,44 @@ def rpc(
     return [scores.get(t.position, window + 1.0 + t.position) for t in view.held]
 
 
+def gkv(
+    view: View,
+    *,
+    window: int = 16,
+    kernel_size: int = 1,
+    alpha: float = 0.8,
+    mix_lambda: float = 0.5,
+    similarity_threshold: float = 0.5,
+) -> list[float]:
+    """Remembered attention minus redundancy; the last ``window`` positions are always kept.
+
+    G-KV (https://arxiv.org/abs/2512.00504). What is remembered depends on the rankings so far, so
+    this is the one score that writes down something.
+    """
+    prefix = [token for token in view.held if token.position < view.incoming - window]
+    local = [0.0 for _ in prefix]
+    queries = range(max(0, view.incoming - window), view.incoming)
+    for position in queries:
+        visible = [token for token in view.held if token.position <= position]
+        rows = [attention_row(query, visible) for query in view.queries[position]]
+        for index, token in enumerate(prefix):
+            local[index] += max(row[token.position] for row in rows) / len(queries)
+    remembered: list[float] = []
+    for token, score in zip(prefix, local, strict=True):
+        remembered.append(max(alpha * view.memory.get(token.position, 0.0), score / max(local)))
+        view.memory[token.position] = remembered[-1]
+    redundancy = rkv_redundancy(view.held, similarity_threshold=similarity_threshold)[: len(prefix)]
+    scores = [
+        mix_lambda * max(neighbours(remembered, index, kernel_size))
+        - (1 - mix_lambda) * redundancy[index] / max(redundancy)
+        for index in range(len(prefix))
+    ]
+    return scores + [math.inf] * (len(view.held) - len(prefix))
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
     "finch": finch,
+    "gkv": gkv,
     "full": full,
     "h2o": h2o,
     "keydiff": keydiff,
