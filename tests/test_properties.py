@@ -38,8 +38,9 @@ def caches(draw: st.DrawFn) -> Callable[[], CompressedCache]:
     """A way to make equal caches."""
     policy = draw(st.sampled_from(list(POLICIES)))
     sinks, recent = draw(st.integers(0, 3)), draw(st.integers(0, 6))
-    options = {"window": draw(st.integers(1, 5))} if policy in ("snapkv", "rkv") else {}
-    if policy == "rkv":
+    windowed = ("snapkv", "rkv", "rkv_lsh", "finch", "rpc", "gkv")
+    options = {"window": draw(st.integers(1, 5))} if policy in windowed else {}
+    if policy in ("rkv", "rkv_lsh"):
         recent = max(recent, options["window"])
     rules = dict(
         budget=sinks + recent + draw(st.integers(1, 30)),
@@ -213,6 +214,6 @@ def test_what_is_not_a_number_harms_neither_other_rows_nor_what_is_protected(
     for head in held(bad, 0, 0):
         assert len(head) == len(set(head)) == 24
         assert {0, 1, *range(71, 80)} <= set(head)
-    if broken == "k_proj" and policy in ("knorm", "keydiff", "rkv"):
+    if broken == "k_proj" and policy in ("knorm", "keydiff", "rkv", "rkv_lsh", "gkv"):
         # The broken key is the first to go once it is not protected any more.
         assert all(40 not in head for head in held(bad, 0, 0))

@@ -22,8 +22,8 @@ class GKV(Policy):
     window is the attention of the last ``window`` queries to it (softmax over all held tokens,
     group maximum, mean), divided by the largest of its head; its global score is the larger of that
     and ``alpha`` times the global score of the ranking before. Redundancy is that of
-    :class:`~compressed_cache.policies.rkv.RKV`, divided by its largest. The window is always kept;
-    ``recent`` can only extend it.
+    :class:`~compressed_cache.policies.rkv.RKV`, divided by its largest. The window goes only
+    when no other token is left; ``recent``, whose default is ``window``, keeps it for good.
 
     Differs in two points: slots are overwritten one by one in the order of the ranking, where the
     authors let the cache grow by 128 tokens and cut it back; and redundancy spares one duplicate
@@ -34,7 +34,7 @@ class GKV(Policy):
     name: ClassVar[str] = "gkv"
     revises: ClassVar = True
     window: int = 16
-    """Queries that vote, and tokens always kept (the paper's; the authors' scripts use 16 to 64).
+    """Queries that vote (the paper's; the authors' scripts use 16 to 64).
     """
     kernel_size: int = 1
     """Odd width of the max pooling of global scores, in held tokens (the authors' option uses 5);
@@ -55,10 +55,6 @@ class GKV(Policy):
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
 
     @property
-    def kept_recent(self) -> int:
-        return self.window
-
-    @property
     def num_queries(self) -> int:
         return self.window
 
@@ -67,7 +63,9 @@ class GKV(Policy):
         return 1
 
     def defaults(self, budget: int) -> Defaults:
-        return Defaults(interval=max(1, min(128, budget // 8)), recent=self.window)
+        return Defaults(
+            interval=max(1, min(128, budget // 8)), recent=min(self.window, budget // 2)
+        )
 
     def revise(self, slots: Slots) -> Tensor:
         logits = window_logits(slots)
@@ -86,7 +84,8 @@ class GKV(Policy):
         redundancy = spared_redundancy(slots, self.similarity_threshold)
         redundancy = _of_largest(redundancy.masked_fill(~before, 0.0))
         scores = self.mix_lambda * attended - (1 - self.mix_lambda) * redundancy
-        return scores.masked_fill(~before, torch.inf)
+        # No other score is above 1.
+        return torch.where(before, scores, 2 + slots.positions.float())
 
     def _before(self, slots: Slots) -> Tensor:
         """Held tokens before the window, ``[B, H, S]`` bool."""

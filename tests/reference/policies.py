@@ -411,7 +411,7 @@ def gkv(
     mix_lambda: float = 0.5,
     similarity_threshold: float = 0.5,
 ) -> list[float]:
-    """Remembered attention minus redundancy; the last ``window`` positions are always kept.
+    """Remembered attention minus redundancy; the last ``window`` positions are above all others.
 
     G-KV (https://arxiv.org/abs/2512.00504). What is remembered depends on the rankings so far, so
     this is the one score that writes down something.
@@ -434,7 +434,7 @@ def gkv(
         - (1 - mix_lambda) * redundancy[index] / max(redundancy)
         for index in range(len(prefix))
     ]
-    return scores + [math.inf] * (len(view.held) - len(prefix))
+    return scores + [2.0 + token.position for token in view.held[len(prefix) :]]
 
 
 POLICIES: dict[str, Callable[..., list[float]]] = {
