@@ -86,6 +86,10 @@ class InPhases(Policy):
         return max(self.prompt.kept_recent, self.decoding.kept_recent)
 
     @property
+    def drops(self) -> bool:
+        return self.decoding.drops
+
+    @property
     def adds_attention(self) -> bool:
         return self._observer.adds_attention
 
@@ -95,6 +99,9 @@ class InPhases(Policy):
     def scores(self, slots: Slots) -> Tensor:
         part = self.prompt if slots.is_prompt else self.decoding
         return part.scores(self._seen_by(part, slots))
+
+    def dropped(self, slots: Slots, scores: Tensor) -> Tensor:
+        return self.decoding.dropped(self._seen_by(self.decoding, slots), scores)
 
     def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
         return self._observer.accumulate(attention, rows)
