@@ -34,8 +34,7 @@ class GKV(Policy):
     name: ClassVar[str] = "gkv"
     revises: ClassVar = True
     window: int = 16
-    """Queries that vote (the paper's; the authors' scripts use 16 to 64).
-    """
+    """Queries that vote (the authors'; their command line has 64 by default)."""
     kernel_size: int = 1
     """Odd width of the max pooling of global scores, in held tokens (the authors' option uses 5);
     1 switches it off."""

@@ -24,7 +24,8 @@ class RKVLSH(ImportanceAndRedundancy):
     1 and the sum ``u`` of all ``S`` such keys, exact at the cost of ``S * D`` and ranked as by
     :class:`~compressed_cache.policies.keydiff.KeyDiff`, so the hashes buy nothing.
 
-    Differs from the study's code in four points: redundancy is subtracted (there it is added, which
+    Differs from the study's code by following R-KV in all but the hashes, and in four points of
+    these: redundancy is subtracted (there it is added, which
     prefers duplicates); the factor pi, without which no two keys are ever dissimilar; hyperplanes
     are drawn once from ``seed`` (there anew at every ranking); and no key counts as its own
     duplicate.
