@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from compressed_cache import attention, slots
@@ -59,7 +60,7 @@ def _fused(
     weighs: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """All of it in one kernel, but for what only this policy does."""
-    if slot is None and layer.policy.num_notes:
+    if slot is None and (layer.policy.num_notes or layer.policy.drops):
         # The notes of the new token go where it went.
         slot = _slot(layer)
     scores = None if slot is not None else layer.scores(layer.revised())
@@ -97,7 +98,7 @@ def _planned_slot(layer: "CompressedLayer", ranks: bool) -> Tensor | None:
         return None
     if ranks:
         victims = slots.next_victims(
-            layer.protected_scores(layer.revised()),
+            _ranked(layer),
             layer.positions,
             protected_prefix=layer.protected_prefix,
             count=layer.rules.interval,
@@ -109,7 +110,18 @@ def _planned_slot(layer: "CompressedLayer", ranks: bool) -> Tensor | None:
 
 
 def _slot(layer: "CompressedLayer") -> Tensor:
-    return slots.lowest_slot(layer.protected_scores(layer.revised()), layer.positions)
+    return slots.lowest_slot(_ranked(layer), layer.positions)
+
+
+def _ranked(layer: "CompressedLayer") -> Tensor:
+    """Scores ``[B, H, S]`` with protection applied, once the policy dropped what it drops."""
+    held = layer.revised()
+    scores = layer.protected_scores(held)
+    if layer.policy.drops:
+        gone = layer.policy.dropped(held, scores) & (scores < torch.inf)
+        scores = scores.masked_fill(gone, -torch.inf)
+        layer.positions.masked_fill_(gone, -1)
+    return scores
 
 
 def _write(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -> None:

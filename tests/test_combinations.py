@@ -59,6 +59,7 @@ def test_no_option_of_a_modifier_is_one_of_another_part() -> None:
         (lambda: make_policy("h2o+caote+caote"), ValueError, "caote must be given once"),
         (lambda: make_policy("knorm+caote"), ValueError, "whose scores are attention.*'knorm'"),
         (lambda: make_policy("h2o/tova"), ValueError, "would add up attention in two ways"),
+        (lambda: make_policy("snapkv/tova"), ValueError, "the same in all heads in the other"),
         (lambda: make_policy("h2o+caote", window=3), TypeError, "unknown option 'window'"),
         (lambda: CAOTE(base=3), TypeError, "base must be a Policy, got 3"),  # pyright: ignore
         (
@@ -78,7 +79,7 @@ def test_what_makes_no_sense_is_refused(
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize(
     ("prompt", "decoding"),
-    [("snapkv", "h2o"), ("h2o", "snapkv"), ("tova", "knorm"), ("rkv", "snapkv"), ("knorm", "rkv")],
+    [("snapkv", "h2o"), ("h2o", "snapkv"), ("rpc", "tova"), ("rkv", "snapkv"), ("knorm", "rkv")],
 )
 def test_each_phase_has_its_own_scorer(
     precise_model: LlamaForCausalLM,

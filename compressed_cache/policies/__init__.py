@@ -6,10 +6,13 @@ from typing import Any
 from compressed_cache.names import listing, nearest
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 from compressed_cache.policies.caote import CAOTE
+from compressed_cache.policies.finch import Finch
 from compressed_cache.policies.full import Full
+from compressed_cache.policies.gkv import GKV
 from compressed_cache.policies.h2o import H2O
 from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
+from compressed_cache.policies.lagkv import LagKV
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.morphkv import MorphKV
 from compressed_cache.policies.observed_attention import ObservedAttention
@@ -18,6 +21,8 @@ from compressed_cache.policies.raas import RaaS
 from compressed_cache.policies.random import Random
 from compressed_cache.policies.random_prompt import RandomPrompt
 from compressed_cache.policies.rkv import RKV
+from compressed_cache.policies.rkv_lsh import RKVLSH
+from compressed_cache.policies.rpc import RPC
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.policies.tova import TOVA
@@ -50,11 +55,16 @@ POLICIES: dict[str, type[Policy]] = {
     "tova": TOVA,
     "snapkv": SnapKV,
     "rkv": RKV,
+    "rkv_lsh": RKVLSH,
     "keydiff": KeyDiff,
     "vase": VaSE,
     "vase_dkv": VaSEDKV,
     "raas": RaaS,
     "morphkv": MorphKV,
+    "lagkv": LagKV,
+    "finch": Finch,
+    "rpc": RPC,
+    "gkv": GKV,
 }
 
 

@@ -131,8 +131,8 @@ class Policy:
     evicts: ClassVar[bool] = True
     """``False``: the cache grows instead, ``budget`` is ignored and scores are never asked for."""
     mixes_heads: ClassVar[bool] = False
-    """With ``observes_attention``: :meth:`accumulate` averages over all heads of the layer, so
-    what tensor parallelism gave to other processes is averaged in."""
+    """:meth:`accumulate` with ``observes_attention``, and :meth:`scores` without, averages over
+    all heads of the layer, so what tensor parallelism gave to other processes is averaged in."""
     prompt_queries: ClassVar[int | None] = None
     """With ``observes_attention``: how many of the last prompt queries are shown; None: all."""
     revises: ClassVar[bool] = False
@@ -197,6 +197,11 @@ class Policy:
         """Tokens before the incoming one that :meth:`scores` itself always keeps."""
         return 0
 
+    @property
+    def drops(self) -> bool:
+        """Whether :meth:`dropped` is called at each ranking of a decode step."""
+        return False
+
     def defaults(self, budget: int) -> Defaults:
         """What ``None`` stands for in the arguments of ``CompressedCache`` at this budget."""
         return Defaults()
@@ -213,6 +218,18 @@ class Policy:
             protected tokens are handled by the cache. Ties keep the newer token.
         """
         raise NotImplementedError(f"{type(self).__name__} must define scores(slots)")
+
+    def dropped(self, slots: Slots, scores: Tensor) -> Tensor:
+        """Tokens whose slots are empty from this ranking on; with ``drops``.
+
+        Args:
+            slots: what is held.
+            scores: ``[B, H, S]`` float32, those of :meth:`scores` with protection applied.
+
+        Returns:
+            ``[B, H, S]`` bool; at protected and empty slots it is ignored.
+        """
+        return torch.zeros_like(slots.positions, dtype=torch.bool)
 
     def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
         """What is remembered of the attention seen so far, once new rows arrive.

@@ -69,6 +69,10 @@ class Modifier(Policy):
         return self.base.kept_recent
 
     @property
+    def drops(self) -> bool:
+        return self.base.drops
+
+    @property
     def adds_attention(self) -> bool:
         return self.base.adds_attention
 
@@ -77,6 +81,9 @@ class Modifier(Policy):
 
     def scores(self, slots: Slots) -> Tensor:
         return self.base.scores(self.seen_by_base(slots))
+
+    def dropped(self, slots: Slots, scores: Tensor) -> Tensor:
+        return self.base.dropped(self.seen_by_base(slots), scores)
 
     def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
         return self.base.accumulate(attention, rows)

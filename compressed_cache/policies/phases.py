@@ -41,6 +41,11 @@ class InPhases(Policy):
                 f"{self.label!r} would add up attention in two ways. One of the two may be a "
                 "policy that observes attention."
             )
+        if self.prompt.mixes_heads != self.decoding.mixes_heads:
+            raise ValueError(
+                f"{self.label!r} would keep other tokens in each head in one phase and the same in "
+                "all heads in the other. Both must do the one or the other."
+            )
         shared = dict(self.prompt.options)
         for name, value in self.decoding.options.items():
             if shared.setdefault(name, value) != value:
@@ -49,7 +54,7 @@ class InPhases(Policy):
                     f"{shared[name]!r} and {value!r}"
                 )
         self._take("observes_attention", bool(observing))
-        self._take("mixes_heads", any(part.mixes_heads for part in both))
+        self._take("mixes_heads", self.prompt.mixes_heads)
         self._take("prompt_queries", observing[-1].prompt_queries if observing else None)
         self._take("revises", any(part.revises for part in both))
         self._take("scores_attention", all(part.scores_attention for part in both))
@@ -86,6 +91,10 @@ class InPhases(Policy):
         return max(self.prompt.kept_recent, self.decoding.kept_recent)
 
     @property
+    def drops(self) -> bool:
+        return self.decoding.drops
+
+    @property
     def adds_attention(self) -> bool:
         return self._observer.adds_attention
 
@@ -95,6 +104,9 @@ class InPhases(Policy):
     def scores(self, slots: Slots) -> Tensor:
         part = self.prompt if slots.is_prompt else self.decoding
         return part.scores(self._seen_by(part, slots))
+
+    def dropped(self, slots: Slots, scores: Tensor) -> Tensor:
+        return self.decoding.dropped(self._seen_by(self.decoding, slots), scores)
 
     def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
         return self._observer.accumulate(attention, rows)

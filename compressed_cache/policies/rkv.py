@@ -16,7 +16,57 @@ _BLOCK_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class RKV(Policy):
+class ImportanceAndRedundancy(Policy):
+    """What R-KV and its relatives share: a window that votes, and a redundancy to be subtracted."""
+
+    window: int = 8
+    """Queries that vote, and tokens always kept."""
+    kernel_size: int = 7
+    """Odd width of the max pooling, in held tokens; 1 switches it off."""
+    mix_lambda: float = 0.1
+    """Weight of importance against redundancy, 0 to 1 (the paper's; later studies used 0.5)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_window(self.window, self.kernel_size)
+        check_mix(self.mix_lambda)
+
+    @property
+    def kept_recent(self) -> int:
+        return self.window
+
+    @property
+    def num_queries(self) -> int:
+        return self.window
+
+    def defaults(self, budget: int) -> Defaults:
+        return Defaults(interval=max(1, min(128, budget // 8)), recent=self.window)
+
+    def scores(self, slots: Slots) -> Tensor:
+        before = slots.positions < (slots.next_position - self.window)[:, None, None]
+        before = before & (slots.positions >= 0)
+        importance = self.importance(slots, before)
+        redundancy = self.redundancy(slots)
+        scores = self.mix_lambda * importance - (1 - self.mix_lambda) * redundancy
+        return scores.masked_fill(~before, torch.inf)
+
+    def importance(self, slots: Slots, before: Tensor) -> Tensor:
+        """What the window attends to among the tokens ``before`` it, ``[B, H, S]``."""
+        logits = window_logits(slots).amax(dim=2)
+        votes = masked_softmax(logits, before[:, :, None])
+        seen = slots.query_positions >= 0
+        votes = (votes * seen[:, None, :, None]).sum(dim=2) / seen.sum(dim=1)[:, None, None]
+        # The window takes no part in the pooling, so it is passed as if empty.
+        prefix = slots.positions.masked_fill(~before, -1)
+        return pool_by_position(votes, prefix, kernel_size=self.kernel_size, reduce="max")
+
+    def redundancy(self, slots: Slots) -> Tensor:
+        """How much each key resembles the others, ``[B, H, S]``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RKV(ImportanceAndRedundancy):
     """Trades the attention of the last queries against redundancy among the keys.
 
     R-KV (https://arxiv.org/abs/2505.24133), in the form of the authors' code
@@ -33,71 +83,63 @@ class RKV(Policy):
     """
 
     name: ClassVar[str] = "rkv"
-    window: int = 8
-    """Queries that vote, and tokens always kept."""
-    kernel_size: int = 7
-    """Odd width of the max pooling, in held tokens; 1 switches it off."""
-    mix_lambda: float = 0.1
-    """Weight of importance against redundancy, 0 to 1 (the paper's; later studies used 0.5)."""
     similarity_threshold: float = 0.5
     """Cosine above which two keys count as near-duplicates."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_window(self.window, self.kernel_size)
-        if not 0 <= self.mix_lambda <= 1:
-            raise ValueError(f"mix_lambda must be from 0 to 1, got {self.mix_lambda}")
-        if not -1 <= self.similarity_threshold <= 1:
-            raise ValueError(
-                f"similarity_threshold must be from -1 to 1, got {self.similarity_threshold}"
-            )
+        check_similarity(self.similarity_threshold)
 
-    @property
-    def kept_recent(self) -> int:
-        return self.window
+    def redundancy(self, slots: Slots) -> Tensor:
+        return spared_redundancy(slots, self.similarity_threshold)
 
-    @property
-    def num_queries(self) -> int:
-        return self.window
 
-    def defaults(self, budget: int) -> Defaults:
-        return Defaults(interval=max(1, min(128, budget // 8)), recent=self.window)
+def check_mix(mix_lambda: float) -> None:
+    """Raises ``ValueError`` for what is no share."""
+    if not 0 <= mix_lambda <= 1:
+        raise ValueError(f"mix_lambda must be from 0 to 1, got {mix_lambda}")
 
-    def scores(self, slots: Slots) -> Tensor:
-        before = slots.positions < (slots.next_position - self.window)[:, None, None]
-        before = before & (slots.positions >= 0)
-        importance = self._importance(slots, before)
-        redundancy = self._redundancy(slots)
-        scores = self.mix_lambda * importance - (1 - self.mix_lambda) * redundancy
-        return scores.masked_fill(~before, torch.inf)
 
-    def _importance(self, slots: Slots, before: Tensor) -> Tensor:
-        logits = window_logits(slots).amax(dim=2)
-        votes = masked_softmax(logits, before[:, :, None])
-        seen = slots.query_positions >= 0
-        votes = (votes * seen[:, None, :, None]).sum(dim=2) / seen.sum(dim=1)[:, None, None]
-        # The window takes no part in the pooling, so it is passed as if empty.
-        prefix = slots.positions.masked_fill(~before, -1)
-        return pool_by_position(votes, prefix, kernel_size=self.kernel_size, reduce="max")
+def check_similarity(similarity_threshold: float) -> None:
+    """Raises ``ValueError`` for what no cosine can be."""
+    if not -1 <= similarity_threshold <= 1:
+        raise ValueError(f"similarity_threshold must be from -1 to 1, got {similarity_threshold}")
 
-    def _redundancy(self, slots: Slots) -> Tensor:
-        positions = slots.positions
-        held = positions >= 0
-        keys = slots.keys.float()
-        keys = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
-        broken = keys.isnan().any(dim=-1)
-        keys = keys.masked_fill((~held | broken).unsqueeze(-1), 0.0)
-        columns = torch.arange(keys.shape[2], device=keys.device)
-        oldest = positions.masked_fill(~held, torch.iinfo(torch.int64).max).argmin(-1, keepdim=True)
-        total = torch.zeros_like(positions, dtype=torch.float32)
-        for start in range(0, keys.shape[2], _BLOCK_ROWS):
-            rows = columns[start : start + _BLOCK_ROWS]
-            cosine = keys[:, :, start : start + _BLOCK_ROWS] @ keys.mT
-            cosine = cosine.masked_fill(rows[:, None] == columns, 0.0)
-            similar = (cosine > self.similarity_threshold) & held[:, :, None, :]
-            newest, spared = positions[:, :, None].masked_fill(~similar, -1).max(-1, keepdim=True)
-            spared = torch.where(newest >= 0, spared, oldest[:, :, None])
-            total += cosine.scatter(-1, spared, 0.0).sum(dim=2)
-        redundancy = masked_softmax(total / held.sum(dim=-1, keepdim=True), held)
-        # Not NaN, which differs from itself: the compiler would take all layers for different ones.
-        return redundancy.masked_fill(broken, torch.inf)
+
+def directions(slots: Slots) -> tuple[Tensor, Tensor]:
+    """Held keys divided by their length, zero where there is none, and which of them count.
+
+    Returns:
+        ``[B, H, S, D]`` float32 and ``[B, H, S]`` bool: held, and all numbers.
+    """
+    keys = slots.keys.float()
+    keys = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
+    counted = (slots.positions >= 0) & ~keys.isnan().any(dim=-1)
+    return keys.masked_fill(~counted.unsqueeze(-1), 0.0), counted
+
+
+def as_shares(similarity: Tensor, slots: Slots, counted: Tensor) -> Tensor:
+    """Summed similarities to all others as a softmax over held keys; ``inf`` at broken ones."""
+    held = slots.positions >= 0
+    shares = masked_softmax(similarity / held.sum(dim=-1, keepdim=True), held)
+    # Not NaN, which differs from itself: the compiler would take all layers for different ones.
+    return shares.masked_fill(held & ~counted, torch.inf)
+
+
+def spared_redundancy(slots: Slots, similarity_threshold: float) -> Tensor:
+    """Mean cosine to all other keys but a spared one, as shares: see :class:`RKV`."""
+    positions = slots.positions
+    held = positions >= 0
+    keys, counted = directions(slots)
+    columns = torch.arange(keys.shape[2], device=keys.device)
+    oldest = positions.masked_fill(~held, torch.iinfo(torch.int64).max).argmin(-1, keepdim=True)
+    total = torch.zeros_like(positions, dtype=torch.float32)
+    for start in range(0, keys.shape[2], _BLOCK_ROWS):
+        rows = columns[start : start + _BLOCK_ROWS]
+        cosine = keys[:, :, start : start + _BLOCK_ROWS] @ keys.mT
+        cosine = cosine.masked_fill(rows[:, None] == columns, 0.0)
+        similar = (cosine > similarity_threshold) & held[:, :, None, :]
+        newest, spared = positions[:, :, None].masked_fill(~similar, -1).max(-1, keepdim=True)
+        spared = torch.where(newest >= 0, spared, oldest[:, :, None])
+        total += cosine.scatter(-1, spared, 0.0).sum(dim=2)
+    return as_shares(total, slots, counted)

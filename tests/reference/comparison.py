@@ -19,6 +19,8 @@ VOCABULARY = 160
 NUM_STEPS = 30
 # Small windows, so that they end, wrap and are pooled many times in a short text.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "finch": {"window": 5},
+    "gkv": {"window": 4, "kernel_size": 3, "similarity_threshold": 0.3},
     "h2o": {},
     "keydiff": {},
     "knorm": {},
@@ -27,7 +29,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random": {"seed": 3},
     "random_prompt": {"redraw": False},
     "raas": {"share": 0.25},
+    "lagkv": {"lag": 3, "num_sinks": 2},
     "rkv": {"window": 4, "kernel_size": 3, "mix_lambda": 0.4, "similarity_threshold": 0.3},
+    # Few keys share a code of seven bits, and without pooling equal scores are rare.
+    "rkv_lsh": {"window": 4, "kernel_size": 1, "mix_lambda": 0.4, "bits": 7, "seed": 3},
+    "rpc": {"window": 4, "kernel_size": 3},
     "snapkv": {"window": 6, "kernel_size": 3},
     "streaming_llm": {},
     "tova": {},

@@ -122,6 +122,7 @@ class _Row:
         self.held: list[list[list[Token]]] = [[[] for _ in heads] for _ in layers]
         self.queries: list[list[list[Vector]]] = [[[] for _ in heads] for _ in layers]
         self.rows: list[list[list[Row]]] = [[] for _ in layers]
+        self.memory: list[list[dict[int, float]]] = [[{} for _ in heads] for _ in layers]
         self.victims: list[list[list[int | None]]] = [[[] for _ in heads] for _ in layers]
 
     def read(self, token: int) -> Vector:
@@ -180,6 +181,7 @@ class _Row:
             layer_rows=self.rows[layer],
             rules=rules,
             prompt_length=self.prompt_length,
+            memory=self.memory[layer][head],
         )
 
     def compress_prompt(self, score: Score, rules: Rules, trace: Trace) -> None:
@@ -203,24 +205,29 @@ class _Row:
     def make_room(self, step: int, score: Score, rules: Rules, trace: Trace) -> None:
         """Make sure that every head has a place for the token of decode step ``step``.
 
-        Every ``interval`` steps the next ``interval`` places are listed in advance: free ones
-        first, then the lowest tokens as they rank now. Where the list is too short, the oldest
-        token goes that is not a sink or of a protected prompt.
+        Every ``interval`` steps what scores minus infinity is dropped, and the next ``interval``
+        places are listed in advance: free ones first, then the lowest tokens as they rank now.
+        Where the list is too short, the oldest token goes that is not a sink or of a protected
+        prompt.
         """
         turn = step % rules.interval
         for layer in range(self.model.num_layers):
             for head in range(self.model.num_heads):
                 if turn == 0:
+                    # Also where nothing has to go: a policy may write down what it saw.
+                    ranking = rank(
+                        self.view(layer, head, rules),
+                        score,
+                        rules,
+                        prompt_length=self.prompt_length,
+                    )
+                    while ranking.scores and ranking.scores[0] == -math.inf:
+                        self.drop(layer, head, ranking.positions.pop(0))
+                        ranking.scores.pop(0)
                     num_free = min(rules.interval, rules.budget - len(self.held[layer][head]))
                     num_tokens = rules.interval - num_free
                     victims: list[int | None] = [None] * num_free
                     if num_tokens:
-                        ranking = rank(
-                            self.view(layer, head, rules),
-                            score,
-                            rules,
-                            prompt_length=self.prompt_length,
-                        )
                         if not ranking.positions and not num_free:
                             raise ValueError("protected tokens do not fit into the budget")
                         _note_gaps(trace, ranking.scores[: num_tokens + 1])

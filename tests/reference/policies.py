@@ -6,11 +6,13 @@ of attention), so that a mistake in a running state of the library cannot be rep
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
@@ -41,6 +43,7 @@ class View:
         layer_rows: ``layer_rows[t][q]`` is the same for all ``H * G`` query heads of the layer.
         rules: What is kept whatever its score.
         prompt_length: Tokens of the prompt.
+        memory: What a policy wrote down about a position when it last ranked this head.
     """
 
     layer: int
@@ -51,6 +54,7 @@ class View:
     layer_rows: Sequence[Sequence[Row]]
     rules: "Rules"
     prompt_length: int
+    memory: dict[int, float] = field(default_factory=dict)
 
     @property
     def incoming(self) -> int:
@@ -59,7 +63,10 @@ class View:
 
 
 Score = Callable[[View], list[float]]
-"""One number for every token of ``View.held``, in that order. Larger is kept longer."""
+"""One number for every token of ``View.held``, in that order. Larger is kept longer.
+
+While decoding, minus infinity frees the place at once.
+"""
 
 
 @dataclass(frozen=True)
@@ -300,9 +307,18 @@ def rkv(
 
     R-KV, "joint eviction" (https://arxiv.org/abs/2505.24133).
     """
+    redundancy = rkv_redundancy(view.held, similarity_threshold=similarity_threshold)
+    return rkv_joint(
+        view, redundancy, window=window, kernel_size=kernel_size, mix_lambda=mix_lambda
+    )
+
+
+def rkv_joint(
+    view: View, redundancy: Sequence[float], *, window: int, kernel_size: int, mix_lambda: float
+) -> list[float]:
+    """R-KV, "joint eviction", with the redundancy of every token held."""
     prefix = [token for token in view.held if token.position < view.incoming - window]
     importance = rkv_importance(prefix, view.queries[-window:], kernel_size=kernel_size)
-    redundancy = rkv_redundancy(view.held, similarity_threshold=similarity_threshold)
     return [
         mix_lambda * importance[index] - (1 - mix_lambda) * redundancy[index]
         if index < len(prefix)
@@ -439,7 +455,149 @@ def morphkv(view: View, *, window: int = 3, fuse: str = "max") -> list[float]:
     ]
 
 
+def rkv_lsh(
+    view: View,
+    *,
+    window: int = 8,
+    kernel_size: int = 7,
+    mix_lambda: float = 0.1,
+    bits: int = 6,
+    seed: int = 0,
+) -> list[float]:
+    """R-KV, but two keys have the cosine that the number of hyperplanes between them suggests.
+
+    An angle is pi times the share of random hyperplanes that separate the two (Charikar 2002).
+    """
+    dim = len(view.held[0].key)
+    # The hyperplanes are what both sides must agree on.
+    drawn = torch.randn(dim, bits, generator=torch.Generator().manual_seed(seed))
+    sides = [
+        [float(token.key @ plane) > 0 for plane in drawn.double().numpy().T] for token in view.held
+    ]
+    sums: list[float] = []
+    for i, own in enumerate(sides):
+        cosines: list[float] = []
+        for j, other in enumerate(sides):
+            separating = sum(a != b for a, b in zip(own, other, strict=True))
+            if i != j:
+                cosines.append(math.cos(math.pi * separating / bits))
+        sums.append(math.fsum(cosines))
+    redundancy = softmax([total / len(view.held) for total in sums])
+    return rkv_joint(
+        view, redundancy, window=window, kernel_size=kernel_size, mix_lambda=mix_lambda
+    )
+
+
+def lagkv(
+    view: View, *, lag: int = 32, num_sinks: int = 4, cross_scoring: bool = False
+) -> list[float]:
+    """Spread of a token's channels on the scale of the block of ``lag`` tokens after its own.
+
+    LagKV (https://arxiv.org/abs/2504.04704). The last full block, what follows it and the sinks
+    are above all others, the newer the better.
+    """
+    scores = [2.0 + token.position for token in view.held]
+    indices = [i for i, token in enumerate(view.held) if token.position >= num_sinks]
+    blocks = [indices[i : i + lag] for i in range(0, len(indices) - lag + 1, lag)]
+    for block, following in pairwise(blocks):
+        shares = [0.0 for _ in block]
+        for kind in ("key", "value"):
+            reference = np.stack([getattr(view.held[i], kind) for i in following])
+            low, high = reference.min(axis=0), reference.max(axis=0)
+            spreads = [
+                float(np.std((getattr(view.held[i], kind) - low) / (high - low), ddof=1))
+                for i in block
+            ]
+            for i, share in enumerate(softmax(spreads)):
+                shares[i] += share / 2
+        for i, index in enumerate(block):
+            lower = sum(share < shares[i] for share in shares)
+            scores[index] = shares[i] if cross_scoring else lower / lag
+    return scores
+
+
+def finch(view: View, *, window: int = 32, normalize_scores: bool = True) -> list[float]:
+    """Attention of the last ``window`` queries, weighed by how many tokens each could see.
+
+    FINCH (https://doi.org/10.1162/tacl_a_00716), with the group of query heads averaged.
+    """
+    totals = [0.0 for _ in view.held]
+    first = max(0, view.incoming - window)
+    for position in range(first, view.incoming):
+        visible = [token for token in view.held if token.position <= position]
+        weight = len(visible) if normalize_scores else 1
+        rows = [attention_row(query, visible) for query in view.queries[position]]
+        for index, token in enumerate(view.held):
+            vote = mean([row.get(token.position, 0.0) for row in rows])
+            totals[index] += weight * vote / (view.incoming - first)
+    return totals
+
+
+def rpc(
+    view: View, *, window: int = 32, kernel_size: int = 7, compression: float = 0.0
+) -> list[float]:
+    """Attention of the last queries among the generated tokens before them, over all heads.
+
+    Reasoning Path Compression (https://arxiv.org/abs/2505.13866). With ``compression`` no more of
+    these tokens stay than one in so many generated ones.
+    """
+    last = view.incoming - window
+    voted = [t.position for t in view.held if view.prompt_length <= t.position < last]
+    votes = [0.0 for _ in voted]
+    for rows in view.layer_rows[-window:]:
+        for row in rows:
+            # A softmax among some tokens is one among all, divided by what these have of it.
+            total = math.fsum(row.get(position, 0.0) for position in voted)
+            for index, position in enumerate(voted):
+                if total:
+                    votes[index] += row[position] / total / len(rows)
+    smooth = [mean(neighbours(votes, index, kernel_size)) for index in range(len(votes))]
+    scores = dict(zip(voted, smooth, strict=True))
+    if compression:
+        quota = int((view.incoming - view.prompt_length) / compression)
+        best = sorted(voted, key=lambda position: (scores[position], position), reverse=True)
+        scores |= dict.fromkeys(best[quota:], -math.inf)
+    return [scores.get(t.position, window + 1.0 + t.position) for t in view.held]
+
+
+def gkv(
+    view: View,
+    *,
+    window: int = 16,
+    kernel_size: int = 1,
+    alpha: float = 0.8,
+    mix_lambda: float = 0.5,
+    similarity_threshold: float = 0.5,
+) -> list[float]:
+    """Remembered attention minus redundancy; the last ``window`` positions are above all others.
+
+    G-KV (https://arxiv.org/abs/2512.00504). What is remembered depends on the rankings so far, so
+    this is the one score that writes down something.
+    """
+    prefix = [token for token in view.held if token.position < view.incoming - window]
+    local = [0.0 for _ in prefix]
+    queries = range(max(0, view.incoming - window), view.incoming)
+    for position in queries:
+        visible = [token for token in view.held if token.position <= position]
+        rows = [attention_row(query, visible) for query in view.queries[position]]
+        for index, token in enumerate(prefix):
+            local[index] += max(row[token.position] for row in rows) / len(queries)
+    remembered: list[float] = []
+    for token, score in zip(prefix, local, strict=True):
+        remembered.append(max(alpha * view.memory.get(token.position, 0.0), score / max(local)))
+        view.memory[token.position] = remembered[-1]
+    redundancy = rkv_redundancy(view.held, similarity_threshold=similarity_threshold)[: len(prefix)]
+    scores = [
+        mix_lambda * max(neighbours(remembered, index, kernel_size))
+        - (1 - mix_lambda) * redundancy[index] / max(redundancy)
+        for index in range(len(prefix))
+    ]
+    return scores + [2.0 + token.position for token in view.held[len(prefix) :]]
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
+    "finch": finch,
+    "gkv": gkv,
     "full": full,
     "h2o": h2o,
     "keydiff": keydiff,
@@ -449,7 +607,10 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "random": random,
     "random_prompt": random,
     "raas": raas,
+    "lagkv": lagkv,
     "rkv": rkv,
+    "rkv_lsh": rkv_lsh,
+    "rpc": rpc,
     "snapkv": snapkv,
     "streaming_llm": streaming_llm,
     "tova": tova,
