@@ -28,6 +28,7 @@ class LayerState(NamedTuple):
     tensors: dict[str, Tensor]
     form: Form
     window: int | None
+    constants: dict[str, Tensor]
 
 
 class Call(NamedTuple):
@@ -171,11 +172,11 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """A copy of what is held."""
         assert self.sizes is not None
         copies = {name: tensor.clone() for name, tensor in self.named_tensors().items()}
-        return LayerState(self.sizes, copies, self.form, self.window)
+        return LayerState(self.sizes, copies, self.form, self.window, self.constants)
 
     def restore(self, state: LayerState) -> None:
         """Holds again what ``state`` says, in place where it fits."""
-        self.form = state.form
+        self.form, self.constants = state.form, state.constants
         self._see(state.window)
         self.load(state.tensors, state.sizes)
         self.calls = 0

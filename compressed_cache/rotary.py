@@ -1,6 +1,7 @@
 """The rotary embedding of a layer, as far as it can be told for sure."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 STATIC = ("default", "linear", "llama3", "yarn")
 """Rope types whose frequencies do not depend on the length of the text."""
-_CACHE_ARGUMENTS = ("past_key_values", "cache", "past_key_value")
+
+
+_TENSORS = ("frequencies", "partners", "signs")
 
 
 class Rotary(NamedTuple):
@@ -51,10 +54,19 @@ class Rotary(NamedTuple):
         """``[D]`` float32, the scaling of rotated channels and 1 for the others."""
         return torch.where(self.partners == _channels(self.partners), 1.0, self.scaling)
 
+    def constants(self) -> dict[str, Tensor]:
+        """Its tensors by name, for a policy; :meth:`among` finds them again."""
+        return {name: getattr(self, name) for name in _TENSORS}
+
+    @classmethod
+    def among(cls, constants: Mapping[str, Tensor]) -> "Rotary":
+        """What :meth:`constants` gave, without the scaling."""
+        frequencies, partners, signs = (constants[name] for name in _TENSORS)
+        return cls(frequencies, partners, signs)
+
     def to(self, device: torch.device) -> "Rotary":
         """The same on another device."""
-        tensors = (self.frequencies, self.partners, self.signs)
-        return Rotary(*(tensor.to(device) for tensor in tensors), scaling=self.scaling)
+        return self._replace(**{name: part.to(device) for name, part in self.constants().items()})
 
 
 def rotary_of(config: Any, module: Any, layer: int, dim: int) -> Rotary:
@@ -96,6 +108,12 @@ def rotary_of(config: Any, module: Any, layer: int, dim: int) -> Rotary:
         f"{kind} rotates neither halves nor neighbouring channels, so this policy cannot turn its "
         "keys. Use a policy that does not, such as 'snapkv'."
     )
+
+
+def cache_argument(module: Any) -> str | None:
+    """What a model or attention module calls its cache, which changed over the releases."""
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def _inverse_frequencies(config: Any, layer: int, dim: int) -> tuple[Tensor, float]:
@@ -182,10 +200,9 @@ def _keys_at(module: Any, config: Any, layer: int, inverse: Tensor, *, angle: fl
     device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 1, config.hidden_size, generator=generator).to(device, dtype or None)
-    names = inspect.signature(module.forward).parameters
-    cache_argument = next((name for name in _CACHE_ARGUMENTS if name in names), None)
+    name = cache_argument(module)
     problem: Exception | None = None
-    if cache_argument is not None:
+    if name is not None:
         # Some models leave it to their attention to repeat the angles for both channels of a pair.
         for length in (2 * len(inverse), len(inverse)):
             probe = _Probe()
@@ -195,7 +212,7 @@ def _keys_at(module: Any, config: Any, layer: int, inverse: Tensor, *, angle: fl
                     hidden_states=hidden,
                     position_embeddings=(full.cos(), full.sin()),
                     attention_mask=None,
-                    **{cache_argument: probe},
+                    **{name: probe},
                 )
             except _Seen:
                 return probe.keys[0, 0, 0].float().cpu()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
 _FORMAT = "2"
+_CONSTANTS = "constants."
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Snapshot:
             tensors |= {f"{index}.{name}": part for name, part in state.tensors.items()}
             if state.form.sinks is not None:
                 tensors[f"{index}.sinks"] = state.form.sinks.detach()
+            for name, constant in state.constants.items():
+                tensors[f"{index}.{_CONSTANTS}{name}"] = constant
             described.append(
                 {
                     "groups": state.sizes.groups,
@@ -128,7 +131,7 @@ class Snapshot:
                 )
             policy = POLICIES[found["policy"]](**json.loads(found["options"]))
         layers = tuple(
-            described and _described_state(described, _part(tensors, index))
+            described and _described_state(described, _part(tensors, f"{index}."))
             for index, described in enumerate(json.loads(found["layers"]))
         )
         rules = Rules(**json.loads(found["rules"]))
@@ -141,8 +144,7 @@ def _state(layer: Any) -> LayerState | LinearAttentionLayer | None:
     return copy.deepcopy(layer)
 
 
-def _part(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    prefix = f"{index}."
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
@@ -158,4 +160,5 @@ def _described_state(described: dict[str, Any], tensors: dict[str, Tensor]) -> L
         *(batch, heads, described["groups"], capacity, dim, values.shape[-1]),
         *(keys.dtype, values.dtype, keys.device),
     )
-    return LayerState(sizes, tensors, form, described["window"])
+    constants = _part(tensors, _CONSTANTS)
+    return LayerState(sizes, tensors, form, described["window"], constants)

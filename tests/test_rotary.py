@@ -126,7 +126,7 @@ def test_float64_positions_have_float64_angles() -> None:
 
 def test_angles_that_depend_on_the_length_are_refused() -> None:
     model: LlamaForCausalLM = scaled("dynamic", factor=2.0).make()
-    with pytest.raises(NotImplementedError, match="rope_type must be one of .*, got 'dynamic'"):
+    with pytest.raises(NotImplementedError, match=r"rope_type must be one of .*, got 'dynamic'"):
         rotary_of(model.config, attention_of(model), 0, 8)
     factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4)
     model = scaled("longrope", **factors, original_max_position_embeddings=64, factor=8.0).make()

@@ -5,15 +5,18 @@ from typing import Any
 
 from compressed_cache.names import listing, nearest
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
+from compressed_cache.policies.expected_attention import ExpectedAttention
 from compressed_cache.policies.full import Full
 from compressed_cache.policies.h2o import H2O
 from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
+from compressed_cache.policies.qfilter import QFilter
 from compressed_cache.policies.random import Random
 from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.policies.tova import TOVA
+from compressed_cache.policies.triattention import TriAttention
 
 __all__ = ["POLICIES", "Defaults", "Policy", "Rows", "Site", "Slots", "make_policy"]
 
@@ -27,6 +30,9 @@ POLICIES: dict[str, type[Policy]] = {
     "snapkv": SnapKV,
     "rkv": RKV,
     "keydiff": KeyDiff,
+    "qfilter": QFilter,
+    "triattention": TriAttention,
+    "expected_attention": ExpectedAttention,
 }
 
 

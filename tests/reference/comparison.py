@@ -19,13 +19,16 @@ VOCABULARY = 160
 NUM_STEPS = 30
 # Small windows, so that they end, wrap and are pooled many times in a short text.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "expected_attention": {"n_future": 20, "n_sinks": 1, "epsilon": 0.01},
     "h2o": {},
     "keydiff": {},
     "knorm": {},
+    "qfilter": {},
     "rkv": {"window": 4, "kernel_size": 3, "mix_lambda": 0.4, "similarity_threshold": 0.3},
     "snapkv": {"window": 6, "kernel_size": 3},
     "streaming_llm": {},
     "tova": {},
+    "triattention": {"num_offsets": 5},
 }
 NAMES = sorted(OPTIONS)
 

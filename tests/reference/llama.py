@@ -178,6 +178,7 @@ class _Row:
             queries=self.queries[layer][head],
             group_rows=[rows[first : first + self.model.group_size] for rows in self.rows[layer]],
             layer_rows=self.rows[layer],
+            prompt_length=self.prompt_length,
         )
 
     def compress_prompt(self, score: Score, rules: Rules, trace: Trace) -> None:
