@@ -18,11 +18,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="lm_eval with this project's tasks; takes lm_eval's own options",
         add_help=False,
     )
+    calibrate = commands.add_parser(
+        "calibrate", help="collects the statistics of a model that some policies need"
+    )
+    _add_calibrate_options(calibrate)
     commands.add_parser("model", help="prints the folder of the shipped model")
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "eval":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return {"demo": _demo, "eval": _eval, "model": _model}[options.command](options, rest)
+    run = {"demo": _demo, "eval": _eval, "calibrate": _calibrate, "model": _model}
+    return run[options.command](options, rest)
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
@@ -54,6 +59,12 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _calibrate(options: argparse.Namespace, rest: list[str]) -> int:
+    from compressed_cache.calibration.command import run
+
+    return run(options)
+
+
 def _model(options: argparse.Namespace, rest: list[str]) -> int:
     from compressed_cache.reasoner import MODEL_PATH
 
@@ -64,6 +75,17 @@ def _model(options: argparse.Namespace, rest: list[str]) -> int:
 def _missing(error: ModuleNotFoundError, extra: str) -> int:
     print(f"{error.name} is missing: pip install 'compressed-cache[{extra}]'", file=sys.stderr)
     return 1
+
+
+def _add_calibrate_options(calibrate: argparse.ArgumentParser) -> None:
+    calibrate.add_argument("--model", required=True, help="a hub or local model")
+    calibrate.add_argument("--policy", required=True, help="the policy that needs them")
+    calibrate.add_argument("--out", required=True, help="the safetensors file to write")
+    calibrate.add_argument(
+        "--text", action="append", help="a text file; may be repeated (default: a small own text)"
+    )
+    calibrate.add_argument("--tokens", type=int, default=50_000, help="tokens read at most")
+    calibrate.add_argument("--device", default="cpu", help="e.g. cuda")
 
 
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:

@@ -133,7 +133,7 @@ class Snapshot:
                 ) from None
             policy = make_policy(found["policy"], **json.loads(found["options"]))
         layers = tuple(
-            described and _described_state(described, _part(tensors, index))
+            described and _described_state(described, _part(tensors, f"{index}."))
             for index, described in enumerate(json.loads(found["layers"]))
         )
         rules = Rules(**json.loads(found["rules"]))
@@ -146,8 +146,7 @@ def _state(layer: Any) -> LayerState | LinearAttentionLayer | None:
     return copy.deepcopy(layer)
 
 
-def _part(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    prefix = f"{index}."
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()

@@ -6,6 +6,7 @@ from typing import Any
 from compressed_cache.names import listing, nearest
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 from compressed_cache.policies.caote import CAOTE
+from compressed_cache.policies.expected_attention import ExpectedAttention
 from compressed_cache.policies.finch import Finch
 from compressed_cache.policies.full import Full
 from compressed_cache.policies.gkv import GKV
@@ -17,6 +18,7 @@ from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.morphkv import MorphKV
 from compressed_cache.policies.observed_attention import ObservedAttention
 from compressed_cache.policies.phases import InPhases
+from compressed_cache.policies.qfilter import QFilter
 from compressed_cache.policies.raas import RaaS
 from compressed_cache.policies.random import Random
 from compressed_cache.policies.random_prompt import RandomPrompt
@@ -26,6 +28,7 @@ from compressed_cache.policies.rpc import RPC
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.policies.tova import TOVA
+from compressed_cache.policies.triattention import TriAttention
 from compressed_cache.policies.vase import VaSE
 from compressed_cache.policies.vase_dkv import VaSEDKV
 
@@ -65,6 +68,9 @@ POLICIES: dict[str, type[Policy]] = {
     "finch": Finch,
     "rpc": RPC,
     "gkv": GKV,
+    "qfilter": QFilter,
+    "triattention": TriAttention,
+    "expected_attention": ExpectedAttention,
 }
 
 

@@ -30,6 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random_prompt": {"redraw": False},
     "raas": {"share": 0.25},
     "lagkv": {"lag": 3, "num_sinks": 2},
+    "expected_attention": {"n_future": 20, "n_sinks": 1, "epsilon": 0.01},
+    "qfilter": {},
     "rkv": {"window": 4, "kernel_size": 3, "mix_lambda": 0.4, "similarity_threshold": 0.3},
     # Few keys share a code of seven bits, and without pooling equal scores are rare.
     "rkv_lsh": {"window": 4, "kernel_size": 1, "mix_lambda": 0.4, "bits": 7, "seed": 3},
@@ -41,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv+caote": {"window": 6, "kernel_size": 3},
     "vase": {"window": 6, "seed": 5},
     "vase_dkv": {"rank": 6, "seed": 7},
+    "triattention": {"num_offsets": 5},
 }
 NAMES = sorted(OPTIONS)
 

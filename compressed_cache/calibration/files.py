@@ -1,0 +1,179 @@
+"""Files of statistics, and which model they are of.
+
+A model is told by a hash over the part of its configuration that shapes attention, which does not
+change with the path it was loaded from, the dtype or the release of transformers. Models of one
+shape but with other weights are told apart by a few weights of each attention layer, compared with
+a tolerance: a model in another dtype passes, and so does a close relative, such as a model and what
+it was fine-tuned from, whose statistics are nearly the same.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compressed_cache.policies.base import Site
+from compressed_cache.reasoner import MODEL_PATH
+
+FORMAT = "compressed-cache statistics 1"
+SHIPPED = MODEL_PATH / "calibration"
+_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+_ROPE = ("rope_type", "rope_theta", "factor")
+_WEIGHTS = "weights"
+_SAMPLED = 64
+_SIMILAR = 0.9
+
+
+def model_hash(config: Any) -> str:
+    """16 hexadecimal digits for a text config."""
+    chosen = {name: getattr(config, name, None) for name in _FIELDS}
+    heads = config.num_attention_heads
+    chosen["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_type = {name: part for name, part in rope.items() if isinstance(part, dict)} or {"": rope}
+    chosen["rope"] = {
+        name: {field: part[field] for field in _ROPE if field in part}
+        for name, part in by_type.items()
+    }
+    text = json.dumps(chosen, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weight_sample(module: Any) -> Tensor:
+    """A few weights of an attention module, float32; none where they are not plain numbers."""
+    matrix = next((p for p in module.parameters() if p.dim() == 2), None)
+    if matrix is None or not matrix.is_floating_point() or hasattr(matrix, "to_local"):
+        return torch.empty(0)
+    return matrix.detach()[0, :_SAMPLED].float().cpu()
+
+
+def save(
+    path: Path, *, policy: str, model: str, config: Any, tokens: int, layers: Mapping[int, Any]
+) -> None:
+    """Writes statistics.
+
+    Args:
+        path: the file.
+        policy: whose.
+        model: name of the model, for people.
+        config: its text config.
+        tokens: how many they were made of.
+        layers: for each layer its attention module and its tensors by name.
+    """
+    from compressed_cache import __version__
+
+    tensors: dict[str, Tensor] = {}
+    for layer, (module, statistics) in layers.items():
+        tensors[f"{layer}.{_WEIGHTS}"] = weight_sample(module)
+        tensors |= {f"{layer}.{name}": part.float() for name, part in statistics.items()}
+    tensors = {name: part.contiguous().cpu() for name, part in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "policy": policy,
+        "model": model,
+        "model_hash": model_hash(config),
+        "version": __version__,
+        "tokens": str(tokens),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata)
+
+
+def describe(path: str | Path) -> dict[str, str]:
+    """What a file says about itself.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file of something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no calibration file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is not a safetensors file: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{str(path)!r} must be written by 'python -m compressed_cache calibrate' in format "
+            f"{FORMAT!r}, got {metadata.get('format')!r}"
+        )
+    return metadata
+
+
+def check_policy(path: str | Path, policy: str) -> None:
+    """Raises ``ValueError`` for a file of another policy's statistics."""
+    found = describe(path)["policy"]
+    if found != policy:
+        raise ValueError(f"{str(path)!r} has statistics for policy {found!r}, not {policy!r}")
+
+
+def shipped(policy: str, config: Any) -> Path | None:
+    """The file that came with this package for a model of this shape."""
+    path = SHIPPED / f"{policy}.safetensors"
+    known = path.is_file() and describe(path)["model_hash"] == model_hash(config)
+    return path if known else None
+
+
+def load(policy: str, path: str | None, site: Site) -> dict[str, Tensor]:
+    """Statistics of one layer, the heads at hand, on the layer's device.
+
+    Args:
+        policy: whose.
+        path: the file; None for one that came with this package.
+        site: the layer. All tensors but those of the model's weights begin with its heads.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file for another policy or of another model, or no file for this one.
+    """
+    found = path or shipped(policy, site.config)
+    if found is None:
+        name = getattr(site.config, "name_or_path", "") or "MODEL"
+        raise ValueError(
+            f"policy {policy!r} needs statistics of the model, and none came with this package for "
+            f"{name!r}. Run\n    python -m compressed_cache calibrate --model {name} --policy "
+            f"{policy} --out FILE\nand pass calibration=FILE."
+        )
+    check_policy(found, policy)
+    metadata, expected = describe(found), model_hash(site.config)
+    if metadata["model_hash"] != expected:
+        raise ValueError(
+            f"{str(found)!r} has statistics of model {metadata['model']!r} "
+            f"(hash {metadata['model_hash']}), not of this one (hash {expected})"
+        )
+    with safe_open(found, framework="pt") as file:
+        prefix = f"{site.layer}."
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    if not tensors:
+        raise ValueError(f"{str(found)!r} has no statistics of layer {site.layer}")
+    _check_weights(tensors.pop(_WEIGHTS), site, f"{str(found)!r} (model {metadata['model']!r})")
+    heads = slice(site.first_head, site.first_head + site.heads)
+    return {name: part[heads].to(site.device) for name, part in tensors.items()}
+
+
+def _check_weights(known: Tensor, site: Site, file: str) -> None:
+    # Another process of tensor parallelism has other rows.
+    found = weight_sample(site.module)
+    if site.first_head or not len(found) or not len(known):
+        return
+    if len(found) != len(known) or torch.cosine_similarity(found, known, dim=0) < _SIMILAR:
+        raise ValueError(
+            f"{file} has statistics of a model like this one (hash {model_hash(site.config)}) but "
+            "with other weights"
+        )
