@@ -116,8 +116,14 @@ def _read_block(
         seen = before = torch.cat([layer.attention, new], dim=2)
     notes = torch.cat([layer.notes, layer.note(key, value, new_positions)], dim=2)
     outputs = []
+    queries, attended = layer.attended(query, keys, rows, positions)
     for weights, own in attention.attention_rows(
-        query, keys, query_positions=rows, positions=positions, form=layer.form, window=layer.window
+        queries,
+        attended,
+        query_positions=rows,
+        positions=positions,
+        form=layer.form,
+        window=layer.window,
     ):
         outputs.append(weights.to(values.dtype) @ values.unsqueeze(2))
         if observes:

@@ -41,8 +41,10 @@ def step(
         output, weights = _fused(layer, query, key, value, planned, weighs)
     else:
         _write(layer, key, value, _slot(layer) if planned is None else planned)
+        own = layer.next_position[:, None]
+        seen, keys = layer.attended(query, layer.keys, own, layer.positions)
         output, weights = attention.attend(
-            query, layer.keys, layer.values, layer.positions >= 0, layer.form
+            seen, keys, layer.values, layer.positions >= 0, layer.form
         )
         _remember(layer, weights)
     _record_query(layer, query.detach())

@@ -8,6 +8,7 @@ from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 from compressed_cache.policies.caote import CAOTE
 from compressed_cache.policies.full import Full
 from compressed_cache.policies.h2o import H2O
+from compressed_cache.policies.key_rerotation import KeyRerotation
 from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
 from compressed_cache.policies.modifier import Modifier
@@ -46,7 +47,7 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-MODIFIERS: dict[str, type[Modifier]] = {"caote": CAOTE}
+MODIFIERS: dict[str, type[Modifier]] = {"caote": CAOTE, "key_rerotation": KeyRerotation}
 
 
 def make_policy(name: str, **options: Any) -> Policy:

@@ -131,6 +131,9 @@ class Policy:
     """With ``observes_attention``: how many of the last prompt queries are shown; None: all."""
     revises: ClassVar[bool] = False
     """Whether :meth:`revise` is called before each ranking."""
+    contiguous: ClassVar[bool] = False
+    """Whether held tokens are attended as if they followed one another, see
+    :mod:`compressed_cache.contiguous`, which needs constants."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 
-_TRAITS = ("observes_attention", "mixes_heads", "prompt_queries", "revises", "scores_attention")
+_TRAITS = (
+    "observes_attention",
+    "mixes_heads",
+    "prompt_queries",
+    "revises",
+    "scores_attention",
+    "contiguous",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

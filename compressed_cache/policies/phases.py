@@ -52,6 +52,7 @@ class InPhases(Policy):
         self._take("mixes_heads", any(part.mixes_heads for part in both))
         self._take("prompt_queries", observing[-1].prompt_queries if observing else None)
         self._take("revises", any(part.revises for part in both))
+        self._take("contiguous", any(part.contiguous for part in both))
         self._take("scores_attention", all(part.scores_attention for part in both))
 
     def _take(self, trait: str, value: object) -> None:

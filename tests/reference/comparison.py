@@ -28,6 +28,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tova": {},
     "h2o+caote": {},
     "snapkv+caote": {"window": 6, "kernel_size": 3},
+    "h2o+key_rerotation": {},
+    "snapkv+key_rerotation": {"window": 6, "kernel_size": 3},
+    "streaming_llm+key_rerotation": {},
 }
 NAMES = sorted(OPTIONS)
 

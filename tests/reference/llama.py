@@ -16,7 +16,18 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.reference.policies import Row, Rules, Score, Token, Vector, View, attention_row, rank
+from tests.reference.policies import (
+    Layout,
+    Row,
+    Rules,
+    Score,
+    Token,
+    Vector,
+    View,
+    attention_row,
+    layout_of,
+    rank,
+)
 
 Kept = list[list[tuple[int, ...]]]
 """``kept[layer][head]``: positions a key/value head holds, in ascending order."""
@@ -78,7 +89,7 @@ class ReferenceLlama:
             forced: Tokens to feed in place of the most likely ones.
         """
         trace = Trace()
-        row = _Row(self)
+        row = _Row(self, layout_of(score))
         logits = [row.read(token) for token in prompt][-1]
         row.compress_prompt(score, rules, trace)
         for step in range(num_new_tokens):
@@ -114,12 +125,14 @@ class ReferenceLlama:
 class _Row:
     """One text: what every layer and head holds, and everything it has ever seen."""
 
-    def __init__(self, model: ReferenceLlama) -> None:
+    def __init__(self, model: ReferenceLlama, layout: Layout) -> None:
         layers, heads = range(model.num_layers), range(model.num_heads)
         self.model = model
+        self.layout = layout
         self.num_read = 0
         self.prompt_length = 0
         self.held: list[list[list[Token]]] = [[[] for _ in heads] for _ in layers]
+        self.unrotated: list[list[list[Vector]]] = [[[] for _ in heads] for _ in layers]
         self.queries: list[list[list[Vector]]] = [[[] for _ in heads] for _ in layers]
         self.rows: list[list[list[Row]]] = [[] for _ in layers]
         self.victims: list[list[list[int | None]]] = [[[] for _ in heads] for _ in layers]
@@ -156,8 +169,21 @@ class _Row:
                 for member in range(model.group_size)
             ]
             self.queries[layer][head].append(np.stack(group))
+            self.unrotated[layer][head].append(keys[head])
+            seen = held
+            if self.layout.contiguous:
+                seen = [
+                    token._replace(
+                        key=model.rotate(self.unrotated[layer][head][token.position], place)
+                    )
+                    for place, token in enumerate(held)
+                ]
+                group = [
+                    model.rotate(queries[head * model.group_size + member], len(held) - 1)
+                    for member in range(model.group_size)
+                ]
             for query in group:
-                row = attention_row(query, held)
+                row = attention_row(query, seen)
                 rows.append(row)
                 outputs.append(
                     sum(

@@ -279,6 +279,31 @@ def caote(view: View, base: Callable[..., list[float]], **options: Any) -> list[
     return changes
 
 
+def key_rerotation(view: View, base: Callable[..., list[float]], **options: Any) -> list[float]:
+    """The scores of another policy; attention sees held tokens at the positions 0, 1, 2 and so on.
+
+    StreamingLLM, section 3.2 (https://arxiv.org/abs/2309.17453).
+    """
+    return base(view, **options)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tokens are held and attended, where a policy changes that.
+
+    Attributes:
+        contiguous: Attention sees the held tokens without gaps between them.
+    """
+
+    contiguous: bool = False
+
+
+def layout_of(score: Score) -> Layout:
+    """What a policy changes beside which tokens are kept."""
+    asked = score.func if isinstance(score, partial) else score
+    return Layout(contiguous=asked is key_rerotation)
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
     "full": full,
     "h2o": h2o,
@@ -289,5 +314,8 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "streaming_llm": streaming_llm,
     "tova": tova,
     "h2o+caote": partial(caote, base=h2o),
+    "h2o+key_rerotation": partial(key_rerotation, base=h2o),
+    "snapkv+key_rerotation": partial(key_rerotation, base=snapkv),
+    "streaming_llm+key_rerotation": partial(key_rerotation, base=streaming_llm),
     "snapkv+caote": partial(caote, base=snapkv),
 }
