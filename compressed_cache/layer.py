@@ -280,7 +280,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def _allocate(self, sizes: Sizes) -> None:
         super()._allocate(sizes)
         hook.tag(self.keys, self)
-        alters = self.policy.contiguous
+        alters = self.policy.contiguous or self.policy.prunes_channels
         self.is_fused = self.policy.evicts and not alters and ops.serves(sizes)
 
     def attended(

@@ -17,6 +17,7 @@ from compressed_cache.policies.random import Random
 from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
+from compressed_cache.policies.think import ThinK
 from compressed_cache.policies.tova import TOVA
 
 __all__ = [
@@ -47,7 +48,11 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-MODIFIERS: dict[str, type[Modifier]] = {"caote": CAOTE, "key_rerotation": KeyRerotation}
+MODIFIERS: dict[str, type[Modifier]] = {
+    "caote": CAOTE,
+    "key_rerotation": KeyRerotation,
+    "think": ThinK,
+}
 
 
 def make_policy(name: str, **options: Any) -> Policy:

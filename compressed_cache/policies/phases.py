@@ -35,6 +35,11 @@ class InPhases(Policy):
                 raise ValueError(
                     f"{self.label!r} must evict in both phases, {part.label} never does"
                 )
+            if part.contiguous or part.prunes_channels:
+                raise ValueError(
+                    f"{part.label!r} changes what is held in both phases. Put its last part around "
+                    "the two."
+                )
         observing = [part for part in both if part.observes_attention]
         if len({type(part) for part in observing}) > 1:
             raise ValueError(
@@ -52,7 +57,6 @@ class InPhases(Policy):
         self._take("mixes_heads", any(part.mixes_heads for part in both))
         self._take("prompt_queries", observing[-1].prompt_queries if observing else None)
         self._take("revises", any(part.revises for part in both))
-        self._take("contiguous", any(part.contiguous for part in both))
         self._take("scores_attention", all(part.scores_attention for part in both))
 
     def _take(self, trait: str, value: object) -> None:

@@ -26,6 +26,7 @@ from tests.reference.policies import (
     View,
     attention_row,
     layout_of,
+    least_channels,
     rank,
 )
 
@@ -133,6 +134,7 @@ class _Row:
         self.prompt_length = 0
         self.held: list[list[list[Token]]] = [[[] for _ in heads] for _ in layers]
         self.unrotated: list[list[list[Vector]]] = [[[] for _ in heads] for _ in layers]
+        self.lost: list[list[list[int]]] = [[[] for _ in heads] for _ in layers]
         self.queries: list[list[list[Vector]]] = [[[] for _ in heads] for _ in layers]
         self.rows: list[list[list[Row]]] = [[] for _ in layers]
         self.victims: list[list[list[int | None]]] = [[[] for _ in heads] for _ in layers]
@@ -182,6 +184,13 @@ class _Row:
                     model.rotate(queries[head * model.group_size + member], len(held) - 1)
                     for member in range(model.group_size)
                 ]
+            lost, whole = self.lost[layer][head], self.layout.whole
+            seen = [
+                token
+                if token.position > position - whole
+                else token._replace(key=without(token.key, lost))
+                for token in seen
+            ]
             for query in group:
                 row = attention_row(query, seen)
                 rows.append(row)
@@ -197,11 +206,14 @@ class _Row:
     def view(self, layer: int, head: int) -> View:
         """What a policy may look at."""
         first = head * self.model.group_size
+        lost = self.lost[layer][head]
         return View(
             layer=layer,
             head=head,
-            held=self.held[layer][head],
-            queries=self.queries[layer][head],
+            held=[
+                token._replace(key=without(token.key, lost)) for token in self.held[layer][head]
+            ],
+            queries=[without(query, lost) for query in self.queries[layer][head]],
             group_rows=[rows[first : first + self.model.group_size] for rows in self.rows[layer]],
             layer_rows=self.rows[layer],
         )
@@ -209,6 +221,13 @@ class _Row:
     def compress_prompt(self, score: Score, rules: Rules, trace: Trace) -> None:
         """Drop the lowest tokens of the prompt until the budget is met."""
         self.prompt_length = self.num_read
+        for layer, heads in enumerate(self.held):
+            for head, held in enumerate(heads):
+                self.lost[layer][head] = least_channels(
+                    [token.key for token in held],
+                    self.queries[layer][head][-self.layout.window :],
+                    channel_ratio=self.layout.channel_ratio,
+                )
         excess = self.prompt_length - rules.budget
         if excess <= 0:
             return
@@ -269,6 +288,13 @@ class _Row:
     def kept(self) -> Kept:
         """Positions in the cache now."""
         return [[tuple(token.position for token in held) for held in layer] for layer in self.held]
+
+
+def without(vector: Vector, lost: Sequence[int]) -> Vector:
+    """``[..., D]`` with zeros in these channels."""
+    kept = vector.copy()
+    kept[..., list(lost)] = 0.0
+    return kept
 
 
 @cache
