@@ -31,10 +31,10 @@ class SlotMemory:
 
     Attributes:
         keys, values: ``[B, H, S, D]`` in the dtype of the model.
-        channels, tails: ``[B, H, D]`` int64 and ``[B, H, R, D - D']``, the order of the channels of
-            keys and the last of them for the last tokens, see :mod:`compressed_cache.channels`;
-            empty unless the policy prunes channels, when ``D'`` takes the place of ``D`` in ``keys``
-            and ``queries``.
+        channels, tails: ``[B, H, D]`` int64 and ``[B, H, R, D - D']``, empty unless the policy
+            prunes channels: then ``keys`` and ``queries`` have ``D'`` of them, in an order that is
+            ``channels``, and ``tails`` is a ring with the others of the last tokens, see
+            :mod:`compressed_cache.channels`.
         positions: ``[B, H, S]`` int64, position of the token in each slot, ``-1`` where empty.
         counts: ``[B, 3]`` int64, for each row the position of the incoming token, the tokens seen,
             padding included, and which of the victims is due: one tensor, so that a step counts in
