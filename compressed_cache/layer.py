@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from compressed_cache import checks, hook, slots
 from compressed_cache.attention import Form
 from compressed_cache.clock import Clock
+from compressed_cache.contiguous import closed_up
 from compressed_cache.kernels import ops
 from compressed_cache.memory import Sizes, SlotMemory
 from compressed_cache.padding import check_left, first_tokens, real_tokens
@@ -279,7 +280,29 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def _allocate(self, sizes: Sizes) -> None:
         super()._allocate(sizes)
         hook.tag(self.keys, self)
-        self.is_fused = self.policy.evicts and ops.serves(sizes)
+        alters = self.policy.contiguous or self.policy.prunes_channels
+        self.is_fused = self.policy.evicts and not alters and ops.serves(sizes)
+
+    def attended(
+        self, query: Tensor, keys: Tensor, query_positions: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, H * G, L, D]`` and keys ``[B, H, S, D]`` as attention is to see them.
+
+        Args:
+            query: of tokens that follow one another.
+            keys: of all they may see, themselves included.
+            query_positions: ``[B, L]`` int64, ``-1`` at padding.
+            positions: ``[B, H, S]`` int64, ``-1`` where there is no token.
+        """
+        if not self.policy.contiguous:
+            return query, keys
+        return closed_up(
+            query,
+            keys,
+            query_positions=query_positions,
+            positions=positions,
+            constants=self.constants,
+        )
 
     # What the policy sees and says.
 

@@ -31,6 +31,10 @@ class SlotMemory:
 
     Attributes:
         keys, values: ``[B, H, S, D]`` in the dtype of the model.
+        channels, tails: ``[B, H, D]`` int64 and ``[B, H, R, D - D']``, empty unless the policy
+            prunes channels: then ``keys`` and ``queries`` have ``D'`` of them, in an order that is
+            ``channels``, and ``tails`` is a ring with the others of the last tokens, see
+            :mod:`compressed_cache.channels`.
         positions: ``[B, H, S]`` int64, position of the token in each slot, ``-1`` where empty.
         counts: ``[B, 3]`` int64, for each row the position of the incoming token, the tokens seen,
             padding included, and which of the victims is due: one tensor, so that a step counts in
@@ -48,6 +52,8 @@ class SlotMemory:
 
     keys: Tensor
     values: Tensor
+    channels: Tensor
+    tails: Tensor
     positions: Tensor
     counts: Tensor
     protected_prefix: Tensor
@@ -148,7 +154,11 @@ class SlotMemory:
             return torch.full(shape, fill, dtype=dtype, device=sizes.device)
 
         self.sizes = sizes
-        self.keys = full(batch, heads, capacity, sizes.dim, dtype=sizes.dtype)
+        dim, prunes = self.policy.key_channels(sizes.dim), self.policy.prunes_channels
+        self.keys = full(batch, heads, capacity, dim, dtype=sizes.dtype)
+        self.channels = full(batch, heads, sizes.dim if prunes else 0)
+        tails = self.policy.whole_keys, sizes.dim - dim
+        self.tails = full(batch, heads, *tails, dtype=sizes.dtype)
         self.values = full(batch, heads, capacity, sizes.value_dim, dtype=sizes.value_dtype)
         self.positions = full(batch, heads, capacity, fill=-1)
         self.counts = full(batch, 3)
@@ -161,7 +171,7 @@ class SlotMemory:
         self.attention = full(*shape, dtype=torch.float32)
         self.notes = full(batch, heads, capacity, self.policy.num_notes, dtype=torch.float32)
         window = self.policy.num_queries
-        self.queries = full(batch, heads, sizes.groups, window, sizes.dim, dtype=sizes.dtype)
+        self.queries = full(batch, heads, sizes.groups, window, dim, dtype=sizes.dtype)
         self.query_positions = full(batch, window, fill=-1)
         # Without it every in-place write would make the compiler give up CUDA graphs.
         for tensor in self.tensors():

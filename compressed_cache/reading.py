@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from compressed_cache import attention, checks, slots
+from compressed_cache import attention, channels, checks, slots
 from compressed_cache.stepping import step
 from compressed_cache.totals import attention_totals
 
@@ -66,6 +66,10 @@ def _fill(
     seen = layer.attention
     if layer.policy.observes_attention:
         seen = _seen_of_prompt(layer, query, key, rows)
+    channels.choose(layer, query, key, real)
+    query, key = channels.ordered(layer, query), channels.ordered(layer, key)
+    _record_tails(layer, key, rows)
+    key = channels.kept(layer, key)
     notes = layer.note(key, value, positions)
     _end_of_prompt(layer, query, rows)
     _keep_best(layer, key, value, positions, seen, notes)
@@ -107,17 +111,26 @@ def _read_block(
         checks.check_prompt(layer.next_position + count, layer.rules)
     rows = torch.where(real, layer.next_position[:, None] + real.cumsum(dim=1) - 1, -1)
     new_positions = rows[:, None].expand(key.shape[:3])
-    keys, values = torch.cat([layer.keys, key], dim=2), torch.cat([layer.values, value], dim=2)
+    query, key = channels.ordered(layer, query), channels.ordered(layer, key)
+    whole = torch.cat([channels.whole_keys(layer, layer.next_position), key], dim=2)
+    keys, key_kept = channels.kept(layer, whole), channels.kept(layer, key)
+    values = torch.cat([layer.values, value], dim=2)
     positions = torch.cat([layer.positions, new_positions], dim=2)
     observes = layer.policy.observes_attention
     seen = before = layer.attention
     if observes:
         new = layer.attention.new_zeros(*key.shape[:3], *layer.attention.shape[3:])
         seen = before = torch.cat([layer.attention, new], dim=2)
-    notes = torch.cat([layer.notes, layer.note(key, value, new_positions)], dim=2)
+    notes = torch.cat([layer.notes, layer.note(key_kept, value, new_positions)], dim=2)
     outputs = []
+    queries, attended = layer.attended(query, whole, rows, positions)
     for weights, own in attention.attention_rows(
-        query, keys, query_positions=rows, positions=positions, form=layer.form, window=layer.window
+        queries,
+        attended,
+        query_positions=rows,
+        positions=positions,
+        form=layer.form,
+        window=layer.window,
     ):
         outputs.append(weights.to(values.dtype) @ values.unsqueeze(2))
         if observes:
@@ -127,6 +140,7 @@ def _read_block(
         saw = (count > 0).view(-1, *[1] * (seen.dim() - 1))
         seen = torch.where(saw, seen, before)
     layer.next_position.add_(count)
+    _record_tails(layer, key, rows)
     if is_prompt:
         _end_of_prompt(layer, query, rows)
     else:
@@ -135,7 +149,7 @@ def _read_block(
         _keep_best(layer, keys, values, positions, seen, notes)
     else:
         free = layer.tokens_seen + torch.arange(key.shape[2], device=key.device)
-        layer.keys.index_copy_(2, free, key)
+        layer.keys.index_copy_(2, free, key_kept)
         layer.values.index_copy_(2, free, value)
         layer.positions.index_copy_(2, free, new_positions)
     layer.counts[:, 1] += key.shape[2]
@@ -162,25 +176,40 @@ def _end_of_prompt(layer: "CompressedLayer", query: Tensor, rows: Tensor) -> Non
 
 
 def _record_queries(layer: "CompressedLayer", query: Tensor, rows: Tensor) -> None:
-    """Writes the last ``W`` queries to their places in the ring, each row by its own positions."""
-    window = layer.query_positions.shape[1]
-    if not window:
-        return
+    if layer.query_positions.shape[1]:
+        grouped = attention.group_queries(channels.kept(layer, query), layer.keys.shape[1])
+        _write_ring(layer.queries, grouped, rows, layer.next_position)
+        positions = layer.query_positions[:, None, None, :, None]
+        _write_ring(positions, rows[:, None, None, :, None], rows, layer.next_position)
+
+
+def _record_tails(layer: "CompressedLayer", key: Tensor, rows: Tensor) -> None:
+    if layer.policy.prunes_channels:
+        tails = key[..., layer.keys.shape[3] :].unsqueeze(2)
+        _write_ring(layer.tails.unsqueeze(2), tails, rows, layer.next_position)
+
+
+def _write_ring(ring: Tensor, new: Tensor, rows: Tensor, next_position: Tensor) -> None:
+    """Writes what the last ``W`` tokens bring to their places, each row by its own positions.
+
+    Args:
+        ring: ``[B, H, G, W, D]``.
+        new: ``[B, H, G, L, D]`` of all tokens that were read.
+        rows: ``[B, L]`` int64, their positions, ``-1`` at padding.
+        next_position: ``[B]`` int64, the position after these.
+    """
+    window = ring.shape[3]
     # A further prompt may have padding in its middle, after the last token of an answer.
     newest = (rows >= 0).int().argsort(dim=1, stable=True)[:, -window:]
     rows = rows.gather(1, newest)
     before = torch.arange(-rows.shape[1], 0, device=rows.device)
-    # At padding this is the place of an older query, which is written back.
-    place = (layer.next_position[:, None] + before) % window
-    grouped = attention.group_queries(query, layer.keys.shape[1])
+    # At padding this is the place of an older token, which is written back.
+    place = (next_position[:, None] + before) % window
     column = newest[:, None, None, :, None]
-    grouped = grouped.gather(3, column.expand(*grouped.shape[:3], -1, grouped.shape[4]))
-    index = place[:, None, None, :, None].expand_as(grouped)
-    real = rows >= 0
-    held = layer.queries.gather(3, index)
-    layer.queries.scatter_(3, index, torch.where(real[:, None, None, :, None], grouped, held))
-    held = layer.query_positions.gather(1, place)
-    layer.query_positions.scatter_(1, place, torch.where(real, rows, held))
+    new = new.gather(3, column.expand(*new.shape[:3], -1, new.shape[4]))
+    index = place[:, None, None, :, None].expand_as(new)
+    real = (rows >= 0)[:, None, None, :, None]
+    ring.scatter_(3, index, torch.where(real, new, ring.gather(3, index)))
 
 
 def _keep_best(

@@ -80,6 +80,19 @@ def rank(scores: Tensor, positions: Tensor) -> Tensor:
     return by_position.gather(-1, by_score)
 
 
+def ranks_by_position(positions: Tensor) -> Tensor:
+    """How many held tokens are before each one.
+
+    Args:
+        positions: ``[B, H, S]`` int64.
+
+    Returns:
+        ``[B, H, S]`` int64, negative at empty slots.
+    """
+    before = positions.argsort(dim=-1, stable=True).argsort(dim=-1)
+    return before - (positions < 0).sum(dim=-1, keepdim=True)
+
+
 def next_victims(
     scores: Tensor, positions: Tensor, *, protected_prefix: Tensor, count: int
 ) -> Tensor:

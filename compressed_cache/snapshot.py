@@ -21,7 +21,7 @@ from compressed_cache.rules import Rules
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
-_FORMAT = "3"
+_FORMAT = "4"
 _CONSTANT = "constants."
 
 
@@ -162,7 +162,8 @@ def _described_state(described: dict[str, Any], tensors: dict[str, Tensor]) -> L
     }
     form = Form(described["scaling"], described["softcap"], tensors.pop("sinks", None))
     keys, values = tensors["keys"], tensors["values"]
-    batch, heads, capacity, dim = keys.shape
+    batch, heads, capacity = keys.shape[:3]
+    dim = keys.shape[3] + tensors["tails"].shape[3]
     sizes = Sizes(
         *(batch, heads, described["groups"], capacity, dim, values.shape[-1]),
         *(keys.dtype, values.dtype, keys.device),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compressed_cache import attention, slots
+from compressed_cache import attention, channels, slots
 from compressed_cache.kernels import ops
 
 if TYPE_CHECKING:
@@ -41,9 +41,12 @@ def step(
     if layer.is_fused and not query.requires_grad:
         output, weights = _fused(layer, query, key, value, planned, weighs)
     else:
+        query, key = channels.ordered(layer, query), channels.ordered(layer, key)
         _write(layer, key, value, _slot(layer) if planned is None else planned)
+        keys = channels.whole_keys(layer, layer.next_position + 1)
+        seen, keys = layer.attended(query, keys, layer.next_position[:, None], layer.positions)
         output, weights = attention.attend(
-            query, layer.keys, layer.values, layer.positions >= 0, layer.form
+            seen, keys, layer.values, layer.positions >= 0, layer.form
         )
         _remember(layer, weights)
     _record_query(layer, query.detach())
@@ -125,6 +128,10 @@ def _ranked(layer: "CompressedLayer") -> Tensor:
 
 
 def _write(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -> None:
+    if layer.policy.prunes_channels:
+        key, tail = key.split([layer.keys.shape[3], layer.tails.shape[3]], dim=3)
+        place = (layer.next_position % layer.tails.shape[2])[:, None, None, None]
+        layer.tails.scatter_(2, place.expand_as(tail), tail)
     layer.keys.scatter_(2, slot.unsqueeze(-1).expand_as(key), key)
     layer.values.scatter_(2, slot.unsqueeze(-1).expand_as(value), value)
     layer.positions.scatter_(2, slot, layer.next_position[:, None, None].expand_as(slot))
@@ -154,6 +161,6 @@ def _remember(layer: "CompressedLayer", weights: Tensor) -> None:
 def _record_query(layer: "CompressedLayer", query: Tensor) -> None:
     if layer.policy.num_queries:
         place = (layer.next_position % layer.query_positions.shape[1])[:, None]
-        grouped = attention.group_queries(query, layer.keys.shape[1])
+        grouped = attention.group_queries(channels.kept(layer, query), layer.keys.shape[1])
         layer.queries.scatter_(3, place[:, None, None, :, None].expand_as(grouped), grouped)
         layer.query_positions.scatter_(1, place, layer.next_position[:, None])

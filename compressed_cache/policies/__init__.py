@@ -11,6 +11,7 @@ from compressed_cache.policies.finch import Finch
 from compressed_cache.policies.full import Full
 from compressed_cache.policies.gkv import GKV
 from compressed_cache.policies.h2o import H2O
+from compressed_cache.policies.key_rerotation import KeyRerotation
 from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
 from compressed_cache.policies.lagkv import LagKV
@@ -27,6 +28,7 @@ from compressed_cache.policies.rkv_lsh import RKVLSH
 from compressed_cache.policies.rpc import RPC
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
+from compressed_cache.policies.think import ThinK
 from compressed_cache.policies.tova import TOVA
 from compressed_cache.policies.triattention import TriAttention
 from compressed_cache.policies.vase import VaSE
@@ -74,7 +76,11 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-MODIFIERS: dict[str, type[Modifier]] = {"caote": CAOTE}
+MODIFIERS: dict[str, type[Modifier]] = {
+    "caote": CAOTE,
+    "key_rerotation": KeyRerotation,
+    "think": ThinK,
+}
 
 
 def make_policy(name: str, **options: Any) -> Policy:

@@ -28,7 +28,8 @@ class Slots(NamedTuple):
     """
 
     keys: Tensor
-    """``[B, H, S, D]``, after RoPE, in the dtype of the model."""
+    """``[B, H, S, D]``, after RoPE, in the dtype of the model; with a policy that
+    :attr:`prunes_channels <Policy.prunes_channels>` the channels that stay, as of queries."""
     values: Tensor
     """``[B, H, S, D]``."""
     positions: Tensor
@@ -137,6 +138,12 @@ class Policy:
     """With ``observes_attention``: how many of the last prompt queries are shown; None: all."""
     revises: ClassVar[bool] = False
     """Whether :meth:`revise` is called before each ranking."""
+    contiguous: ClassVar[bool] = False
+    """Whether held tokens are attended as if they followed one another, see
+    :mod:`compressed_cache.contiguous`, which needs constants."""
+    prunes_channels: ClassVar[bool] = False
+    """Whether slots hold :meth:`key_channels` channels of each key, those with the highest
+    :meth:`channel_scores`, and policies see no others."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -201,6 +208,15 @@ class Policy:
     def drops(self) -> bool:
         """Whether :meth:`dropped` is called at each ranking of a decode step."""
         return False
+
+    @property
+    def whole_keys(self) -> int:
+        """With :attr:`prunes_channels`: so many of the last tokens keep all channels."""
+        return 0
+
+    def key_channels(self, dim: int) -> int:
+        """``D'``, how many of ``dim`` channels of a key stay."""
+        return dim
 
     def defaults(self, budget: int) -> Defaults:
         """What ``None`` stands for in the arguments of ``CompressedCache`` at this budget."""
@@ -268,6 +284,21 @@ class Policy:
             ``[B, H, S, num_notes]`` float32.
         """
         return slots.notes
+
+    def channel_scores(self, queries: Tensor, keys: Tensor, real: Tensor) -> Tensor:
+        """How much each channel of a key deserves to stay; with ``prunes_channels``.
+
+        Called once, when the first prompt is read.
+
+        Args:
+            queries: ``[B, H, G, L, D]``.
+            keys: ``[B, H, L, D]``.
+            real: ``[B, L]`` bool, ``False`` at padding, which is on the left.
+
+        Returns:
+            ``[B, H, D]`` float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define channel_scores(...)")
 
     def constants(self, site: Site) -> dict[str, Tensor]:
         """Tensors that :meth:`scores` and the others need of this layer of the model.

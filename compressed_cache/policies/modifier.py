@@ -8,7 +8,15 @@ from torch import Tensor
 
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 
-_TRAITS = ("observes_attention", "mixes_heads", "prompt_queries", "revises", "scores_attention")
+_TRAITS = (
+    "observes_attention",
+    "mixes_heads",
+    "prompt_queries",
+    "revises",
+    "scores_attention",
+    "contiguous",
+    "prunes_channels",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +28,8 @@ class Modifier(Policy):
 
     Raises:
         TypeError: a base that is not a policy, or a field of the wrong type.
-        ValueError: a base that evicts nothing, or that has the same modifier already.
+        ValueError: a base that evicts nothing, or that has the same modifier already, or parts of
+            which one needs the channels of keys that another leaves out.
     """
 
     base: Policy
@@ -43,6 +52,13 @@ class Modifier(Policy):
         for trait in _TRAITS:
             if getattr(type(self), trait) == getattr(Policy, trait):
                 object.__setattr__(self, trait, getattr(self.base, trait))
+        plain = Policy.constants, Modifier.constants
+        bound = [part.name for part in self.parts if type(part).constants not in plain]
+        if self.prunes_channels and bound:
+            raise ValueError(
+                f"{self.label!r} leaves out channels of keys, and {bound[0]} knows them all by "
+                "their place. Use one of the two."
+            )
 
     @property
     def label(self) -> str:
@@ -71,6 +87,16 @@ class Modifier(Policy):
     @property
     def drops(self) -> bool:
         return self.base.drops
+
+    @property
+    def whole_keys(self) -> int:
+        return self.base.whole_keys
+
+    def key_channels(self, dim: int) -> int:
+        return self.base.key_channels(dim)
+
+    def channel_scores(self, queries: Tensor, keys: Tensor, real: Tensor) -> Tensor:
+        return self.base.channel_scores(queries, keys, real)
 
     @property
     def adds_attention(self) -> bool:

@@ -35,6 +35,11 @@ class InPhases(Policy):
                 raise ValueError(
                     f"{self.label!r} must evict in both phases, {part.label} never does"
                 )
+            if part.contiguous or part.prunes_channels:
+                raise ValueError(
+                    f"{part.label!r} changes what is held in both phases. Put its last part around "
+                    "the two."
+                )
         observing = [part for part in both if part.observes_attention]
         if len({type(part) for part in observing}) > 1:
             raise ValueError(

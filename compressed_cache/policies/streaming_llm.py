@@ -14,7 +14,8 @@ class StreamingLLM(Policy):
 
     StreamingLLM, section 3.2 (https://arxiv.org/abs/2309.17453). Differs in one point: keys keep
     the rotation of their position in the text, where the authors rotate them by their place in the
-    cache, which matters only beyond the context length the model was trained for.
+    cache, which matters only beyond the context length the model was trained for;
+    ``streaming_llm+key_rerotation`` does as they do.
     """
 
     name: ClassVar[str] = "streaming_llm"

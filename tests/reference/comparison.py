@@ -44,6 +44,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vase": {"window": 6, "seed": 5},
     "vase_dkv": {"rank": 6, "seed": 7},
     "triattention": {"num_offsets": 5},
+    "h2o+key_rerotation": {},
+    "snapkv+key_rerotation": {"window": 6, "kernel_size": 3},
+    "streaming_llm+key_rerotation": {},
+    "h2o+think": {"channel_ratio": 0.3, "think_recent": 5, "think_window": 4},
+    "rkv+think": {
+        "window": 4,
+        "kernel_size": 3,
+        "mix_lambda": 0.4,
+        "similarity_threshold": 0.3,
+        "channel_ratio": 0.5,
+        "think_recent": 1,
+        "think_window": 7,
+    },
+    "snapkv+think": {"window": 6, "kernel_size": 3, "think_recent": 7, "think_window": 30},
 }
 NAMES = sorted(OPTIONS)
 

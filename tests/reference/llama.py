@@ -16,7 +16,19 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.reference.policies import Row, Rules, Score, Token, Vector, View, attention_row, rank
+from tests.reference.policies import (
+    Layout,
+    Row,
+    Rules,
+    Score,
+    Token,
+    Vector,
+    View,
+    attention_row,
+    layout_of,
+    least_channels,
+    rank,
+)
 
 Kept = list[list[tuple[int, ...]]]
 """``kept[layer][head]``: positions a key/value head holds, in ascending order."""
@@ -78,7 +90,7 @@ class ReferenceLlama:
             forced: Tokens to feed in place of the most likely ones.
         """
         trace = Trace()
-        row = _Row(self)
+        row = _Row(self, layout_of(score))
         logits = [row.read(token) for token in prompt][-1]
         row.compress_prompt(score, rules, trace)
         for step in range(num_new_tokens):
@@ -114,12 +126,15 @@ class ReferenceLlama:
 class _Row:
     """One text: what every layer and head holds, and everything it has ever seen."""
 
-    def __init__(self, model: ReferenceLlama) -> None:
+    def __init__(self, model: ReferenceLlama, layout: Layout) -> None:
         layers, heads = range(model.num_layers), range(model.num_heads)
         self.model = model
+        self.layout = layout
         self.num_read = 0
         self.prompt_length = 0
         self.held: list[list[list[Token]]] = [[[] for _ in heads] for _ in layers]
+        self.unrotated: list[list[list[Vector]]] = [[[] for _ in heads] for _ in layers]
+        self.lost: list[list[list[int]]] = [[[] for _ in heads] for _ in layers]
         self.queries: list[list[list[Vector]]] = [[[] for _ in heads] for _ in layers]
         self.rows: list[list[list[Row]]] = [[] for _ in layers]
         self.memory: list[list[dict[int, float]]] = [[{} for _ in heads] for _ in layers]
@@ -157,8 +172,28 @@ class _Row:
                 for member in range(model.group_size)
             ]
             self.queries[layer][head].append(np.stack(group))
+            self.unrotated[layer][head].append(keys[head])
+            seen = held
+            if self.layout.contiguous:
+                seen = [
+                    token._replace(
+                        key=model.rotate(self.unrotated[layer][head][token.position], place)
+                    )
+                    for place, token in enumerate(held)
+                ]
+                group = [
+                    model.rotate(queries[head * model.group_size + member], len(held) - 1)
+                    for member in range(model.group_size)
+                ]
+            lost, whole = self.lost[layer][head], self.layout.whole
+            seen = [
+                token
+                if token.position > position - whole
+                else token._replace(key=without(token.key, lost))
+                for token in seen
+            ]
             for query in group:
-                row = attention_row(query, held)
+                row = attention_row(query, seen)
                 rows.append(row)
                 outputs.append(
                     sum(
@@ -172,11 +207,12 @@ class _Row:
     def view(self, layer: int, head: int, rules: Rules) -> View:
         """What a policy may look at."""
         first = head * self.model.group_size
+        lost = self.lost[layer][head]
         return View(
             layer=layer,
             head=head,
-            held=self.held[layer][head],
-            queries=self.queries[layer][head],
+            held=[token._replace(key=without(token.key, lost)) for token in self.held[layer][head]],
+            queries=[without(query, lost) for query in self.queries[layer][head]],
             group_rows=[rows[first : first + self.model.group_size] for rows in self.rows[layer]],
             layer_rows=self.rows[layer],
             rules=rules,
@@ -187,6 +223,13 @@ class _Row:
     def compress_prompt(self, score: Score, rules: Rules, trace: Trace) -> None:
         """Drop the lowest tokens of the prompt until the budget is met."""
         self.prompt_length = self.num_read
+        for layer, heads in enumerate(self.held):
+            for head, held in enumerate(heads):
+                self.lost[layer][head] = least_channels(
+                    [token.key for token in held],
+                    self.queries[layer][head][-self.layout.window :],
+                    channel_ratio=self.layout.channel_ratio,
+                )
         excess = self.prompt_length - rules.budget
         if excess <= 0:
             return
@@ -255,6 +298,13 @@ class _Row:
     def kept(self) -> Kept:
         """Positions in the cache now."""
         return [[tuple(token.position for token in held) for held in layer] for layer in self.held]
+
+
+def without(vector: Vector, lost: Sequence[int]) -> Vector:
+    """``[..., D]`` with zeros in these channels."""
+    kept = vector.copy()
+    kept[..., list(lost)] = 0.0
+    return kept
 
 
 @cache
