@@ -81,6 +81,7 @@ class Snapshot:
             described.append(
                 {
                     "groups": state.sizes.groups,
+                    "context": state.sizes.context,
                     "scaling": state.form.scaling,
                     "softcap": state.form.softcap,
                     "window": state.window,
@@ -165,6 +166,6 @@ def _described_state(described: dict[str, Any], tensors: dict[str, Tensor]) -> L
     batch, heads, capacity, dim = keys.shape
     sizes = Sizes(
         *(batch, heads, described["groups"], capacity, dim, values.shape[-1]),
-        *(keys.dtype, values.dtype, keys.device),
+        *(keys.dtype, values.dtype, keys.device, described["context"]),
     )
     return LayerState(sizes, tensors, form, described["window"], constants)

@@ -25,6 +25,7 @@ from compressed_cache.policies.random_prompt import RandomPrompt
 from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.rkv_lsh import RKVLSH
 from compressed_cache.policies.rpc import RPC
+from compressed_cache.policies.shadowkv import ShadowKV
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.policies.tova import TOVA
@@ -71,6 +72,7 @@ POLICIES: dict[str, type[Policy]] = {
     "qfilter": QFilter,
     "triattention": TriAttention,
     "expected_attention": ExpectedAttention,
+    "shadowkv": ShadowKV,
 }
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,6 +137,8 @@ class Policy:
     """With ``observes_attention``: how many of the last prompt queries are shown; None: all."""
     revises: ClassVar[bool] = False
     """Whether :meth:`revise` is called before each ranking."""
+    layout: ClassVar[Literal["slots", "offloaded"]] = "slots"
+    """Where tokens are: in slots, or off the device with only what each step asks for in slots."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
