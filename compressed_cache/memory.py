@@ -114,7 +114,7 @@ class SlotMemory:
         held = self.named_tensors()
         self._allocate(sizes._replace(capacity=capacity))
         for name, tensor in self.named_tensors().items():
-            if name in ("keys", "values", "positions"):
+            if name in ("keys", "values", "positions", "notes"):
                 tensor = tensor[:, :, : sizes.capacity]
             tensor.copy_(held[name])
 

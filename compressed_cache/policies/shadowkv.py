@@ -51,7 +51,9 @@ class ShadowKV(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int)):
+        if self.rank is not None and (
+            isinstance(self.rank, bool) or not isinstance(self.rank, int)
+        ):
             raise TypeError(
                 f"rank must be an int or None, got {self.rank!r} ({type(self.rank).__name__})"
             )
