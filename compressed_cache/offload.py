@@ -88,7 +88,8 @@ class OffloadedLayer(CompressedLayer):
         if held is not None and held._replace(capacity=sizes.capacity) == sizes:
             return
         for name in (*_OFFLOADED, *_RESIDENT):
-            vars(self).pop(name, None)
+            if name in vars(self):
+                delattr(self, name)
         if self.is_sliding:
             return
         batch, heads, dim, context = sizes.batch, sizes.heads, sizes.dim, sizes.context
@@ -259,7 +260,8 @@ class OffloadedLayer(CompressedLayer):
 
     @property
     def _rotary(self) -> Rotary:
-        return Rotary(**self.constants)
+        frequencies, partners, signs = (self.constants[name] for name in Rotary._fields[:3])
+        return Rotary(frequencies, partners, signs)
 
     # What a step fetches.
 

@@ -26,14 +26,15 @@ class ShadowKV(Policy):
     them the compiled step, outlive a prompt. What is fetched, outliers, the end of the prompt and
     generated tokens take ``2 * H * D`` numbers and ``8 * H`` bytes each, in slots that double.
 
-    Differs from the authors' code in five points: the factors come from the eigenvectors of the
-    keys' products, over all heads of the layer at hand, not from a singular value decomposition (the
-    same subspace, in less memory); chunks already fetched for the step before are fetched again
-    (their kernel reuses these); on CUDA the chosen chunks are gathered on the host, which waits for
-    their numbers in every layer of every step (their kernel reads the memory of the host itself);
-    in a padded batch chunks are counted from the start of each row (they take equal lengths); and a
-    further prompt is not compressed either, it chooses its chunks as one by the sum over its
-    queries, as their code does with several queries.
+    Differs from the authors' code in six points: the factors come from the eigenvectors of the
+    products of the keys, over all heads of the layer that are at hand, instead of from a singular
+    value decomposition (the same subspace in less memory); chunks that the step before fetched are
+    fetched again (their kernel reuses these); on CUDA the chosen chunks are gathered by the host,
+    so each layer of each step waits until it knows their numbers (their kernel reads the memory of
+    the host itself); in a padded batch chunks are counted from the start of each row (their rows
+    are of one length); a prompt read in parts attends to all of the parts before, whose keys are by
+    then of low rank, and is organised anew with each (theirs is read at once); and a tie goes to
+    the newer chunk (theirs to any).
     """
 
     name: ClassVar[str] = "shadowkv"
