@@ -36,6 +36,7 @@ from compressed_cache.policies.vase_dkv import VaSEDKV
 __all__ = [
     "MODIFIERS",
     "POLICIES",
+    "SLOTTED",
     "Defaults",
     "InPhases",
     "Modifier",
@@ -75,6 +76,8 @@ POLICIES: dict[str, type[Policy]] = {
     "shadowkv": ShadowKV,
 }
 
+SLOTTED = [name for name, policy in POLICIES.items() if policy.layout == "slots"]
+"""The names of those that keep all tokens in slots, so that they differ in which ones only."""
 
 MODIFIERS: dict[str, type[Modifier]] = {"caote": CAOTE}
 
