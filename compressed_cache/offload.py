@@ -30,6 +30,7 @@ class OffloadedLayer(CompressedLayer):
     gathered by the host, so each layer waits for the device once in each step.
 
     Attributes:
+        counts: as everywhere, but the third number is the slot of the incoming token.
         landmarks: ``[B, H, C, D]`` mean key of each of the ``C`` chunks.
         is_listed: ``[B, H, C]`` bool, whether a chunk may be fetched.
         offloaded_keys: ``[B, H, C * chunk_size, D]`` on the host; without channels where keys are

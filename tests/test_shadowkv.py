@@ -14,6 +14,7 @@ from compressed_cache import CompressedCache
 from compressed_cache.versions import CACHE
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import held
+from tests.families import FAMILIES, FULL, LINEAR, SLIDING, Family
 from tests.reference.comparison import Watch, distinct_tokens, make_model
 from tests.reference.llama import ReferenceLlama
 from tests.reference.shadowkv import Numbers, ShadowText
@@ -173,6 +174,35 @@ def test_a_budget_as_long_as_the_prompt_is_full_attention(
         assert [watch.kept(c, row) for c in range(1, STEPS)] == [
             full.kept(c, row) for c in range(1, STEPS)
         ]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_can_be_held_off_the_device(family: Family) -> None:
+    """Softcaps, sinks, windows, layers without rotation and of linear attention."""
+    model, steps = family.make(), range(1, 8)
+    inputs = padded([distinct_tokens(60, seed=1), distinct_tokens(51, seed=2)])
+    found = []
+    for cache in (
+        CompressedCache("full"),
+        make_cache(replace(SMALL, budget=60)),
+        make_cache(replace(SMALL, budget=60, rank=1000)),
+    ):
+        mask, logits = inputs["attention_mask"], []
+        with torch.no_grad():
+            model(**inputs, **{CACHE: cache})
+            for token in steps:
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                ids = torch.full((2, 1), token)
+                logits.append(model(ids, attention_mask=mask, **{CACHE: cache}).logits)
+        found.append(torch.cat(logits))
+        for layer, kind in zip(cache.layers, family.kinds, strict=True):
+            if kind != LINEAR:
+                assert layer.is_sliding == (kind == SLIDING)
+                holds = cache.policy.name == "shadowkv" and kind == FULL
+                assert (layer.offloaded_bytes > 0) == holds
+    # What a model in float32 or its angles lose when sums are taken in another order.
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("rank", [None, 12])
