@@ -13,9 +13,12 @@ from compressed_cache.clock import Clock
 from compressed_cache.drafts import Drafts
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.linear import LinearLayers, states
+from compressed_cache.offload import OffloadedLayer
 from compressed_cache.policies import Policy, make_policy
 from compressed_cache.rules import Rules, resolve_rules
 from compressed_cache.snapshot import Snapshot
+
+_LAYERS = {"slots": CompressedLayer, "offloaded": OffloadedLayer}
 
 
 class CompressedCache(LinearLayers):
@@ -149,15 +152,21 @@ class CompressedCache(LinearLayers):
         """Tokens seen minus tokens held per head of :attr:`compressed_layer`; the most of all
         rows."""
         layer = self.compressed_layer
-        if layer is None:
+        if layer is None or not layer.policy.evicts:
             return 0
         held = (layer.positions[:, 0] >= 0).sum(dim=-1)
         return int((layer.next_position - held).max())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors held, the policy's state included."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer))
+        """Bytes of all tensors on the device, the policy's state included."""
+        held = sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer))
+        return held - self.offloaded_bytes
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes held off the device (policies of the layout ``offloaded``; 0 for the others)."""
+        return sum(layer.offloaded_bytes for layer in self._attention_layers())
 
     def reset(self) -> None:
         """Makes the cache as new, in place: buffers are kept for the next prompt."""
@@ -293,7 +302,8 @@ class CompressedCache(LinearLayers):
     def make_layers(self, count: int) -> None:
         """Makes layers up to this number; one that never asks for a cache stays empty."""
         for index in range(len(self.layers), count):
-            self.layers.append(CompressedLayer(self.policy, self.rules, self.clock, index))
+            layer = _LAYERS[self.policy.layout](self.policy, self.rules, self.clock, index)
+            self.layers.append(layer)
 
     @property
     def _is_filled(self) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from compressed_cache import checks, hook, slots
+from compressed_cache import checks, hook, reading, slots
 from compressed_cache.attention import Form
 from compressed_cache.clock import Clock
 from compressed_cache.contiguous import closed_up
@@ -121,8 +121,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         assert self.incoming is not None
         incoming, self.incoming = self.incoming, None
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        output, weights = step(
-            *(self, query, *incoming), ranks=self.clock.ranks, weighs=implementation == "eager"
+        output, weights = self.step(
+            query, *incoming, ranks=self.clock.ranks, weighs=implementation == "eager"
         )
         return output.transpose(1, 2), None if weights is None else weights.flatten(1, 2)
 
@@ -197,6 +197,24 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """Reads the first tokens of a call that was taken back."""
         if call is not None:
             read(self, call.states.split(tokens)[0], min(call.prompt_tokens, tokens))
+
+    # How tokens come in: what another layout does in its own way.
+
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, *, ranks: bool, weighs: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :func:`compressed_cache.stepping.step`."""
+        return step(self, query, key, value, ranks=ranks, weighs=weighs)
+
+    def read_block(self, states: States) -> Tensor:
+        """See :func:`compressed_cache.reading.read_block`."""
+        return reading.read_block(self, *states)
+
+    def keep_best(
+        self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor, notes: Tensor
+    ) -> None:
+        """See :func:`compressed_cache.reading.keep_best`."""
+        reading.keep_best(self, keys, values, positions, seen, notes)
 
     # A prompt.
 

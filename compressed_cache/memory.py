@@ -24,6 +24,8 @@ class Sizes(NamedTuple):
     dtype: torch.dtype
     value_dtype: torch.dtype
     device: torch.device
+    context: int = 0
+    """Tokens that fit off the device."""
 
 
 class SlotMemory:
@@ -84,27 +86,41 @@ class SlotMemory:
         """``[1]`` int64, which of the victims is due."""
         return self.counts[:1, 2]
 
+    @property
+    def free_slot(self) -> Tensor:
+        """0-d int64, the slot of the incoming token (policies that do not evict)."""
+        return self.tokens_seen
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes held off the device."""
+        return 0
+
     def provide(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Allocates slots for a prompt ``[B, H * G | H, L, D]``, or keeps those that fit."""
         batch, heads, length, dim = key.shape
-        capacity = self.rules.budget if self.policy.evicts else _capacity(length + 1)
+        capacity, context = self.capacities(length)
         groups = query.shape[1] // heads
         sizes = Sizes(
             *(batch, heads, groups, capacity, dim, value.shape[-1]),
-            *(key.dtype, value.dtype, key.device),
+            *(key.dtype, value.dtype, key.device, context),
         )
         if sizes != self.sizes:
             self._allocate(sizes)
 
+    def capacities(self, length: int) -> tuple[int, int]:
+        """Slots for a prompt of this length, and tokens that must fit off the device."""
+        return self.rules.budget if self.policy.evicts else power_of_two(length + 1), 0
+
     def grow(self, tokens: int) -> None:
         """Doubles the slots until so many tokens fit (policies that do not evict)."""
-        sizes, capacity = self.sizes, _capacity(tokens)
+        sizes, capacity = self.sizes, power_of_two(tokens)
         if sizes is None or capacity <= sizes.capacity:
             return
         held = self.named_tensors()
         self._allocate(sizes._replace(capacity=capacity))
         for name, tensor in self.named_tensors().items():
-            if name in ("keys", "values", "positions"):
+            if name in ("keys", "values", "positions", "notes"):
                 tensor = tensor[:, :, : sizes.capacity]
             tensor.copy_(held[name])
 
@@ -178,6 +194,6 @@ class SlotMemory:
             torch._dynamo.mark_static_address(tensor)
 
 
-def _capacity(tokens: int) -> int:
+def power_of_two(tokens: int) -> int:
     """The smallest power of two, at least 256, that holds so many tokens."""
     return max(_SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length())

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from compressed_cache import attention, channels, checks, slots
-from compressed_cache.stepping import step
 from compressed_cache.totals import attention_totals
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def read(layer: "CompressedLayer", states: States, prompt_tokens: int) -> Tensor
     if not layer.is_filled:
         _fill(layer, *prompt)
     elif prompt_tokens:
-        outputs.append(_read_block(layer, *prompt))
+        outputs.append(layer.read_block(prompt))
     if steps.real.shape[1]:
         outputs.append(_read_steps(layer, *steps))
     return torch.cat(outputs, dim=1) if outputs else None
@@ -72,7 +71,7 @@ def _fill(
     key = channels.kept(layer, key)
     notes = layer.note(key, value, positions)
     _end_of_prompt(layer, query, rows)
-    _keep_best(layer, key, value, positions, seen, notes)
+    layer.keep_best(key, value, positions, seen, notes)
     layer.is_filled = layer.is_initialized = True
 
 
@@ -97,7 +96,7 @@ def _seen_of_prompt(layer: "CompressedLayer", query: Tensor, key: Tensor, rows: 
     return seen
 
 
-def _read_block(
+def read_block(
     layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor
 ) -> Tensor:
     """A further prompt, or the next chunk of one, attends over the slots and over itself.
@@ -146,9 +145,9 @@ def _read_block(
     else:
         _record_queries(layer, query, rows)
     if layer.policy.evicts:
-        _keep_best(layer, keys, values, positions, seen, notes)
+        layer.keep_best(keys, values, positions, seen, notes)
     else:
-        free = layer.tokens_seen + torch.arange(key.shape[2], device=key.device)
+        free = layer.free_slot + torch.arange(key.shape[2], device=key.device)
         layer.keys.index_copy_(2, free, key_kept)
         layer.values.index_copy_(2, free, value)
         layer.positions.index_copy_(2, free, new_positions)
@@ -164,7 +163,7 @@ def _read_steps(
     for token in range(query.shape[2]):
         here = slice(token, token + 1)
         one = (tensor[:, :, here] for tensor in (query, key, value))
-        outputs.append(step(layer, *one, ranks=layer.clock.ranks_at(token))[0])
+        outputs.append(layer.step(*one, ranks=layer.clock.ranks_at(token))[0])
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -212,7 +211,7 @@ def _write_ring(ring: Tensor, new: Tensor, rows: Tensor, next_position: Tensor) 
     ring.scatter_(3, index, torch.where(real, new, ring.gather(3, index)))
 
 
-def _keep_best(
+def keep_best(
     layer: "CompressedLayer",
     keys: Tensor,
     values: Tensor,

@@ -63,7 +63,13 @@ def resolve_rules(
             f"budget must be at least sinks + recent + 1 ({sinks} + {recent} + 1 = {least}), got "
             f"{budget}. Raise budget or lower {largest}."
         )
-    return Rules(budget, interval, sinks, recent, protect_prompt)
+    rules = Rules(budget, interval, sinks, recent, protect_prompt)
+    if policy.layout == "offloaded" and rules != Rules(budget, 1, 0, 0, False):
+        raise ValueError(
+            f"interval, sinks, recent and protect_prompt must be left alone with {policy.name!r}, "
+            f"which evicts nothing, got {rules}. Raise budget to fetch more in each step."
+        )
+    return rules
 
 
 def _check_int(name: str, value: Any, *, least: int) -> None:

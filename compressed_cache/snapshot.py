@@ -81,6 +81,7 @@ class Snapshot:
             described.append(
                 {
                     "groups": state.sizes.groups,
+                    "context": state.sizes.context,
                     "scaling": state.form.scaling,
                     "softcap": state.form.softcap,
                     "window": state.window,
@@ -166,6 +167,6 @@ def _described_state(described: dict[str, Any], tensors: dict[str, Tensor]) -> L
     dim = keys.shape[3] + tensors["tails"].shape[3]
     sizes = Sizes(
         *(batch, heads, described["groups"], capacity, dim, values.shape[-1]),
-        *(keys.dtype, values.dtype, keys.device),
+        *(keys.dtype, values.dtype, keys.device, described["context"]),
     )
     return LayerState(sizes, tensors, form, described["window"], constants)

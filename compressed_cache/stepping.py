@@ -96,7 +96,7 @@ def _fused(
 def _planned_slot(layer: "CompressedLayer", ranks: bool) -> Tensor | None:
     """The slot to overwrite, ``[B, H, 1]``, where that was decided in an earlier step."""
     if not layer.policy.evicts:
-        return layer.tokens_seen.expand(*layer.positions.shape[:2], 1)
+        return layer.free_slot.expand(*layer.positions.shape[:2], 1)
     if layer.rules.interval == 1:
         return None
     if ranks:

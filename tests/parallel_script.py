@@ -11,7 +11,8 @@ import torch
 from torch import distributed
 from transformers import AutoModelForCausalLM, CompileConfig
 
-from compressed_cache import POLICIES, CompressedCache
+from compressed_cache import CompressedCache
+from compressed_cache.policies import SLOTTED
 
 warnings.simplefilter("ignore")
 folder = Path(sys.argv[1])
@@ -21,7 +22,7 @@ mask = (ids != 0).long()
 results = {}
 compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
 compiled._compile_all_devices = True
-for policy, options in [*((name, {}) for name in POLICIES), ("tova", {"compile_config": compiled})]:
+for policy, options in [*((name, {}) for name in SLOTTED), ("tova", {"compile_config": compiled})]:
     cache = CompressedCache(policy, 16, interval=3, recent=8, protect_prompt=False)
     text = model.generate(
         ids,

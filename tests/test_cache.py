@@ -10,16 +10,17 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
+from compressed_cache.policies import SLOTTED
 from tests.conftest import distinct_tokens, held
 
-EVICTING = [name for name in POLICIES if name != "full"]
+EVICTING = [name for name in SLOTTED if name != "full"]
 
 
 def _generate(model: LlamaForCausalLM, ids: torch.Tensor, cache: object, new: int, **more: object):
     return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **more)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SLOTTED)
 def test_a_budget_for_everything_gives_the_tokens_of_the_dynamic_cache(
     model: LlamaForCausalLM, policy: str
 ) -> None:
@@ -244,7 +245,7 @@ def test_other_caches_are_not_affected_by_the_hook(model: LlamaForCausalLM) -> N
     model.set_attn_implementation("sdpa")
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SLOTTED)
 def test_eager_attention_gives_the_same_tokens_and_positions(
     model: LlamaForCausalLM, policy: str
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaForCausalLM, StaticCache
 
 from compressed_cache import POLICIES, CompressedCache, compile_layers_once
+from compressed_cache.policies import SLOTTED
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
@@ -25,7 +26,7 @@ def _generate(model: LlamaForCausalLM, ids: torch.Tensor, cache: object, **more:
 
 
 @pytest.mark.parametrize(("interval", "graphs"), [(1, 1), (4, 2)])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SLOTTED)
 def test_generate_compiles_once_and_never_again(
     make_model: Callable[..., LlamaForCausalLM],
     backend: CountingBackend,
@@ -127,7 +128,7 @@ def test_a_model_compiled_by_hand_gives_the_same_positions(
 
 
 @pytest.mark.parametrize(("interval", "graphs"), [(1, 1), (4, 2)])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SLOTTED)
 def test_one_layer_is_compiled_for_all(
     make_model: Callable[..., LlamaForCausalLM],
     backend: CountingBackend,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
-from compressed_cache.policies import make_policy, option_names
+from compressed_cache.policies import SLOTTED, make_policy, option_names
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 
@@ -37,7 +37,7 @@ def model(make_model: Callable[..., LlamaForCausalLM]) -> Any:
 @st.composite
 def caches(draw: st.DrawFn) -> Callable[[], CompressedCache]:
     """A way to make equal caches."""
-    policy = draw(st.sampled_from(list(POLICIES)))
+    policy = draw(st.sampled_from(SLOTTED))
     sinks, recent = draw(st.integers(0, 3)), draw(st.integers(0, 6))
     options = {"window": draw(st.integers(1, 5))} if "window" in option_names(policy) else {}
     recent = max(recent, make_policy(policy, **options).kept_recent)
@@ -188,7 +188,7 @@ def test_two_threads_with_two_models_do_not_mix(
 
 @pytest.mark.parametrize("interval", [1, 4])
 @pytest.mark.parametrize("broken", ["k_proj", "q_proj", "v_proj"])
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "full"])
+@pytest.mark.parametrize("policy", [name for name in SLOTTED if name != "full"])
 def test_what_is_not_a_number_harms_neither_other_rows_nor_what_is_protected(
     model: Any, policy: str, broken: str, interval: int
 ) -> None:

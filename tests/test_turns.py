@@ -12,10 +12,11 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
+from compressed_cache.policies import SLOTTED
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 
-EVICTING = [name for name in POLICIES if name != "full"]
+EVICTING = [name for name in SLOTTED if name != "full"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 # Turns.
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SLOTTED)
 @pytest.mark.parametrize("second", [1, 9, 40])
 def test_turns_with_a_budget_for_everything_are_those_of_the_dynamic_cache(
     model: Any, policy: str, second: int
@@ -94,7 +95,7 @@ def _masked(mask: torch.Tensor) -> Any:
 
 
 @pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SLOTTED)
 def test_padded_second_prompts_are_what_they_are_alone(
     model: Any, policy: str, interval: int
 ) -> None:
@@ -142,7 +143,7 @@ def test_a_chunk_for_everything_is_no_chunk(model: Any, policy: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", [2, 7, 29])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SLOTTED)
 def test_chunks_with_a_budget_for_everything_give_the_tokens_of_the_dynamic_cache(
     model: Any, policy: str, chunk: int
 ) -> None:
@@ -204,7 +205,7 @@ def test_chunks_may_be_compiled_with_graph_breaks(
 # Snapshots, rows and files.
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SLOTTED)
 def test_one_context_answers_many_questions(model: Any, policy: str) -> None:
     context = distinct_tokens(1, 40)
     cache = CompressedCache(policy, 24, interval=3, recent=8, protect_prompt=False)

@@ -10,12 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compressed_cache.demo import report, text
 from compressed_cache.demo.measure import BUDGETS, Exam, rows, settings
-from compressed_cache.policies import POLICIES
+from compressed_cache.policies import POLICIES, SLOTTED
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the demo, or generates with a model of the user's."""
-    policies = options.policies or list(POLICIES)
+    policies = options.policies or SLOTTED
     budgets = options.budgets or list(BUDGETS)
     unknown = sorted(set(policies) - set(POLICIES))
     if unknown:

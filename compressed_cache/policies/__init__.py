@@ -26,6 +26,7 @@ from compressed_cache.policies.random_prompt import RandomPrompt
 from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.rkv_lsh import RKVLSH
 from compressed_cache.policies.rpc import RPC
+from compressed_cache.policies.shadowkv import ShadowKV
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.policies.think import ThinK
@@ -37,6 +38,7 @@ from compressed_cache.policies.vase_dkv import VaSEDKV
 __all__ = [
     "MODIFIERS",
     "POLICIES",
+    "SLOTTED",
     "Defaults",
     "InPhases",
     "Modifier",
@@ -73,8 +75,11 @@ POLICIES: dict[str, type[Policy]] = {
     "qfilter": QFilter,
     "triattention": TriAttention,
     "expected_attention": ExpectedAttention,
+    "shadowkv": ShadowKV,
 }
 
+SLOTTED = [name for name, policy in POLICIES.items() if policy.layout == "slots"]
+"""The names of those that keep all tokens in slots, so that they differ in which ones only."""
 
 MODIFIERS: dict[str, type[Modifier]] = {
     "caote": CAOTE,

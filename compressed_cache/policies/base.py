@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,6 +144,8 @@ class Policy:
     prunes_channels: ClassVar[bool] = False
     """Whether slots hold :meth:`key_channels` channels of each key, those with the highest
     :meth:`channel_scores`, and policies see no others."""
+    layout: ClassVar[Literal["slots", "offloaded"]] = "slots"
+    """Where tokens are: in slots, or off the device with only what each step asks for in slots."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
