@@ -20,15 +20,12 @@ from transformers import (
 )
 from transformers.modeling_utils import AttentionInterface
 
-from compressed_cache import CompressedCache, Policy, Slots
+from compressed_cache import POLICIES, CompressedCache, Policy, Slots
 from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.snapkv import SnapKV
 from tests.conftest import distinct_tokens
 
-KNOWN = (
-    "'full', 'h2o', 'keydiff', 'knorm', 'morphkv', 'observed_attention', 'raas', 'random', "
-    "'random_prompt', 'rkv', 'snapkv', 'streaming_llm', 'tova', 'vase', 'vase_dkv'"
-)
+KNOWN = ", ".join(repr(name) for name in sorted(POLICIES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +377,7 @@ def test_files_that_are_not_a_saved_cache_are_refused(
     with pytest.raises(ValueError, match="is not a safetensors file"):
         CompressedCache.load(tmp_path / "text")
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights")
-    message = r"must be written by CompressedCache.save in format 3, got format None"
+    message = r"must be written by CompressedCache.save in format 4, got format None"
     with pytest.raises(ValueError, match=message):
         CompressedCache.load(tmp_path / "weights")
     cache = CompressedCache(Whole(), 16)

@@ -37,6 +37,9 @@ def _slots(keys: Tensor, *, window: int = 1, policy: Any = None, seed: int = 0) 
         attention=torch.zeros(B, H, 0),
         notes=torch.zeros(B, H, length, 0),
         prompt_length=torch.zeros(B, dtype=torch.int64),
+        protected_prefix=torch.zeros(B, dtype=torch.int64),
+        recent=0,
+        budget=length,
         is_prompt=False,
         constants={} if policy is None else policy.constants(site),
     )

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from compressed_cache import CompressedCache
-from compressed_cache.contiguous import closed_up, rotary_constants
+from compressed_cache.contiguous import closed_up
 from compressed_cache.kernels import ops
 from compressed_cache.policies import InPhases, Policy, Site, make_policy
 from compressed_cache.policies.h2o import H2O
@@ -136,7 +136,7 @@ def test_the_same_tokens_far_into_a_text_are_attended_alike(
             rotary.rotate(keys, positions),
             query_positions=own_position,
             positions=positions,
-            constants=rotary_constants(rotary),
+            constants=rotary.constants(),
         )
 
     held = (near >= 0)[..., None]
