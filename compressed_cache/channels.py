@@ -59,5 +59,4 @@ def whole_keys(layer: "CompressedLayer", tokens_before: Tensor) -> Tensor:
     place = (layer.positions % recent).unsqueeze(-1)
     tails = layer.tails.gather(2, place.expand(*place.shape[:3], layer.tails.shape[3]))
     is_recent = layer.positions >= (tokens_before - recent)[:, None, None]
-    is_recent = is_recent & (layer.positions >= 0)
     return torch.cat([layer.keys, tails.where(is_recent.unsqueeze(-1), 0.0)], dim=-1)

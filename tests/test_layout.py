@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def without_gaps(model: Any, cache: CompressedCache) -> DynamicCache:
             keys = layer.keys[:, head : head + 1, order]
             keys = turned(model, attention, keys, places - positions)
             heads.append((keys, layer.values[:, head : head + 1, order]))
-        full.update(*(torch.cat(parts, dim=1) for parts in zip(*heads, strict=True)), index)
+        keys, values = (torch.cat(parts, dim=1) for parts in zip(*heads, strict=True))
+        full.update(keys, values, index)
     return full
 
 
@@ -176,7 +178,7 @@ def test_a_model_without_rotary_positions_is_refused() -> None:
 
 # Channels.
 
-SMALL = dict(channel_ratio=0.3, think_recent=5, think_window=4)
+SMALL: dict[str, Any] = dict(channel_ratio=0.3, think_recent=5, think_window=4)
 BOTH = ("snapkv+key_rerotation", "snapkv+think")
 
 
@@ -184,7 +186,7 @@ def read(model: Any, cache: CompressedCache, text: Tensor, *ends: int) -> Tensor
     """Logits of the last tokens, after a prompt up to the first end and further ones."""
     logits = torch.empty(0)
     with torch.no_grad():
-        for start, end in zip((0, *ends), ends, strict=False):
+        for start, end in pairwise((0, *ends)):
             logits = model(text[:, start:end], past_key_values=cache).logits
     return logits
 
@@ -237,18 +239,21 @@ def test_slots_hold_the_channels_that_stay_of_the_keys(precise_model: LlamaForCa
     text = torch.tensor([distinct_tokens(60, seed=2)])
     full: Any = DynamicCache()
     precise_model(text, past_key_values=full)
+    keys = full.layers[0].keys[0]
     cache = CompressedCache("streaming_llm+think", 12, sinks=2, **SMALL)
-    read(precise_model, cache, text, 20, 27, *steps(27, 60))
-    layer, keys = cache.layers[0], full.layers[0].keys
-    assert layer.keys.shape[3] == 12
-    for head in range(2):
-        assert sorted(layer.channels[0, head].tolist()) == list(range(16))
-        kept, left = layer.channels[0, head].split([12, 4])
-        expected = keys[0, head, layer.positions[0, head]][:, kept]
-        torch.testing.assert_close(layer.keys[0, head], expected, rtol=0, atol=1e-12)
-        for position in range(55, 60):
-            found = layer.tails[0, head, position % 5]
-            torch.testing.assert_close(found, keys[0, head, position, left], rtol=0, atol=1e-12)
+    # A prompt, further ones that are shorter and longer than the ring, and steps.
+    ends = 20, 23, 36, *steps(36, 60)
+    for start, end in pairwise((0, *ends)):
+        precise_model(text[:, start:end], past_key_values=cache)
+        layer = cache.layers[0]
+        for head in range(2):
+            assert sorted(layer.channels[0, head].tolist()) == list(range(16))
+            kept, left = layer.channels[0, head].split([12, 4])
+            expected = keys[head, layer.positions[0, head]][:, kept]
+            torch.testing.assert_close(layer.keys[0, head], expected, rtol=0, atol=1e-12)
+            last = torch.arange(end - 5, end)
+            found = layer.tails[0, head, last % 5]
+            torch.testing.assert_close(found, keys[head, last][:, left], rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -408,8 +413,11 @@ def test_a_step_is_one_graph(precise_model: LlamaForCausalLM, name: str) -> None
         texts = []
         for settings in ({}, {"compile_config": compiled(backend)}):
             cache = CompressedCache(name, 16, interval=1, recent=4)
-            settings = {"max_new_tokens": 20, "do_sample": False, **settings}
-            texts.append(model.generate(ids, past_key_values=cache, **settings))
+            texts.append(
+                model.generate(
+                    ids, past_key_values=cache, max_new_tokens=20, do_sample=False, **settings
+                )
+            )
         assert torch.equal(*texts)
     assert backend.graphs == 1
     torch._dynamo.reset()

@@ -54,7 +54,7 @@ def test_modes_give_the_tokens_of_the_dynamic_cache(model: Any, policy: str, mod
 def test_each_beam_has_the_cache_of_its_own_text(model: Any, policy: str, interval: int) -> None:
     """The score of a beam is that of its text read alone, evictions included."""
     ids = distinct_tokens(1, 30)
-    options = dict(budget=16, interval=interval, recent=8)
+    options = dict(budget=16, interval=interval, recent=8, protect_prompt=False)
     beams = _generate(
         model,
         CompressedCache(policy, **options),
@@ -147,7 +147,7 @@ def test_drafts_change_nothing(
     model: Any, drafter: Any, policy: str, budget: int, interval: int
 ) -> None:
     ids = distinct_tokens(1, 30)
-    rules = dict(budget=budget, interval=interval, recent=8, sinks=1)
+    rules = dict(budget=budget, interval=interval, recent=8, sinks=1, protect_prompt=False)
     plain = CompressedCache(policy, **rules)
     expected = _generate(model, plain, ids)
     for helper in (
