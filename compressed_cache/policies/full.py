@@ -16,3 +16,4 @@ class Full(Policy):
 
     name: ClassVar[str] = "full"
     evicts: ClassVar[bool] = False
+    phases: ClassVar[str] = "never"
