@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compressed_cache.demo import report
 from compressed_cache.demo.measure import BUDGETS, Exam, rows, settings
-from compressed_cache.policies import MODIFIERS, POLICIES
+from compressed_cache.policies import MODIFIERS, SLOTTED
 
 RESULTS = Path(__file__).resolve().parent / "results" / "catalogue.json"
 COMBINATIONS = (
@@ -26,9 +26,9 @@ COMBINATIONS = (
 
 
 def measured() -> list[str]:
-    """Every policy, then the combinations of what there is."""
-    known = {*POLICIES, *MODIFIERS}
-    return [*POLICIES, *(name for name in COMBINATIONS if set(name.split("+")) <= known)]
+    """Every policy that keeps tokens in slots, then the combinations of what there is."""
+    known = {*SLOTTED, *MODIFIERS}
+    return [*SLOTTED, *(name for name in COMBINATIONS if set(name.split("+")) <= known)]
 
 
 def main(arguments: list[str] | None = None) -> None:

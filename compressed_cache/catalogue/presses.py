@@ -27,7 +27,7 @@ PRESSES: tuple[Press, ...] = tuple(
         (
             "AdaKVPress",
             "press, alpha_safeguard=0.2",
-            '"snapkv+adakv"',
+            '"snapkv+adakv", floor=0.2',
             "behind any policy whose scores are comparable between heads",
         ),
         ("BasePress", "", "", "subclass `Policy`: one function of tensors"),
@@ -75,12 +75,12 @@ PRESSES: tuple[Press, ...] = tuple(
         (
             "CriticalAdaKVPress",
             "press=None, alpha_safeguard=0.2, epsilon=0.0001, first_stage_ratio=0.5",
-            '"snapkv+criticalkv+adakv"',
+            '"snapkv+criticalkv+adakv", floor=0.2, score_offset=0.0001, first_stage_ratio=0.5',
         ),
         (
             "CriticalKVPress",
             "press, epsilon=0.0001, first_stage_ratio=0.5",
-            '"snapkv+criticalkv"',
+            '"snapkv+criticalkv", score_offset=0.0001, first_stage_ratio=0.5',
         ),
         (
             "CURPress",
@@ -196,7 +196,11 @@ PRESSES: tuple[Press, ...] = tuple(
             '"snapkv/h2o"',
             "any two policies: for the prompt / for decode steps",
         ),
-        ("PyramidKVPress", "window_size=64, kernel_size=5, beta=20", '"pyramidkv"'),
+        (
+            "PyramidKVPress",
+            "window_size=64, kernel_size=5, beta=20",
+            '"pyramidkv", window=64, kernel_size=5, beta=20',
+        ),
         ("QFilterPress", "", '"qfilter"', "filters come from a calibration, not from the hub"),
         ("RandomPress", "seed=None", '"random", seed=0'),
         (
@@ -222,8 +226,8 @@ PRESSES: tuple[Press, ...] = tuple(
         (
             "ThinKPress",
             "key_channel_compression_ratio=0.0, window_size=32",
-            '"snapkv+think"',
-            "behind any policy",
+            '"snapkv+think", think_window=32',
+            "`channel_ratio` is the share left out, and it does save memory",
         ),
         ("TOVAPress", "", '"tova"'),
     )
@@ -238,7 +242,7 @@ PRESSES: tuple[Press, ...] = tuple(
             "evicts what is attended most, as a counter-test",
         ),
         ("FullPress", "", '"full"'),
-        ("H2OPress", "cache_budget=0", '"h2o"', "also with `attn_implementation` left as it is"),
+        ("H2OPress", "cache_budget=0", '"h2o"', "needs no eager attention"),
         (
             "HashEvictPress",
             "cache_budget=0, compress_interval=64, window_size=8, kernel_size=5",
@@ -256,17 +260,17 @@ PRESSES: tuple[Press, ...] = tuple(
         ("QuestPress", "block_size=256", "", "not finished there; `shadowkv` selects chunks too"),
         ("RandomPress", "cache_budget=0, seed=None", '"random", seed=0'),
         (
-            "RKVPress",
-            "cache_budget=0, compress_interval=64, window_size=8, kernel_size=5",
-            '"rkv", interval=64, window=8, kernel_size=5',
-            "redundancy is subtracted, as in the paper; there it is added",
-        ),
-        (
             "RKVLSHPress",
             "cache_budget=0, compress_interval=64, window_size=8, kernel_size=5, "
             "n_hash_buckets=6, lam=0.1",
             '"rkv_lsh", interval=64, window=8, kernel_size=5, bits=6, mix_lambda=0.1',
-            "redundancy is subtracted here too",
+            "redundancy is subtracted; there it is added",
+        ),
+        (
+            "RKVPress",
+            "cache_budget=0, compress_interval=64, window_size=8, kernel_size=5",
+            '"rkv", interval=64, window=8, kernel_size=5',
+            "redundancy is subtracted, as in the paper; there it is added",
         ),
         (
             "RPCPress",
