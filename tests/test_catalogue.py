@@ -24,9 +24,8 @@ ENTRIES = {entry.name: entry for entry in (*entries.policies(), *entries.modifie
 EVICTING = [entry for entry in entries.policies() if entry.evicts]
 # Named in the table of presses and not there yet.
 PENDING = {
-    *("rkv_lsh", "lagkv", "finch", "rpc", "gkv", "qfilter", "triattention", "expected_attention"),
-    *("pyramidkv", "shadowkv", "chunkkv", "criticalkv", "chunk", "merging", "key_rerotation"),
-    *("think", "adakv", "duo_attention", "simlayerkv"),
+    *("pyramidkv", "chunkkv", "criticalkv", "chunk", "merging", "adakv", "duo_attention"),
+    "simlayerkv",
 }
 
 

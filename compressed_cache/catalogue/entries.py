@@ -109,7 +109,7 @@ def _entry(
         summary=text.summary,
         papers=text.papers,
         evicts=kind.evicts,
-        phases=kind.phases,
+        phases=kind.phases if kind.evicts else "never",
         needs=tuple(needs),
         bytes_per_slot=state[0],
         bytes_per_query_head=state[1],

@@ -16,4 +16,3 @@ class Full(Policy):
 
     name: ClassVar[str] = "full"
     evicts: ClassVar[bool] = False
-    phases: ClassVar[str] = "never"
