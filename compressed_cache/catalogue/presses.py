@@ -281,8 +281,8 @@ PRESSES: tuple[Press, ...] = tuple(
         (
             "SCOPEPress",
             "cache_budget=0, decoding_cache_budget=0, compress_interval=32, decoding_window_size=8",
-            '"snapkv/tova", interval=32, recent=8',
-            "nearest: one budget for all layers, and all heads of a layer keep the same",
+            '"snapkv/h2o", interval=32, recent=8',
+            "nearest: one budget for all layers, and attention is added up while decoding",
         ),
         (
             "SnapKVPress",
