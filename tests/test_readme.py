@@ -70,9 +70,9 @@ def test_a_combination_is_the_same_in_python_and_in_arguments() -> None:
     cache = press.make_cache()
     assert (cache.policy, cache.rules) == (names["cache"].policy, names["cache"].rules)
     assert cache.policy.label in source
-    # The object that the section writes goes together like the name.
-    (written,) = re.findall(r"`(CAOTE\(.*?)`", section)
-    assert eval(written.replace("MyPolicy", "KNorm"), vars(policies)).label == "knorm/h2o+caote"
+    (written,) = re.findall(r"`(InPhases\(.*?)`", section)
+    made = eval(written.replace("MyPolicy", "KNorm"), vars(policies))
+    assert made == policies.make_policy("knorm/h2o")
 
 
 def test_accuracy_beside_chance_is_computed(tmp_path: Path) -> None:
