@@ -33,7 +33,7 @@ class Option:
 
     name: str
     type: str
-    default: int | float | bool | str | None
+    default: Any
     meaning: str
 
 
