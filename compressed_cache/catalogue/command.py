@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from typing import Any
 
 from compressed_cache.catalogue import entries, page
 from compressed_cache.catalogue.presses import PRESSES
@@ -43,7 +44,7 @@ def presses(options: argparse.Namespace) -> int:
     return 0
 
 
-def _unknown(what: str, name: str, names: list[str]) -> int:
+def _unknown(what: str, name: Any, names: list[str]) -> int:
     known = list(dict.fromkeys(names))
     print(
         f"unknown {what} {name!r}, expected one of {listing(known)}{nearest(name, known)}",
