@@ -22,9 +22,10 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench --benchmark-only
 
-# The demo and the evaluation of the README, then all its tables.
+# The demo, all policies and the evaluation of the README, then all its tables.
 readme: $(VENV)/installed
 	$(BIN)/python -m compressed_cache demo --out bench/results
+	$(BIN)/python -m compressed_cache.bench.catalogue
 	$(BIN)/python -m compressed_cache.bench.harness
 	$(BIN)/python -m compressed_cache.bench.readme
 

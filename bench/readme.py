@@ -1,6 +1,7 @@
 """Writes the tables of the README from results and docstrings, so that none is typed.
 
     python -m compressed_cache demo --out bench/results
+    python -m compressed_cache.bench.catalogue
     python -m compressed_cache.bench.harness
     pytest bench/ --benchmark-only
     python -m compressed_cache.bench.readme
@@ -8,22 +9,19 @@
 Each part stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 """
 
-import dataclasses
-import inspect
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from compressed_cache.bench import report as bench_report
-from compressed_cache.bench.markdown import markdown
+from compressed_cache.catalogue import entries, page
+from compressed_cache.catalogue.presses import PRESSES
 from compressed_cache.demo import report as demo_report
-from compressed_cache.policies import POLICIES
+from compressed_cache.markdown import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-EXAMPLE_BUDGET = 256
 COSTS = (
     "policy",
     "budget",
@@ -39,8 +37,60 @@ COSTS = (
 
 
 def demo() -> str:
-    """Accuracy of every policy, then every number of the demo."""
+    """Accuracy of the policies of the demo, then every number of it."""
     document = json.loads((RESULTS / "demo.json").read_text())
+    columns, found = _by_column(document)
+    rows = [[policy, *(f"{row['accuracy']:.0%}" for row in line)] for policy, line in found.items()]
+    return "\n".join(
+        [
+            f"{demo_report.caption(document)}. The full cache ends with {_full_length(document)} "
+            "tokens; *+ prompt* means `protect_prompt=True`.",
+            "",
+            markdown(["accuracy at budget", *columns], rows),
+            "",
+            "![Accuracy against budget](bench/results/demo.png)",
+            "",
+            "<details><summary>All numbers of the demo</summary>",
+            "",
+            markdown(demo_report.COLUMNS, [demo_report.cells(row) for row in document["rows"]]),
+            "",
+            "</details>",
+        ]
+    )
+
+
+def accuracy(path: Path = RESULTS / "catalogue.json") -> str:
+    """Accuracy of every policy, and which of them do worse than chance."""
+    if not path.exists():
+        return "Not measured: `python -m compressed_cache.bench.catalogue` fills this in."
+    document = json.loads(path.read_text())
+    columns, found = _by_column(document)
+    chance = [row["accuracy"] for row in found["random"]]
+    rows, worse = [], {}
+    for policy, line in found.items():
+        below = [row["accuracy"] < least for row, least in zip(line, chance, strict=True)]
+        marks = ["*" if low else "" for low in below]
+        cells = [f"{m}{row['accuracy']:.0%}{m}" for row, m in zip(line, marks, strict=True)]
+        rows.append([f"`{policy}`", *cells])
+        worse[policy] = sum(below)
+    del worse["full"], worse["random"]
+    everywhere = [policy for policy, times in worse.items() if times == len(columns)]
+    nowhere = [policy for policy, times in worse.items() if times == 0]
+    return "\n".join(
+        [
+            f"{demo_report.caption(document)}. *Italic*: worse than `random` at the same budget "
+            "with the same protection.",
+            "",
+            markdown(["accuracy at budget", *columns], rows),
+            "",
+            f"Worse than `random` in every column: {_names(everywhere)}. In none: "
+            f"{_names(nowhere)}.",
+        ]
+    )
+
+
+def _by_column(document: dict[str, Any]) -> tuple[list[str], dict[str, list[dict[str, Any]]]]:
+    """Column titles, and the rows of each policy in their order."""
     rows = document["rows"]
     columns = [
         (budget, protect)
@@ -48,53 +98,26 @@ def demo() -> str:
         for budget in dict.fromkeys(row["budget"] for row in rows if row["budget"] is not None)
     ]
     found = {(row["policy"], row["budget"], row["protect_prompt"]): row for row in rows}
-    full = next(row for row in rows if row["budget"] is None)
-    accuracy = [["full", *[f"{full['accuracy']:.0%}"] * len(columns)]]
-    for policy in dict.fromkeys(row["policy"] for row in rows if row["budget"] is not None):
-        accuracy.append([policy, *(f"{found[policy, *c]['accuracy']:.0%}" for c in columns)])
-    header = ["accuracy at budget", *(f"{b}{' + prompt' * p}" for b, p in columns)]
-    return "\n".join(
-        [
-            f"{demo_report.caption(document)}. The full cache ends with {_full_length(document)} "
-            "tokens; *+ prompt* means `protect_prompt=True`.",
-            "",
-            markdown(header, accuracy),
-            "",
-            "![Accuracy against budget](bench/results/demo.png)",
-            "",
-            "<details><summary>All numbers of the demo</summary>",
-            "",
-            markdown(demo_report.COLUMNS, [demo_report.cells(row) for row in rows]),
-            "",
-            "</details>",
-        ]
-    )
+    full = found["full", None, False]
+    lines = {
+        policy: [full if policy == "full" else found[policy, *column] for column in columns]
+        for policy in dict.fromkeys(row["policy"] for row in rows)
+    }
+    return [f"{budget}{' + prompt' * protect}" for budget, protect in columns], lines
+
+
+def _names(policies: list[str]) -> str:
+    return ", ".join(f"`{policy}`" for policy in policies) or "no policy"
 
 
 def policies() -> str:
-    """Every policy with its source, defaults, options and deviations, from its docstring."""
-    rows = []
-    for name, policy in POLICIES.items():
-        text = inspect.getdoc(policy) or ""
-        first, *rest = text.split("\n\n")
-        body = " ".join(" ".join(rest).split())
-        links = [f"[{url.split('/')[-1]}]({url})" for url in re.findall(r"https://[^\s),]+", body)]
-        differs = re.search(r"Differs .*", body)
-        defaults = policy().defaults(EXAMPLE_BUDGET)._asdict()
-        changed = [f"`{key}={value}`" for key, value in defaults.items() if key != "protect_prompt"]
-        options = [f"`{field.name}={field.default!r}`" for field in dataclasses.fields(policy)]
-        rows.append(
-            [
-                f"[`{name}`](compressed_cache/policies/{name}.py)",
-                " ".join(first.replace("``", "`").split()),
-                ", ".join(links) or "-",
-                ", ".join(changed) if policy.evicts else "-",
-                ", ".join(options) or "-",
-                differs.group().replace("``", "`") if differs else "-",
-            ]
-        )
-    header = ("policy", "in one line", "paper", f"defaults at budget {EXAMPLE_BUDGET}", "options")
-    return markdown((*header, "deviations"), rows)
+    """What ``python -m compressed_cache policies --markdown`` prints."""
+    return page.tables(entries.policies(), entries.modifiers())
+
+
+def presses() -> str:
+    """What ``python -m compressed_cache presses --markdown`` prints."""
+    return page.presses(PRESSES)
 
 
 def harness() -> str:
@@ -145,6 +168,8 @@ def _accuracy(row: dict[str, Any]) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "policies": policies,
+    "accuracy": accuracy,
+    "presses": presses,
     "harness": harness,
     "decode": bench_report.decode,
     "seen": bench_report.tokens_seen,

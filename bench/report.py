@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from compressed_cache.bench.markdown import markdown
 from compressed_cache.bench.results import Results
+from compressed_cache.markdown import markdown
 
 COMMAND = "pytest bench/ --benchmark-only"
 DEVICES = ("cpu", "cuda")

@@ -10,7 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compressed_cache", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
-        "demo", help="accuracy, speed and memory of every policy on the shipped model"
+        "demo", help="accuracy, speed and memory of policies on the shipped model"
     )
     _add_demo_options(demo)
     commands.add_parser(
@@ -23,10 +23,23 @@ def main(arguments: list[str] | None = None) -> int:
     )
     _add_calibrate_options(calibrate)
     commands.add_parser("model", help="prints the folder of the shipped model")
+    catalogue = {
+        "policies": "every policy and modifier: what it does, needs and holds, and its options",
+        "presses": "what to type here for a press of kvpress",
+    }
+    for command, text in catalogue.items():
+        _add_catalogue_options(commands.add_parser(command, help=text))
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "eval":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    run = {"demo": _demo, "eval": _eval, "calibrate": _calibrate, "model": _model}
+    run = {
+        "demo": _demo,
+        "eval": _eval,
+        "calibrate": _calibrate,
+        "model": _model,
+        "policies": _catalogue,
+        "presses": _catalogue,
+    }
     return run[options.command](options, rest)
 
 
@@ -72,6 +85,12 @@ def _model(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _catalogue(options: argparse.Namespace, rest: list[str]) -> int:
+    from compressed_cache.catalogue import command
+
+    return getattr(command, options.command)(options)
+
+
 def _missing(error: ModuleNotFoundError, extra: str) -> int:
     print(f"{error.name} is missing: pip install 'compressed-cache[{extra}]'", file=sys.stderr)
     return 1
@@ -88,6 +107,13 @@ def _add_calibrate_options(calibrate: argparse.ArgumentParser) -> None:
     calibrate.add_argument("--device", default="cpu", help="e.g. cuda")
 
 
+def _add_catalogue_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="one of them alone, in full")
+    written = parser.add_mutually_exclusive_group()
+    written.add_argument("--json", action="store_true", help="all that is known, as JSON")
+    written.add_argument("--markdown", action="store_true", help="as the README has it")
+
+
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
@@ -95,7 +121,12 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--problems", type=int, default=40, help="held-out problems per row")
     demo.add_argument("--seed", type=int, default=0, help="first seed of the problems")
     demo.add_argument("--budgets", type=numbers, default=None, help="e.g. 180,280")
-    demo.add_argument("--policies", type=lambda text: text.split(","), default=None)
+    demo.add_argument(
+        "--policies",
+        type=lambda text: text.split(","),
+        default=None,
+        help="e.g. full,random,snapkv+caote; nine of them unless given",
+    )
     demo.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     demo.add_argument("--out", default="demo_results", help="folder for demo.json and demo.png")
     demo.add_argument("--model", help="a hub or local model to generate with instead")

@@ -1,16 +1,19 @@
 """The README's examples run, and its tables are what the commands produce."""
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lm_eval.utils import simple_parse_args_string
 from transformers import LlamaForCausalLM
 
-from compressed_cache import CompressedCache
+from compressed_cache import CompressedCache, policies
 from compressed_cache.bench import readme
+from compressed_cache.integrations.harness.arguments import take_press
 from tests.conftest import distinct_tokens
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
@@ -54,3 +57,47 @@ def test_the_policy_of_the_readme_runs(model: LlamaForCausalLM) -> None:
     model.generate(distinct_tokens(2, 100), past_key_values=cache, max_new_tokens=60)
     assert cache.evicted_tokens == 159 - 128
     assert cache.policy.power == 1.0
+
+
+def test_a_combination_is_the_same_in_python_and_in_arguments() -> None:
+    section = TEXT[TEXT.index("### Combine") : TEXT.index("### Coming from kvpress")]
+    (source,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    (arguments,) = re.findall(r"```\n(kv_.*?)\n```", section, re.S)
+    names: dict[str, Any] = {"CompressedCache": CompressedCache}
+    exec(source, names)
+    press = take_press(simple_parse_args_string(arguments))
+    assert press is not None
+    cache = press.make_cache()
+    assert (cache.policy, cache.rules) == (names["cache"].policy, names["cache"].rules)
+    assert cache.policy.label in source
+    (written,) = re.findall(r"`(InPhases\(.*?)`", section)
+    made = eval(written.replace("MyPolicy", "KNorm"), vars(policies))
+    assert made == policies.make_policy("knorm/h2o")
+
+
+def test_accuracy_beside_chance_is_computed(tmp_path: Path) -> None:
+    def row(policy: str, accuracy: float, budget: int | None, protect: bool) -> dict[str, Any]:
+        return {
+            "policy": policy,
+            "accuracy": accuracy,
+            "budget": budget,
+            "protect_prompt": protect,
+        }
+
+    document = json.loads((readme.RESULTS / "demo.json").read_text())
+    document["rows"] = [row("full", 1.0, None, False)] + [
+        row(policy, accuracy, 180, protect)
+        for policy, accuracies in {
+            "random": (0.5, 0.25),
+            "knorm": (0.25, 0.0),
+            "h2o": (0.5, 1.0),
+            "tova": (0.75, 0.0),
+        }.items()
+        for protect, accuracy in zip((False, True), accuracies, strict=True)
+    ]
+    (tmp_path / "found.json").write_text(json.dumps(document))
+    text = readme.accuracy(tmp_path / "found.json")
+    assert "| `full` | 100% | 100% |" in text
+    assert "| `knorm` | *25%* | *0%* |" in text
+    assert "| `tova` | 75% | *0%* |" in text
+    assert text.endswith("Worse than `random` in every column: `knorm`. In none: `h2o`.")

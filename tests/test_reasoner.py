@@ -8,8 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache.__main__ import main
-from compressed_cache.demo.measure import STEPS, Exam, Setting, settings
-from compressed_cache.policies import SLOTTED
+from compressed_cache.demo.measure import CORE, STEPS, Exam, Setting, settings
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import extract_answer, make_problem, split_of
 
@@ -55,7 +54,7 @@ def test_a_missing_answer_is_no_answer(text: str) -> None:
 def test_the_demo_has_every_row() -> None:
     budgets = sorted({row["budget"] for row in DEMO["rows"] if row["budget"] is not None})
     assert 2 <= len(budgets) <= 3
-    wanted = {(s.policy, s.budget, s.protect_prompt) for s in settings(SLOTTED, budgets)}
+    wanted = {(s.policy, s.budget, s.protect_prompt) for s in settings(list(CORE), budgets)}
     found = {(r["policy"], r["budget"], r["protect_prompt"]) for r in DEMO["rows"]}
     assert found == wanted
 
@@ -123,7 +122,7 @@ def test_the_command_generates_with_another_model(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--policies", "h3o"], "--policies must be among"),
+        (["--policies", "h3o"], "--policies: unknown policy 'h3o'"),
         (["--problems", "0"], "must be >= 1"),
         (["--budgets", "64,0"], "must be >= 1"),
         (["--model", "x"], "--model and --prompt must be given together"),

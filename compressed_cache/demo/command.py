@@ -9,17 +9,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compressed_cache.demo import report, text
-from compressed_cache.demo.measure import BUDGETS, Exam, rows, settings
-from compressed_cache.policies import POLICIES, SLOTTED
+from compressed_cache.demo.measure import BUDGETS, CORE, Exam, rows, settings
+from compressed_cache.policies import make_policy
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the demo, or generates with a model of the user's."""
-    policies = options.policies or SLOTTED
+    policies = options.policies or list(CORE)
     budgets = options.budgets or list(BUDGETS)
-    unknown = sorted(set(policies) - set(POLICIES))
-    if unknown:
-        print(f"--policies must be among {', '.join(POLICIES)}, got {unknown}", file=sys.stderr)
+    try:
+        for policy in policies:
+            make_policy(policy)
+    except ValueError as error:
+        print(f"--policies: {error}", file=sys.stderr)
         return 2
     counts = options.problems, options.max_new_tokens, options.workers, *budgets
     if min(counts) < 1 or options.seed < 0:

@@ -17,6 +17,18 @@ from compressed_cache.reasoner.problems import extract_answer, make_problem
 from compressed_cache.versions import cache_argument
 
 BUDGETS: tuple[int, ...] = (180, 280)
+CORE: tuple[str, ...] = (
+    "full",
+    "random",
+    "streaming_llm",
+    "knorm",
+    "h2o",
+    "tova",
+    "snapkv",
+    "rkv",
+    "keydiff",
+)
+"""What the demo runs unless asked for others."""
 STEPS = 20
 
 
@@ -25,6 +37,7 @@ class Setting:
     """One row of the table. The full cache has no budget and nothing to protect."""
 
     policy: str
+    """As for ``CompressedCache``."""
     budget: int | None = None
     protect_prompt: bool = False
 

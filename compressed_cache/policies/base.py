@@ -131,6 +131,8 @@ class Policy:
     """Whether scores are attention that the tokens received, averaged or added up."""
     evicts: ClassVar[bool] = True
     """``False``: the cache grows instead, ``budget`` is ignored and scores are never asked for."""
+    phases: ClassVar[str] = "prefill and decode"
+    """When tokens are evicted, for the catalogue."""
     mixes_heads: ClassVar[bool] = False
     """:meth:`accumulate` with ``observes_attention``, and :meth:`scores` without, averages over
     all heads of the layer, so what tensor parallelism gave to other processes is averaged in."""

@@ -1,0 +1,183 @@
+"""The catalogue tells what the policies are, and where a press of kvpress is found."""
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from compressed_cache import CompressedCache
+from compressed_cache.__main__ import main
+from compressed_cache.bench import catalogue
+from compressed_cache.bench.kvpress import ENVIRONMENT
+from compressed_cache.catalogue import entries, page
+from compressed_cache.catalogue.docstrings import text_of
+from compressed_cache.catalogue.entries import Entry
+from compressed_cache.catalogue.presses import FORK, KVPRESS, PRESSES, Press
+from compressed_cache.policies import MODIFIERS, POLICIES, SLOTTED, Policy
+from tests.conftest import distinct_tokens
+
+ENTRIES = {entry.name: entry for entry in (*entries.policies(), *entries.modifiers())}
+EVICTING = [entry for entry in entries.policies() if entry.evicts]
+# Named in the table of presses and not there yet.
+PENDING = {
+    *("pyramidkv", "chunkkv", "criticalkv", "chunk", "merging", "adakv", "duo_attention"),
+    "simlayerkv",
+}
+
+
+def test_every_policy_and_modifier_has_an_entry() -> None:
+    assert list(ENTRIES) == [*POLICIES, *MODIFIERS]
+    tables = page.tables(entries.policies(), entries.modifiers())
+    for name, entry in ENTRIES.items():
+        assert f"[`{name}`]({entry.file})" in tables
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=list(ENTRIES))
+def test_nothing_is_left_unsaid(entry: Entry) -> None:
+    assert entry.summary.endswith(".")
+    assert entry.file.endswith(f"/{entry.name}.py")
+    assert entry.name == "full" or entry.papers
+    assert entry.name == "full" or re.match(r"Differs .*\.$", entry.deviations)
+    for option in entry.options:
+        assert option.meaning.endswith("."), option.name
+    for text in (entry.summary, entry.deviations, *(o.meaning for o in entry.options)):
+        assert "``" not in text and ":class:" not in text and "\n" not in text
+
+
+def test_needs_follow_from_what_a_policy_asks_for() -> None:
+    needs = {name: entry.needs for name, entry in ENTRIES.items()}
+    assert needs["random"] == needs["knorm"] == needs["keydiff"] == ()
+    assert needs["h2o"] == ("attention of every query",)
+    assert needs["tova"] == ("attention of every step",)
+    assert needs["snapkv"] == ("last 32 queries",)
+    assert needs["caote"] == ("values",)
+    assert (
+        ENTRIES["caote"].works_on[:3]
+        == tuple(name for name, kind in POLICIES.items() if kind.scores_attention)[:3]
+    )
+
+
+@pytest.mark.parametrize("entry", EVICTING, ids=[entry.name for entry in EVICTING])
+def test_state_is_what_a_cache_allocates(entry: Entry, model: LlamaForCausalLM) -> None:
+    def nbytes(policy: str, budget: int) -> int:
+        cache = CompressedCache(policy, budget, interval=1, protect_prompt=False)
+        model(distinct_tokens(1, 20), past_key_values=cache)
+        return cache.nbytes
+
+    few, many = (nbytes(entry.name, b) - nbytes("random", b) for b in (128, 192))
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    assert many - few == layers * heads * 64 * entry.bytes_per_slot
+    window = POLICIES[entry.name]().num_queries
+    # Two query heads per key/value head, of 12 float32 numbers; positions are shared by the heads.
+    ring = layers * window * (2 * heads * 12 * 4 + 8)
+    assert few - layers * heads * 128 * entry.bytes_per_slot == ring
+    assert entry.bytes_per_query_head == window * (entries.HEAD_DIM * 2 + 8)
+
+
+def test_a_docstring_falls_into_its_parts() -> None:
+    class Example(Policy):
+        """Keeps ``few``
+        tokens.
+
+        One (https://a.org/1), two (https://a.org/2, https://a.org/1). Differs in one point: it is
+        like :class:`~compressed_cache.policies.rkv.RKV`.
+        """
+
+    text = text_of(Example)
+    assert text.summary == "Keeps `few` tokens."
+    assert text.papers == ("https://a.org/1", "https://a.org/2")
+    assert text.deviations == "Differs in one point: it is like `RKV`."
+
+
+def test_the_command_prints_all_or_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policies"]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line and line[0] != " "] == list(ENTRIES)
+    assert all(len(line) <= 100 for line in printed.splitlines() if "http" not in line)
+    assert main(["policies", "snapkv"]) == 0
+    assert "kernel_size: int = 5" in capsys.readouterr().out
+    assert main(["policies", "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in read] == list(ENTRIES)
+    assert main(["policies", "snapvk"]) == 2
+    assert "Did you mean 'snapkv'?" in capsys.readouterr().err
+    assert main(["policies", "--markdown"]) == 0
+    assert "| [`snapkv`]" in capsys.readouterr().out
+
+
+def test_the_command_finds_a_press(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presses", "SnapKVPress"]) == 0
+    printed = capsys.readouterr().out
+    assert 'CompressedCache("snapkv", window=64, kernel_size=5, budget=...)' in printed
+    assert "[fork]" in printed and "[kvpress 0.5]" in printed
+    assert main(["presses", "KVzipPress"]) == 0
+    assert "not here\n    needs a second pass" in capsys.readouterr().out
+    assert main(["presses", "SnapKvPress"]) == 2
+    assert "Did you mean 'SnapKVPress'?" in capsys.readouterr().err
+    assert main(["presses", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(PRESSES)
+
+
+@pytest.mark.parametrize("press", PRESSES, ids=[f"{p.origin}-{p.name}" for p in PRESSES])
+def test_what_is_to_be_typed_makes_a_cache(press: Press) -> None:
+    assert press.here or press.note
+    named = re.findall(r"[a-z0-9_]+", press.here.split(",")[0])
+    missing = set(named) - {*POLICIES, *MODIFIERS}
+    assert missing <= PENDING
+    if press.here and not missing:
+        cache = eval(f"CompressedCache({press.here}, budget=4096)")
+        assert cache.policy.label == press.here.split('"')[1]
+
+
+def test_presses_are_named_once_and_in_order() -> None:
+    for origin in (KVPRESS, FORK):
+        names = [press.name for press in PRESSES if press.origin == origin]
+        assert names == sorted(set(names), key=str.lower)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ENVIRONMENT / "installed").exists(), reason="kvpress is not installed")
+def test_arguments_are_those_of_kvpress() -> None:
+    program = (
+        "import inspect, json, kvpress\n"
+        "told = {}\n"
+        "for name in dir(kvpress):\n"
+        "    if name.endswith('Press') and inspect.isclass(getattr(kvpress, name)):\n"
+        "        given = inspect.signature(getattr(kvpress, name)).parameters.values()\n"
+        "        told[name] = {p.name: repr(p.default) for p in given}\n"
+        "print(json.dumps(told))"
+    )
+    command = [str(ENVIRONMENT / "bin" / "python"), "-I", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    none = repr(inspect.Parameter.empty)
+    ours = {press.name: press for press in PRESSES if press.origin == KVPRESS}
+    assert set(ours) == set(theirs)
+    for name, arguments in theirs.items():
+        wanted = {
+            argument: "" if default == none else default
+            for argument, default in arguments.items()
+            if argument != "compression_ratio" and argument[0] != "_" and "factory" not in default
+        }
+        call = ast.parse(f"f({_keywords(ours[name].arguments)})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        told = {k.arg: repr(ast.literal_eval(k.value)) for k in call.keywords}
+        assert told == {argument: repr(default) for argument, default in wanted.items()}, name
+
+
+def _keywords(arguments: str) -> str:
+    """Each argument with its default as text; one made by a factory is left out."""
+    parts = [part.partition("=") for part in arguments.split(", ") if part]
+    return ", ".join(f"{name}={value!r}" for name, _, value in parts if "(...)" not in value)
+
+
+def test_all_that_exists_is_measured() -> None:
+    measured = catalogue.measured()
+    assert measured[: len(SLOTTED)] == list(SLOTTED)
+    assert "h2o+caote" in measured
+    for name in measured:
+        CompressedCache(name, 180)
