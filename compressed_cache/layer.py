@@ -322,6 +322,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             attention=seen,
             notes=notes,
             prompt_length=self.prompt_length,
+            protected_prefix=self.protected_prefix,
+            recent=self.rules.recent,
+            budget=self.rules.budget,
             is_prompt=is_prompt,
             constants=self.constants,
         )
@@ -334,7 +337,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
                 f"{type(self.policy).__name__}.scores must return float32 of shape [B, H, S] = "
                 f"{list(held.positions.shape)}, got {scores.dtype} of shape {list(scores.shape)}"
             )
-        return scores
+        return self.shard.mean(scores) if self.policy.mixes_scores else scores
 
     def protected_scores(self, held: Slots) -> Tensor:
         """Scores ``[B, H, S]`` with protection applied."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -73,7 +74,7 @@ def orthogonal_view(num_tokens: int) -> View:
     keys = np.eye(num_tokens)
     queries = np.random.default_rng(0).normal(size=(num_tokens, 2, num_tokens))
     held = [Token(t, keys[t], keys[t]) for t in range(num_tokens)]
-    return View(0, 0, held, list(queries), [], [])
+    return View(0, 0, held, list(queries), [], [], Rules(num_tokens), num_tokens)
 
 
 def replace_keys(view: View, copies: dict[int, int]) -> View:
@@ -82,7 +83,7 @@ def replace_keys(view: View, copies: dict[int, int]) -> View:
         token._replace(key=view.held[copies.get(token.position, token.position)].key)
         for token in view.held
     ]
-    return View(0, 0, held, view.queries, [], [])
+    return replace(view, held=held)
 
 
 def rank_of(position: int, scores: Sequence[float]) -> int:

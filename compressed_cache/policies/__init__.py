@@ -6,6 +6,7 @@ from typing import Any
 from compressed_cache.names import listing, nearest
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 from compressed_cache.policies.caote import CAOTE
+from compressed_cache.policies.chunkkv import ChunkKV
 from compressed_cache.policies.full import Full
 from compressed_cache.policies.h2o import H2O
 from compressed_cache.policies.keydiff import KeyDiff
@@ -46,7 +47,10 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-MODIFIERS: dict[str, type[Modifier]] = {"caote": CAOTE}
+MODIFIERS: dict[str, type[Modifier]] = {
+    "caote": CAOTE,
+    "chunkkv": ChunkKV,
+}
 
 
 def make_policy(name: str, **options: Any) -> Policy:

@@ -57,6 +57,12 @@ class Slots(NamedTuple):
     prompt_length: Tensor
     """``[B]`` int64, positions below it are of the first prompt; at prefill as far as it was read.
     """
+    protected_prefix: Tensor
+    """``[B]`` int64, the cache keeps positions below it whatever their score."""
+    recent: int
+    """The cache keeps so many tokens before the incoming one whatever their score."""
+    budget: int
+    """How many tokens are kept: ``S`` while decoding."""
     is_prompt: bool
     """Whether these are the tokens of a prompt that is cut to the budget."""
     constants: Mapping[str, Tensor]
@@ -127,6 +133,9 @@ class Policy:
     mixes_heads: ClassVar[bool] = False
     """With ``observes_attention``: :meth:`accumulate` averages over all heads of the layer, so
     what tensor parallelism gave to other processes is averaged in."""
+    mixes_scores: ClassVar[bool] = False
+    """Whether :meth:`scores` are the same for all heads of the layer: then all hold the same
+    tokens, and what tensor parallelism gave to other processes is averaged in."""
     prompt_queries: ClassVar[int | None] = None
     """With ``observes_attention``: how many of the last prompt queries are shown; None: all."""
     revises: ClassVar[bool] = False

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 
-_TRAITS = ("observes_attention", "mixes_heads", "prompt_queries", "revises", "scores_attention")
+_TRAITS = (
+    "observes_attention",
+    "mixes_heads",
+    "mixes_scores",
+    "prompt_queries",
+    "revises",
+    "scores_attention",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +27,8 @@ class Modifier(Policy):
 
     Raises:
         TypeError: a base that is not a policy, or a field of the wrong type.
-        ValueError: a base that evicts nothing, or that has the same modifier already.
+        ValueError: a base that evicts nothing, that has the same modifier already, or that decides
+            for all heads at once where this one would not.
     """
 
     base: Policy
@@ -40,6 +48,12 @@ class Modifier(Policy):
             )
         if type(self) in [type(part) for part in self.base.parts]:
             raise ValueError(f"{self.name} must be given once, got {self.label!r}")
+        is_mixed = type(self).mixes_scores or type(self).scores is Modifier.scores
+        if self.base.mixes_scores and not is_mixed:
+            raise ValueError(
+                f"{self.name} scores each head on its own, and {self.base.label!r} decides for all "
+                f"heads at once. Write {self.name!r} before the part that does so."
+            )
         for trait in _TRAITS:
             if getattr(type(self), trait) == getattr(Policy, trait):
                 object.__setattr__(self, trait, getattr(self.base, trait))

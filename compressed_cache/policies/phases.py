@@ -41,6 +41,10 @@ class InPhases(Policy):
                 f"{self.label!r} would add up attention in two ways. One of the two may be a "
                 "policy that observes attention."
             )
+        if self.prompt.mixes_scores != self.decoding.mixes_scores:
+            raise ValueError(
+                f"both parts of {self.label!r} must decide for all heads at once, or none"
+            )
         shared = dict(self.prompt.options)
         for name, value in self.decoding.options.items():
             if shared.setdefault(name, value) != value:
@@ -50,6 +54,7 @@ class InPhases(Policy):
                 )
         self._take("observes_attention", bool(observing))
         self._take("mixes_heads", any(part.mixes_heads for part in both))
+        self._take("mixes_scores", self.prompt.mixes_scores)
         self._take("prompt_queries", observing[-1].prompt_queries if observing else None)
         self._take("revises", any(part.revises for part in both))
         self._take("scores_attention", all(part.scores_attention for part in both))

@@ -7,7 +7,7 @@ token, then attends.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -168,16 +168,23 @@ class _Row:
         self.rows[layer].append(rows)
         return model.weights[f"{prefix}.o_proj.weight"] @ np.concatenate(outputs)
 
-    def view(self, layer: int, head: int) -> View:
-        """What a policy may look at."""
+    def views(self, layer: int, rules: Rules) -> list[View]:
+        """What a policy sees of each head of a layer, before any of them gives up a token."""
+        heads = [self.view(layer, head, rules) for head in range(self.model.num_heads)]
+        return [replace(view, layer_views=heads) for view in heads]
+
+    def view(self, layer: int, head: int, rules: Rules) -> View:
+        """The same of one head."""
         first = head * self.model.group_size
         return View(
             layer=layer,
             head=head,
-            held=self.held[layer][head],
+            held=tuple(self.held[layer][head]),
             queries=self.queries[layer][head],
             group_rows=[rows[first : first + self.model.group_size] for rows in self.rows[layer]],
             layer_rows=self.rows[layer],
+            rules=rules,
+            prompt_length=self.prompt_length,
         )
 
     def compress_prompt(self, score: Score, rules: Rules, trace: Trace) -> None:
@@ -187,10 +194,8 @@ class _Row:
         if excess <= 0:
             return
         for layer in range(self.model.num_layers):
-            for head in range(self.model.num_heads):
-                ranking = rank(
-                    self.view(layer, head), score, rules, prompt_length=self.prompt_length
-                )
+            for head, view in enumerate(self.views(layer, rules)):
+                ranking = rank(view, score, rules, prompt_length=self.prompt_length)
                 if excess > len(ranking.positions):
                     raise ValueError("protected tokens do not fit into the budget")
                 # Within the dropped ones the order is irrelevant.
@@ -207,15 +212,13 @@ class _Row:
         """
         turn = step % rules.interval
         for layer in range(self.model.num_layers):
-            for head in range(self.model.num_heads):
+            for head, view in enumerate(self.views(layer, rules)):
                 if turn == 0:
                     num_free = min(rules.interval, rules.budget - len(self.held[layer][head]))
                     num_tokens = rules.interval - num_free
                     victims: list[int | None] = [None] * num_free
                     if num_tokens:
-                        ranking = rank(
-                            self.view(layer, head), score, rules, prompt_length=self.prompt_length
-                        )
+                        ranking = rank(view, score, rules, prompt_length=self.prompt_length)
                         if not ranking.positions and not num_free:
                             raise ValueError("protected tokens do not fit into the budget")
                         _note_gaps(trace, ranking.scores[: num_tokens + 1])

@@ -39,6 +39,9 @@ class View:
         group_rows: ``group_rows[t][g]`` is the row of attention of query head ``g`` of the group
             which shares this head.
         layer_rows: ``layer_rows[t][q]`` is the same for all ``H * G`` query heads of the layer.
+        rules: What is kept whatever its score, and the budget.
+        prompt_length: Tokens of the prompt.
+        layer_views: The same of all heads of the layer; left out there.
     """
 
     layer: int
@@ -47,6 +50,9 @@ class View:
     queries: Sequence[Vector]
     group_rows: Sequence[Sequence[Row]]
     layer_rows: Sequence[Sequence[Row]]
+    rules: "Rules"
+    prompt_length: int
+    layer_views: Sequence["View"] = ()
 
     @property
     def incoming(self) -> int:
@@ -279,6 +285,28 @@ def caote(view: View, base: Callable[..., list[float]], **options: Any) -> list[
     return changes
 
 
+def chunkkv(
+    view: View, base: Callable[..., list[float]], *, chunk_length: int = 10, **options: Any
+) -> list[float]:
+    """Mean over the chunk of a token and over all heads.
+
+    ChunkKV (https://arxiv.org/abs/2502.00299).
+    """
+    heads = [base(other, **options) for other in view.layer_views]
+    assert len({tuple(token.position for token in other.held) for other in view.layer_views}) == 1
+    chunks: dict[int, list[float]] = {}
+    always: set[int] = set()
+    for token, scores in zip(view.held, zip(*heads, strict=True), strict=True):
+        if math.inf in scores:
+            always.add(token.position)
+        else:
+            chunks.setdefault(token.position // chunk_length, []).append(mean(scores))
+    return [
+        math.inf if token.position in always else mean(chunks[token.position // chunk_length])
+        for token in view.held
+    ]
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
     "full": full,
     "h2o": h2o,
@@ -290,4 +318,7 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "tova": tova,
     "h2o+caote": partial(caote, base=h2o),
     "snapkv+caote": partial(caote, base=snapkv),
+    "knorm+chunkkv": partial(chunkkv, base=knorm),
+    "rkv+chunkkv": partial(chunkkv, base=rkv),
+    "snapkv+chunkkv": partial(chunkkv, base=snapkv),
 }
