@@ -11,11 +11,24 @@ from compressed_cache import CompressedCache, compile_layers_once
 from compressed_cache.policies import InPhases, make_policy
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
+from tests.families import FAMILIES, VOCABULARY, Family
 
-NAMES = ("snapkv+chunkkv", "h2o+chunkkv", "rkv+chunkkv")
+NAMES = (
+    "snapkv+chunkkv",
+    "h2o+chunkkv",
+    "rkv+chunkkv",
+    "snapkv+criticalkv",
+    "tova+criticalkv",
+    "snapkv+criticalkv+chunkkv",
+)
 NEW = 30
 # Where a token with a broken key or value is the first to go.
-_GIVEN_UP = (("rkv+chunkkv", "k_proj"),)
+_GIVEN_UP = (
+    ("rkv+chunkkv", "k_proj"),
+    ("snapkv+criticalkv", "v_proj"),
+    ("tova+criticalkv", "v_proj"),
+    ("snapkv+criticalkv+chunkkv", "v_proj"),
+)
 
 
 @pytest.fixture
@@ -131,10 +144,43 @@ def test_all_heads_hold_the_same_chunks(model: LlamaForCausalLM) -> None:
     assert held(cache, 0) != held(cache, 1)
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_criticalkv_finds_the_output_projection_of_every_family(family: Family) -> None:
+    model = family.make()
+    cache = CompressedCache("tova+criticalkv", 16)
+    _generate(model, distinct_tokens(2, 24) % (VOCABULARY - 1) + 1, cache)
+    weights = [getattr(layer, "constants", {}) for layer in cache.layers]
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    for kind, constants in zip(family.kinds, weights, strict=True):
+        assert len(constants) == (kind == "full")
+        assert all(weight.data_ptr() in parameters for weight in constants.values())
+
+
+@pytest.mark.parametrize(
+    ("projection", "message"),
+    [
+        (torch.nn.Identity(), "has none of o_proj"),
+        (torch.nn.Linear(7, 48), r"linear layer of 48 inputs.*Linear in .*\[48, 7\]"),
+        (torch.nn.Linear(48, 48, device="meta"), "on cpu, and it is on meta"),
+    ],
+)
+def test_criticalkv_refuses_what_it_cannot_project(
+    make_model: Callable[..., LlamaForCausalLM], projection: torch.nn.Module, message: str
+) -> None:
+    model = make_model()
+    model.model.layers[1].self_attn.o_proj = projection
+    with pytest.raises(NotImplementedError, match=message):
+        model(distinct_tokens(1, 20), past_key_values=CompressedCache("h2o+criticalkv", 16))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: make_policy("snapkv+chunkkv", chunk_length=0), "chunk_length must be >= 1"),
+        (lambda: make_policy("knorm+criticalkv"), "scores are attention.*'knorm'"),
+        (lambda: make_policy("h2o+criticalkv+caote"), "scores are attention.*criticalkv"),
+        (lambda: make_policy("h2o+criticalkv", first_stage_ratio=1.5), "from 0 to 1, got 1.5"),
+        (lambda: make_policy("h2o+criticalkv", score_offset=-1), "score_offset must be >= 0"),
         (
             lambda: make_policy("snapkv+chunkkv+caote"),
             "caote scores each head on its own.*Write 'caote' before",

@@ -7,6 +7,7 @@ from compressed_cache.names import listing, nearest
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 from compressed_cache.policies.caote import CAOTE
 from compressed_cache.policies.chunkkv import ChunkKV
+from compressed_cache.policies.criticalkv import CriticalKV
 from compressed_cache.policies.full import Full
 from compressed_cache.policies.h2o import H2O
 from compressed_cache.policies.keydiff import KeyDiff
@@ -50,6 +51,7 @@ POLICIES: dict[str, type[Policy]] = {
 MODIFIERS: dict[str, type[Modifier]] = {
     "caote": CAOTE,
     "chunkkv": ChunkKV,
+    "criticalkv": CriticalKV,
 }
 
 

@@ -90,6 +90,15 @@ class ReferenceLlama:
                 logits = row.read(trace.tokens[-1])
         return trace
 
+    def projections(self, layer: int, head: int) -> list[Vector]:
+        """What follows attention, ``[hidden, D]`` for each query head that shares a key head."""
+        weight = self.weights[f"model.layers.{layer}.self_attn.o_proj.weight"]
+        first = head * self.group_size
+        return [
+            weight[:, query * self.head_dim : (query + 1) * self.head_dim]
+            for query in range(first, first + self.group_size)
+        ]
+
     def norm(self, hidden: Vector, name: str) -> Vector:
         """RMSNorm of ``hidden`` ``[hidden]`` (https://arxiv.org/abs/1910.07467)."""
         return hidden / math.sqrt(hidden @ hidden / len(hidden) + self.epsilon) * self.weights[name]
@@ -184,6 +193,7 @@ class _Row:
             group_rows=[rows[first : first + self.model.group_size] for rows in self.rows[layer]],
             layer_rows=self.rows[layer],
             rules=rules,
+            projections=self.model.projections(layer, head),
             prompt_length=self.prompt_length,
         )
 

@@ -41,6 +41,8 @@ class View:
         layer_rows: ``layer_rows[t][q]`` is the same for all ``H * G`` query heads of the layer.
         rules: What is kept whatever its score, and the budget.
         prompt_length: Tokens of the prompt.
+        projections: ``[hidden, D]`` for each query head of the group: its part of the matrix that
+            attention ends with.
         layer_views: The same of all heads of the layer; left out there.
     """
 
@@ -52,6 +54,7 @@ class View:
     layer_rows: Sequence[Sequence[Row]]
     rules: "Rules"
     prompt_length: int
+    projections: Sequence[Vector] = ()
     layer_views: Sequence["View"] = ()
 
     @property
@@ -307,6 +310,35 @@ def chunkkv(
     ]
 
 
+def criticalkv(
+    view: View,
+    base: Callable[..., list[float]],
+    *,
+    first_stage_ratio: float = 0.5,
+    score_offset: float = 1e-4,
+    **options: Any,
+) -> list[float]:
+    """Half of the budget to the best tokens, the rest weighted by the reach of the value.
+
+    CriticalKV, algorithm 1 (https://arxiv.org/abs/2502.03805).
+    """
+    scores = base(view, **options)
+    weighted = []
+    for token, score in zip(view.held, scores, strict=True):
+        norms = [float(np.abs(matrix @ token.value).sum()) for matrix in view.projections]
+        weighted.append((score / math.fsum(scores) + score_offset) * mean(norms))
+    safe = [
+        view.rules.protects(
+            token.position, incoming=view.incoming, prompt_length=view.prompt_length
+        )
+        for token in view.held
+    ]
+    order = sorted(range(len(scores)), key=lambda i: (safe[i], scores[i], view.held[i].position))
+    count = int(view.rules.budget * first_stage_ratio)
+    best = set(order[len(order) - count :])
+    return [2 * max(weighted) if i in best else weighted[i] for i in range(len(weighted))]
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
     "full": full,
     "h2o": h2o,
@@ -318,6 +350,8 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "tova": tova,
     "h2o+caote": partial(caote, base=h2o),
     "snapkv+caote": partial(caote, base=snapkv),
+    "h2o+criticalkv": partial(criticalkv, base=h2o),
+    "snapkv+criticalkv": partial(criticalkv, base=snapkv),
     "knorm+chunkkv": partial(chunkkv, base=knorm),
     "rkv+chunkkv": partial(chunkkv, base=rkv),
     "snapkv+chunkkv": partial(chunkkv, base=snapkv),
