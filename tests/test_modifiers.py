@@ -20,6 +20,8 @@ NAMES = (
     "snapkv+criticalkv",
     "tova+criticalkv",
     "snapkv+criticalkv+chunkkv",
+    "h2o+merging",
+    "snapkv+merging+chunkkv",
 )
 NEW = 30
 # Where a token with a broken key or value is the first to go.
@@ -177,6 +179,11 @@ def test_criticalkv_refuses_what_it_cannot_project(
     ("make", "message"),
     [
         (lambda: make_policy("snapkv+chunkkv", chunk_length=0), "chunk_length must be >= 1"),
+        (lambda: make_policy("h2o+merging", merge_threshold=2), "merge_threshold must be from 0"),
+        (
+            lambda: InPhases(prompt=make_policy("snapkv+merging"), decoding=make_policy("h2o")),
+            "must merge in both phases",
+        ),
         (lambda: make_policy("knorm+criticalkv"), "scores are attention.*'knorm'"),
         (lambda: make_policy("h2o+criticalkv+caote"), "scores are attention.*criticalkv"),
         (lambda: make_policy("h2o+criticalkv", first_stage_ratio=1.5), "from 0 to 1, got 1.5"),

@@ -12,6 +12,7 @@ from compressed_cache.policies.full import Full
 from compressed_cache.policies.h2o import H2O
 from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
+from compressed_cache.policies.merging import Merging
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.phases import InPhases
 from compressed_cache.policies.random import Random
@@ -52,6 +53,7 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "caote": CAOTE,
     "chunkkv": ChunkKV,
     "criticalkv": CriticalKV,
+    "merging": Merging,
 }
 
 

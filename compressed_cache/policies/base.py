@@ -141,6 +141,9 @@ class Policy:
     revises: ClassVar[bool] = False
     """Whether :meth:`revise` is called before each ranking."""
 
+    merges: ClassVar[bool] = False
+    """Whether :meth:`merged` changes values of kept tokens when others are evicted."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -254,6 +257,22 @@ class Policy:
             ``[B, H, S, num_notes]`` float32.
         """
         return slots.notes
+
+    def merged(
+        self, keys: Tensor, values: Tensor, kept: Tensor, evicted: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """New values of the kept tokens, once it is known which others go; with ``merges``.
+
+        Args:
+            keys: ``[B, H, S, D]``.
+            values: ``[B, H, S, D]``.
+            kept: ``[B, H, S]`` bool, where there is a token that stays.
+            evicted: the same three of tokens of which those marked go, ``[B, H, E, ...]``.
+
+        Returns:
+            ``[B, H, S, D]`` in the dtype of ``values``.
+        """
+        return values
 
     def constants(self, site: Site) -> dict[str, Tensor]:
         """Tensors that :meth:`scores` and the others need of this layer of the model.

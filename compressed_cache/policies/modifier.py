@@ -12,6 +12,7 @@ _TRAITS = (
     "observes_attention",
     "mixes_heads",
     "mixes_scores",
+    "merges",
     "prompt_queries",
     "revises",
     "scores_attention",
@@ -106,6 +107,11 @@ class Modifier(Policy):
     def revise(self, slots: Slots) -> Tensor:
         own = slots.notes[..., self.base.num_notes :]
         return torch.cat([self.base.revise(self.seen_by_base(slots)), own], dim=-1)
+
+    def merged(
+        self, keys: Tensor, values: Tensor, kept: Tensor, evicted: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        return self.base.merged(keys, values, kept, evicted)
 
     def constants(self, site: Site) -> dict[str, Tensor]:
         return self.base.constants(site)

@@ -55,6 +55,8 @@ class InPhases(Policy):
         self._take("observes_attention", bool(observing))
         self._take("mixes_heads", any(part.mixes_heads for part in both))
         self._take("mixes_scores", self.prompt.mixes_scores)
+        if self.prompt.merges or self.decoding.merges:
+            raise ValueError(f"{self.label!r} must merge in both phases: write 'merging' behind it")
         self._take("prompt_queries", observing[-1].prompt_queries if observing else None)
         self._take("revises", any(part.revises for part in both))
         self._take("scores_attention", all(part.scores_attention for part in both))

@@ -16,7 +16,17 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.reference.policies import Row, Rules, Score, Token, Vector, View, attention_row, rank
+from tests.reference.policies import (
+    Row,
+    Rules,
+    Score,
+    Token,
+    Vector,
+    View,
+    attention_row,
+    merge,
+    rank,
+)
 
 Kept = list[list[tuple[int, ...]]]
 """``kept[layer][head]``: positions a key/value head holds, in ascending order."""
@@ -210,8 +220,7 @@ class _Row:
                     raise ValueError("protected tokens do not fit into the budget")
                 # Within the dropped ones the order is irrelevant.
                 _note_gaps(trace, ranking.scores[excess - 1 : excess + 1])
-                for position in ranking.positions[:excess]:
-                    self.drop(layer, head, position)
+                self.drop(layer, head, ranking.positions[:excess], score)
 
     def make_room(self, step: int, score: Score, rules: Rules, trace: Trace) -> None:
         """Make sure that every head has a place for the token of decode step ``step``.
@@ -246,12 +255,15 @@ class _Row:
                         )
                     )
                 if victim is not None:
-                    self.drop(layer, head, victim)
+                    self.drop(layer, head, [victim], score)
 
-    def drop(self, layer: int, head: int, position: int) -> None:
-        """Remove one token from one head."""
+    def drop(self, layer: int, head: int, positions: Sequence[int], score: Score) -> None:
+        """Remove tokens from one head, all at once."""
         held = self.held[layer][head]
-        held.remove(next(token for token in held if token.position == position))
+        evicted = [token for token in held if token.position in positions]
+        assert len(evicted) == len(positions)
+        kept = [token for token in held if token.position not in positions]
+        held[:] = merge(score, kept, evicted)
 
     def kept(self) -> Kept:
         """Positions in the cache now."""

@@ -339,6 +339,40 @@ def criticalkv(
     return [2 * max(weighted) if i in best else weighted[i] for i in range(len(weighted))]
 
 
+def merging(
+    view: View, base: Callable[..., list[float]], *, merge_threshold: float = 0.0, **options: Any
+) -> list[float]:
+    """Scores as ever: see :func:`merge` for what happens to the victims."""
+    return base(view, **options)
+
+
+def merge(score: Score, kept: Sequence[Token], evicted: Sequence[Token]) -> list[Token]:
+    """The kept tokens with what ``score`` makes of the values of the evicted ones.
+
+    kvpress (https://github.com/NVIDIA/kvpress), "merging".
+    """
+    if not (isinstance(score, partial) and score.func is merging and kept):
+        return list(kept)
+    shares: dict[int, list[tuple[float, Vector]]] = {}
+    for token in evicted:
+        cosines = [
+            float(token.key @ other.key / np.linalg.norm(token.key) / np.linalg.norm(other.key))
+            for other in kept
+        ]
+        target = int(np.argmax(cosines))
+        if cosines[target] > score.keywords.get("merge_threshold", 0.0):
+            length = float(np.linalg.norm(token.value))
+            other = float(np.linalg.norm(kept[target].value))
+            weight = cosines[target] * length / (length + other)
+            shares.setdefault(target, []).append((weight, token.value))
+    merged = list(kept)
+    for target, parts in shares.items():
+        total = sum((weight * value for weight, value in parts), kept[target].value)
+        value = total / (1 + math.fsum(weight for weight, _ in parts))
+        merged[target] = kept[target]._replace(value=value)
+    return merged
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
     "full": full,
     "h2o": h2o,
@@ -352,6 +386,8 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "snapkv+caote": partial(caote, base=snapkv),
     "h2o+criticalkv": partial(criticalkv, base=h2o),
     "snapkv+criticalkv": partial(criticalkv, base=snapkv),
+    "h2o+merging": partial(merging, base=h2o),
+    "snapkv+merging": partial(merging, base=snapkv),
     "knorm+chunkkv": partial(chunkkv, base=knorm),
     "rkv+chunkkv": partial(chunkkv, base=rkv),
     "snapkv+chunkkv": partial(chunkkv, base=snapkv),
