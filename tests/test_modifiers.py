@@ -169,7 +169,7 @@ def test_criticalkv_finds_the_output_projection_of_every_family(family: Family) 
 def test_criticalkv_refuses_what_it_cannot_project(
     make_model: Callable[..., LlamaForCausalLM], projection: torch.nn.Module, message: str
 ) -> None:
-    model = make_model()
+    model: Any = make_model()
     model.model.layers[1].self_attn.o_proj = projection
     with pytest.raises(NotImplementedError, match=message):
         model(distinct_tokens(1, 20), past_key_values=CompressedCache("h2o+criticalkv", 16))
