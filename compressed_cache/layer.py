@@ -373,14 +373,12 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def scores(self, held: Slots) -> Tensor:
         """Scores ``[B, H, S]`` of the policy."""
         scores = self.policy.scores(held)
-        if self.policy.mixes_heads and not self.policy.observes_attention:
-            scores = self.shard.mean(scores)
         if scores.shape != held.positions.shape or scores.dtype != torch.float32:
             raise ValueError(
                 f"{type(self.policy).__name__}.scores must return float32 of shape [B, H, S] = "
                 f"{list(held.positions.shape)}, got {scores.dtype} of shape {list(scores.shape)}"
             )
-        return scores
+        return self.shard.mean(scores) if self.policy.mixes_scores else scores
 
     def protected_scores(self, held: Slots) -> Tensor:
         """Scores ``[B, H, S]`` with protection applied."""

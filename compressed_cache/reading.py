@@ -236,3 +236,8 @@ def keep_best(
             index = kept.reshape(*kept.shape, *[1] * (tokens.dim() - 3))
             tokens = tokens.gather(2, index.expand(*kept.shape, *tokens.shape[3:]))
         memory[:, :, :count].copy_(tokens)
+    if kept is not None and layer.policy.merges:
+        gone = (positions >= 0).scatter(2, kept, False)
+        held = layer.positions >= 0
+        merged = layer.policy.merged(layer.keys, layer.values, held, (keys, values, gone))
+        layer.values.copy_(merged)

@@ -38,6 +38,9 @@ def step(
     # Detached everywhere: a graph through the slots would live as long as the cache.
     key, value = key.detach(), value.detach()
     planned = _planned_slot(layer, ranks)
+    if layer.policy.merges:
+        planned = _slot(layer) if planned is None else planned
+        _merge(layer, planned)
     if layer.is_fused and not query.requires_grad:
         output, weights = _fused(layer, query, key, value, planned, weighs)
     else:
@@ -122,6 +125,11 @@ def _ranked(layer: "CompressedLayer") -> Tensor:
     scores = layer.protected_scores(held)
     if layer.policy.drops:
         gone = layer.policy.dropped(held, scores) & (scores < torch.inf)
+        if layer.policy.merges:
+            present = layer.positions >= 0
+            evicted = layer.keys, layer.values, present & gone
+            merged = layer.policy.merged(layer.keys, layer.values, present & ~gone, evicted)
+            layer.values.copy_(merged)
         scores = scores.masked_fill(gone, -torch.inf)
         layer.positions.masked_fill_(gone, -1)
     return scores
@@ -141,9 +149,23 @@ def _write(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -
         _note(layer, key, value, slot)
 
 
+def _merge(layer: "CompressedLayer", slot: Tensor) -> None:
+    """Puts what is about to be overwritten into the values of others."""
+    held = layer.positions >= 0
+    tensors = layer.keys, layer.values, held
+    key, value, present = (tensor.gather(2, _index(slot, tensor)) for tensor in tensors)
+    others = held.scatter(2, slot, False)
+    merged = layer.policy.merged(layer.keys, layer.values, others, (key, value, present))
+    layer.values.copy_(merged)
+
+
+def _index(slot: Tensor, tensor: Tensor) -> Tensor:
+    slot = slot.reshape(*slot.shape, *[1] * (tensor.dim() - 3))
+    return slot.expand(*slot.shape[:3], *tensor.shape[3:])
+
+
 def _forget(layer: "CompressedLayer", slot: Tensor) -> None:
-    slot = slot.view(*slot.shape, *[1] * (layer.attention.dim() - 3))
-    layer.attention.scatter_(2, slot.expand(*slot.shape[:3], *layer.attention.shape[3:]), 0.0)
+    layer.attention.scatter_(2, _index(slot, layer.attention), 0.0)
 
 
 def _note(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -> None:

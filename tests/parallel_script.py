@@ -22,7 +22,8 @@ mask = (ids != 0).long()
 results = {}
 compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
 compiled._compile_all_devices = True
-for policy, options in [*((name, {}) for name in SLOTTED), ("tova", {"compile_config": compiled})]:
+NAMES = (*SLOTTED, "snapkv+chunkkv", "h2o+chunkkv")
+for policy, options in [*((name, {}) for name in NAMES), ("tova", {"compile_config": compiled})]:
     cache = CompressedCache(policy, 16, interval=3, recent=8, protect_prompt=False)
     text = model.generate(
         ids,

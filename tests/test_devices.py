@@ -36,7 +36,7 @@ def test_two_processes_with_half_of_the_heads_keep_and_say_what_one_does(
         cwd=Path(__file__).parents[1],
     )
     processes = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    assert len(processes[0]) == len(SLOTTED) + 1
+    assert len(processes[0]) == len(SLOTTED) + 3
     for policy, is_compiled in processes[0]:
         cache = CompressedCache(policy, 16, interval=3, recent=8, protect_prompt=False)
         mask = (ids != 0).long()

@@ -1,8 +1,8 @@
 """The float64 reference against transformers and against what its policies must do."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -83,7 +83,7 @@ def replace_keys(view: View, copies: dict[int, int]) -> View:
         token._replace(key=view.held[copies.get(token.position, token.position)].key)
         for token in view.held
     ]
-    return dataclasses.replace(view, held=held)
+    return replace(view, held=held)
 
 
 def rank_of(position: int, scores: Sequence[float]) -> int:

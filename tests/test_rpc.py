@@ -19,11 +19,14 @@ from tests.reference.comparison import (
     run_library,
 )
 from tests.reference.llama import ReferenceLlama
-from tests.reference.policies import Rules, rpc
+from tests.reference.policies import Rules, Score, merging, rpc
 
 OPTIONS: dict[str, Any] = {"window": 4, "kernel_size": 3, "compression": 3}
 
 
+@pytest.mark.parametrize(
+    ("name", "score"), [("rpc", rpc), ("rpc+merging", partial(merging, base=rpc))]
+)
 @pytest.mark.parametrize("protect_prompt", [False, True])
 @pytest.mark.parametrize(("budget", "interval"), [(40, 6), (40, 1), (22, 6), (22, 1)])
 def test_growing_cache_keeps_the_tokens_of_the_reference(
@@ -33,6 +36,8 @@ def test_growing_cache_keeps_the_tokens_of_the_reference(
     budget: int,
     interval: int,
     protect_prompt: bool,
+    name: str,
+    score: Score,
 ) -> None:
     """At a budget that is never used up and at one that is."""
     lengths = [11, 6]
@@ -42,14 +47,14 @@ def test_growing_cache_keeps_the_tokens_of_the_reference(
     rules = Rules(budget, interval, sinks=1, recent=4, protect_prompt=protect_prompt)
     _, watch = run_library(
         *(precise_model, prompts, NUM_STEPS),
-        name="rpc",
+        name=name,
         rules=rules,
         forced=forced,
         options=OPTIONS,
     )
     for row, (prompt, rest) in enumerate(zip(prompts, forced, strict=True)):
-        score = partial(rpc, **OPTIONS)
-        trace = reference.generate(prompt, NUM_STEPS, score=score, rules=rules, forced=rest)
+        own = partial(score, **OPTIONS)
+        trace = reference.generate(prompt, NUM_STEPS, score=own, rules=rules, forced=rest)
         assert_same_kept(trace, watch, row)
         assert_same_logits(trace, watch, row, tolerance)
 

@@ -6,6 +6,8 @@ from typing import Any
 from compressed_cache.names import listing, nearest
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 from compressed_cache.policies.caote import CAOTE
+from compressed_cache.policies.chunkkv import ChunkKV
+from compressed_cache.policies.criticalkv import CriticalKV
 from compressed_cache.policies.expected_attention import ExpectedAttention
 from compressed_cache.policies.finch import Finch
 from compressed_cache.policies.full import Full
@@ -15,6 +17,7 @@ from compressed_cache.policies.key_rerotation import KeyRerotation
 from compressed_cache.policies.keydiff import KeyDiff
 from compressed_cache.policies.knorm import KNorm
 from compressed_cache.policies.lagkv import LagKV
+from compressed_cache.policies.merging import Merging
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.morphkv import MorphKV
 from compressed_cache.policies.observed_attention import ObservedAttention
@@ -85,6 +88,9 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "caote": CAOTE,
     "key_rerotation": KeyRerotation,
     "think": ThinK,
+    "chunkkv": ChunkKV,
+    "criticalkv": CriticalKV,
+    "merging": Merging,
 }
 
 

@@ -134,8 +134,11 @@ class Policy:
     phases: ClassVar[str] = "prefill and decode"
     """When tokens are evicted, for the catalogue."""
     mixes_heads: ClassVar[bool] = False
-    """:meth:`accumulate` with ``observes_attention``, and :meth:`scores` without, averages over
-    all heads of the layer, so what tensor parallelism gave to other processes is averaged in."""
+    """With ``observes_attention``: :meth:`accumulate` averages over all heads of the layer, so
+    what tensor parallelism gave to other processes is averaged in."""
+    mixes_scores: ClassVar[bool] = False
+    """Whether :meth:`scores` are the same for all heads of the layer: then all hold the same
+    tokens, and what tensor parallelism gave to other processes is averaged in."""
     prompt_queries: ClassVar[int | None] = None
     """With ``observes_attention``: how many of the last prompt queries are shown; None: all."""
     revises: ClassVar[bool] = False
@@ -146,8 +149,13 @@ class Policy:
     prunes_channels: ClassVar[bool] = False
     """Whether slots hold :meth:`key_channels` channels of each key, those with the highest
     :meth:`channel_scores`, and policies see no others."""
+    key_constants: ClassVar[bool] = True
+    """Whether :meth:`constants`, if any, are about all channels of keys, none of which may then be
+    pruned."""
     layout: ClassVar[Literal["slots", "offloaded"]] = "slots"
     """Where tokens are: in slots, or off the device with only what each step asks for in slots."""
+    merges: ClassVar[bool] = False
+    """Whether :meth:`merged` changes values of kept tokens when others are evicted."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -303,6 +311,22 @@ class Policy:
             ``[B, H, D]`` float32.
         """
         raise NotImplementedError(f"{type(self).__name__} must define channel_scores(...)")
+
+    def merged(
+        self, keys: Tensor, values: Tensor, kept: Tensor, evicted: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """New values of the kept tokens, once it is known which others go; with ``merges``.
+
+        Args:
+            keys: ``[B, H, S, D]``.
+            values: ``[B, H, S, D]``.
+            kept: ``[B, H, S]`` bool, where there is a token that stays.
+            evicted: the same three of tokens of which those marked go, ``[B, H, E, ...]``.
+
+        Returns:
+            ``[B, H, S, D]`` in the dtype of ``values``.
+        """
+        return values
 
     def constants(self, site: Site) -> dict[str, Tensor]:
         """Tensors that :meth:`scores` and the others need of this layer of the model.

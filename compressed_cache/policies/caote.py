@@ -39,11 +39,16 @@ class CAOTE(Modifier):
         attention = super().scores(slots)
         broken = attention.isnan() | slots.values.isnan().any(dim=-1)
         counted = held & ~broken
-        attention = torch.where(counted, attention, 0.0)
-        attention = attention / attention.sum(dim=-1, keepdim=True).clamp(min=_LEAST)
+        attention = shares(attention, counted)
         values = torch.where(counted.unsqueeze(-1), slots.values.float(), 0.0)
         output = attention.unsqueeze(2) @ values
         distance = (values - output).norm(dim=-1)
         attention = attention.clamp(_LEAST, 1 - _LEAST)
         scores = attention / (1 - attention) * distance
         return scores.masked_fill(broken, -torch.inf)
+
+
+def shares(attention: Tensor, counted: Tensor) -> Tensor:
+    """Attention ``[B, H, S]`` divided by its sum over the tokens that count; zero at the others."""
+    attention = torch.where(counted, attention, 0.0)
+    return attention / attention.sum(dim=-1, keepdim=True).clamp(min=_LEAST)

@@ -11,11 +11,13 @@ from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 _TRAITS = (
     "observes_attention",
     "mixes_heads",
+    "mixes_scores",
     "prompt_queries",
     "revises",
     "scores_attention",
     "contiguous",
     "prunes_channels",
+    "merges",
 )
 
 
@@ -28,8 +30,9 @@ class Modifier(Policy):
 
     Raises:
         TypeError: a base that is not a policy, or a field of the wrong type.
-        ValueError: a base that evicts nothing, or that has the same modifier already, or parts of
-            which one needs the channels of keys that another leaves out.
+        ValueError: a base that evicts nothing, that has the same modifier already, or that decides
+            for all heads at once where this one would not, or parts of which one needs the channels
+            of keys that another leaves out.
     """
 
     base: Policy
@@ -49,11 +52,19 @@ class Modifier(Policy):
             )
         if type(self) in [type(part) for part in self.base.parts]:
             raise ValueError(f"{self.name} must be given once, got {self.label!r}")
+        is_mixed = type(self).mixes_scores or type(self).scores is Modifier.scores
+        if (self.base.mixes_scores or self.base.mixes_heads) and not is_mixed:
+            raise ValueError(
+                f"{self.name} scores each head on its own, and {self.base.label!r} decides for all "
+                f"heads at once. Write {self.name!r} before the modifier that does so, or use "
+                "another policy."
+            )
         for trait in _TRAITS:
             if getattr(type(self), trait) == getattr(Policy, trait):
                 object.__setattr__(self, trait, getattr(self.base, trait))
         plain = Policy.constants, Modifier.constants
-        bound = [part.name for part in self.parts if type(part).constants not in plain]
+        parts = [part for part in self.parts if part.key_constants]
+        bound = [part.name for part in parts if type(part).constants not in plain]
         if self.prunes_channels and bound:
             raise ValueError(
                 f"{self.label!r} leaves out channels of keys, and {bound[0]} knows them all by "
@@ -125,6 +136,11 @@ class Modifier(Policy):
     def revise(self, slots: Slots) -> Tensor:
         own = slots.notes[..., self.base.num_notes :]
         return torch.cat([self.base.revise(self.seen_by_base(slots)), own], dim=-1)
+
+    def merged(
+        self, keys: Tensor, values: Tensor, kept: Tensor, evicted: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        return self.base.merged(keys, values, kept, evicted)
 
     def constants(self, site: Site) -> dict[str, Tensor]:
         return self.base.constants(site)

@@ -46,10 +46,14 @@ class InPhases(Policy):
                 f"{self.label!r} would add up attention in two ways. One of the two may be a "
                 "policy that observes attention."
             )
-        if self.prompt.mixes_heads != self.decoding.mixes_heads:
+        if len({part.mixes_heads or part.mixes_scores for part in both}) > 1:
             raise ValueError(
                 f"{self.label!r} would keep other tokens in each head in one phase and the same in "
                 "all heads in the other. Both must do the one or the other."
+            )
+        if any(part.merges for part in both):
+            raise ValueError(
+                f"{self.label!r} must merge in both phases: write 'merging' behind it."
             )
         shared = dict(self.prompt.options)
         for name, value in self.decoding.options.items():
@@ -59,7 +63,8 @@ class InPhases(Policy):
                     f"{shared[name]!r} and {value!r}"
                 )
         self._take("observes_attention", bool(observing))
-        self._take("mixes_heads", self.prompt.mixes_heads)
+        self._take("mixes_heads", self._observer.mixes_heads)
+        self._take("mixes_scores", any(part.mixes_scores for part in both))
         self._take("prompt_queries", observing[-1].prompt_queries if observing else None)
         self._take("revises", any(part.revises for part in both))
         self._take("scores_attention", all(part.scores_attention for part in both))

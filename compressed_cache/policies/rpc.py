@@ -35,7 +35,7 @@ class RPC(Policy):
     """
 
     name: ClassVar[str] = "rpc"
-    mixes_heads: ClassVar = True
+    mixes_scores: ClassVar = True
     window: int = 32
     """Queries that vote."""
     kernel_size: int = 7

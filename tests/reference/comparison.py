@@ -58,6 +58,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "think_window": 7,
     },
     "snapkv+think": {"window": 6, "kernel_size": 3, "think_recent": 7, "think_window": 30},
+    "h2o+criticalkv": {"score_offset": 0.05},
+    "snapkv+criticalkv": {"window": 6, "kernel_size": 3, "first_stage_ratio": 0.3},
+    "h2o+merging": {},
+    "snapkv+merging": {"window": 6, "kernel_size": 3, "merge_threshold": 0.4},
+    "knorm+chunkkv": {"chunk_length": 4},
+    "rkv+chunkkv": {"window": 4, "kernel_size": 3, "mix_lambda": 0.4, "chunk_length": 3},
+    "snapkv+chunkkv": {"window": 6, "kernel_size": 3, "chunk_length": 3},
 }
 NAMES = sorted(OPTIONS)
 

@@ -7,7 +7,7 @@ token, then attends.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -27,6 +27,7 @@ from tests.reference.policies import (
     attention_row,
     layout_of,
     least_channels,
+    merge,
     rank,
 )
 
@@ -101,6 +102,15 @@ class ReferenceLlama:
                 row.make_room(step, score, rules, trace)
                 logits = row.read(trace.tokens[-1])
         return trace
+
+    def projections(self, layer: int, head: int) -> list[Vector]:
+        """What follows attention, ``[hidden, D]`` for each query head that shares a key head."""
+        weight = self.weights[f"model.layers.{layer}.self_attn.o_proj.weight"]
+        first = head * self.group_size
+        return [
+            weight[:, query * self.head_dim : (query + 1) * self.head_dim]
+            for query in range(first, first + self.group_size)
+        ]
 
     def norm(self, hidden: Vector, name: str) -> Vector:
         """RMSNorm of ``hidden`` ``[hidden]`` (https://arxiv.org/abs/1910.07467)."""
@@ -204,8 +214,13 @@ class _Row:
         self.rows[layer].append(rows)
         return model.weights[f"{prefix}.o_proj.weight"] @ np.concatenate(outputs)
 
+    def views(self, layer: int, rules: Rules) -> list[View]:
+        """What a policy sees of each head of a layer, before any of them gives up a token."""
+        heads = [self.view(layer, head, rules) for head in range(self.model.num_heads)]
+        return [replace(view, layer_views=heads) for view in heads]
+
     def view(self, layer: int, head: int, rules: Rules) -> View:
-        """What a policy may look at."""
+        """The same of one head."""
         first = head * self.model.group_size
         lost = self.lost[layer][head]
         return View(
@@ -218,6 +233,7 @@ class _Row:
             rules=rules,
             prompt_length=self.prompt_length,
             memory=self.memory[layer][head],
+            projections=self.model.projections(layer, head),
         )
 
     def compress_prompt(self, score: Score, rules: Rules, trace: Trace) -> None:
@@ -234,16 +250,13 @@ class _Row:
         if excess <= 0:
             return
         for layer in range(self.model.num_layers):
-            for head in range(self.model.num_heads):
-                ranking = rank(
-                    self.view(layer, head, rules), score, rules, prompt_length=self.prompt_length
-                )
+            for head, view in enumerate(self.views(layer, rules)):
+                ranking = rank(view, score, rules, prompt_length=self.prompt_length)
                 if excess > len(ranking.positions):
                     raise ValueError("protected tokens do not fit into the budget")
                 # Within the dropped ones the order is irrelevant.
                 _note_gaps(trace, ranking.scores[excess - 1 : excess + 1])
-                for position in ranking.positions[:excess]:
-                    self.drop(layer, head, position)
+                self.drop(layer, head, ranking.positions[:excess], score)
 
     def make_room(self, step: int, score: Score, rules: Rules, trace: Trace) -> None:
         """Make sure that every head has a place for the token of decode step ``step``.
@@ -255,18 +268,13 @@ class _Row:
         """
         turn = step % rules.interval
         for layer in range(self.model.num_layers):
-            for head in range(self.model.num_heads):
+            for head, view in enumerate(self.views(layer, rules)):
                 if turn == 0:
                     # Also where nothing has to go: a policy may write down what it saw.
-                    ranking = rank(
-                        self.view(layer, head, rules),
-                        score,
-                        rules,
-                        prompt_length=self.prompt_length,
-                    )
-                    while ranking.scores and ranking.scores[0] == -math.inf:
-                        self.drop(layer, head, ranking.positions.pop(0))
-                        ranking.scores.pop(0)
+                    ranking = rank(view, score, rules, prompt_length=self.prompt_length)
+                    num_dropped = ranking.scores.count(-math.inf)
+                    self.drop(layer, head, ranking.positions[:num_dropped], score)
+                    del ranking.positions[:num_dropped], ranking.scores[:num_dropped]
                     num_free = min(rules.interval, rules.budget - len(self.held[layer][head]))
                     num_tokens = rules.interval - num_free
                     victims: list[int | None] = [None] * num_free
@@ -288,12 +296,15 @@ class _Row:
                         )
                     )
                 if victim is not None:
-                    self.drop(layer, head, victim)
+                    self.drop(layer, head, [victim], score)
 
-    def drop(self, layer: int, head: int, position: int) -> None:
-        """Remove one token from one head."""
+    def drop(self, layer: int, head: int, positions: Sequence[int], score: Score) -> None:
+        """Remove tokens from one head, all at once."""
         held = self.held[layer][head]
-        held.remove(next(token for token in held if token.position == position))
+        evicted = [token for token in held if token.position in positions]
+        assert len(evicted) == len(positions)
+        kept = [token for token in held if token.position not in positions]
+        held[:] = merge(score, kept, evicted)
 
     def kept(self) -> Kept:
         """Positions in the cache now."""

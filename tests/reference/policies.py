@@ -42,9 +42,12 @@ class View:
         group_rows: ``group_rows[t][g]`` is the row of attention of query head ``g`` of the group
             which shares this head.
         layer_rows: ``layer_rows[t][q]`` is the same for all ``H * G`` query heads of the layer.
-        rules: What is kept whatever its score.
+        rules: What is kept whatever its score, and the budget.
         prompt_length: Tokens of the prompt.
         memory: What a policy wrote down about a position when it last ranked this head.
+        projections: ``[hidden, D]`` for each query head of the group: its part of the matrix that
+            attention ends with.
+        layer_views: The same of all heads of the layer; left out there.
     """
 
     layer: int
@@ -56,6 +59,8 @@ class View:
     rules: "Rules"
     prompt_length: int
     memory: dict[int, float] = field(default_factory=dict)
+    projections: Sequence[Vector] = ()
+    layer_views: Sequence["View"] = ()
 
     @property
     def incoming(self) -> int:
@@ -799,6 +804,91 @@ def layout_of(score: Score) -> Layout:
     )
 
 
+def chunkkv(
+    view: View, base: Callable[..., list[float]], *, chunk_length: int = 10, **options: Any
+) -> list[float]:
+    """Mean over the chunk of a token and over all heads.
+
+    ChunkKV (https://arxiv.org/abs/2502.00299).
+    """
+    heads = [base(other, **options) for other in view.layer_views]
+    assert len({tuple(token.position for token in other.held) for other in view.layer_views}) == 1
+    chunks: dict[int, list[float]] = {}
+    always: set[int] = set()
+    for token, scores in zip(view.held, zip(*heads, strict=True), strict=True):
+        if math.inf in scores:
+            always.add(token.position)
+        else:
+            chunks.setdefault(token.position // chunk_length, []).append(mean(scores))
+    return [
+        math.inf if token.position in always else mean(chunks[token.position // chunk_length])
+        for token in view.held
+    ]
+
+
+def criticalkv(
+    view: View,
+    base: Callable[..., list[float]],
+    *,
+    first_stage_ratio: float = 0.5,
+    score_offset: float = 1e-4,
+    **options: Any,
+) -> list[float]:
+    """Half of the budget to the best tokens, the rest weighted by the reach of the value.
+
+    CriticalKV, algorithm 1 (https://arxiv.org/abs/2502.03805).
+    """
+    scores = base(view, **options)
+    weighted = []
+    for token, score in zip(view.held, scores, strict=True):
+        norms = [float(np.abs(matrix @ token.value).sum()) for matrix in view.projections]
+        weighted.append((score / math.fsum(scores) + score_offset) * mean(norms))
+    safe = [
+        view.rules.protects(
+            token.position, incoming=view.incoming, prompt_length=view.prompt_length
+        )
+        for token in view.held
+    ]
+    order = sorted(range(len(scores)), key=lambda i: (safe[i], scores[i], view.held[i].position))
+    count = int(view.rules.budget * first_stage_ratio)
+    best = set(order[len(order) - count :])
+    return [2 * max(weighted) if i in best else weighted[i] for i in range(len(weighted))]
+
+
+def merging(
+    view: View, base: Callable[..., list[float]], *, merge_threshold: float = 0.0, **options: Any
+) -> list[float]:
+    """Scores as ever: see :func:`merge` for what happens to the victims."""
+    return base(view, **options)
+
+
+def merge(score: Score, kept: Sequence[Token], evicted: Sequence[Token]) -> list[Token]:
+    """The kept tokens with what ``score`` makes of the values of the evicted ones.
+
+    kvpress (https://github.com/NVIDIA/kvpress), "merging".
+    """
+    if not (isinstance(score, partial) and score.func is merging and kept):
+        return list(kept)
+    shares: dict[int, list[tuple[float, Vector]]] = {}
+    for token in evicted:
+        cosines = [
+            float(token.key @ other.key / np.linalg.norm(token.key) / np.linalg.norm(other.key))
+            for other in kept
+        ]
+        target = int(np.argmax(cosines))
+        if cosines[target] > score.keywords.get("merge_threshold", 0.0):
+            length = float(np.linalg.norm(token.value))
+            other = float(np.linalg.norm(kept[target].value))
+            weight = cosines[target] * length / (length + other)
+            shares.setdefault(target, []).append((weight, token.value))
+    merged = list(kept)
+    for target, parts in shares.items():
+        total = sum((weight * value for weight, value in parts), kept[target].value)
+        value = total / (1 + math.fsum(weight for weight, _ in parts))
+        merged[target] = kept[target]._replace(value=value)
+    return merged
+
+
 POLICIES: dict[str, Callable[..., list[float]]] = {
     "expected_attention": expected_attention,
     "finch": finch,
@@ -831,4 +921,11 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "rkv+think": partial(think, base=rkv),
     "snapkv+think": partial(think, base=snapkv),
     "snapkv+caote": partial(caote, base=snapkv),
+    "h2o+criticalkv": partial(criticalkv, base=h2o),
+    "snapkv+criticalkv": partial(criticalkv, base=snapkv),
+    "h2o+merging": partial(merging, base=h2o),
+    "snapkv+merging": partial(merging, base=snapkv),
+    "knorm+chunkkv": partial(chunkkv, base=knorm),
+    "rkv+chunkkv": partial(chunkkv, base=rkv),
+    "snapkv+chunkkv": partial(chunkkv, base=snapkv),
 }

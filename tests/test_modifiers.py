@@ -1,0 +1,210 @@
+"""Each modifier over several policies: one graph, padded rows, broken tokens, many processes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from compressed_cache import CompressedCache, compile_layers_once
+from compressed_cache.policies import InPhases, make_policy
+from tests.compiling import CountingBackend, compiled
+from tests.conftest import distinct_tokens, held
+from tests.families import FAMILIES, VOCABULARY, Family
+
+NAMES = (
+    "snapkv+chunkkv",
+    "h2o+chunkkv",
+    "rkv+chunkkv",
+    "snapkv+criticalkv",
+    "h2o+criticalkv",
+    "snapkv+criticalkv+chunkkv",
+    "h2o+merging",
+    "snapkv+merging+chunkkv",
+    "snapkv+criticalkv+merging+think",
+    "tova+chunkkv+key_rerotation",
+)
+NEW = 30
+# Where a token with a broken key or value is the first to go.
+_GIVEN_UP = (
+    ("rkv+chunkkv", "k_proj"),
+    ("snapkv+criticalkv", "v_proj"),
+    ("h2o+criticalkv", "v_proj"),
+    ("snapkv+criticalkv+chunkkv", "v_proj"),
+)
+
+
+@pytest.fixture
+def backend() -> Iterator[CountingBackend]:
+    torch._dynamo.reset()
+    yield CountingBackend()
+    torch._dynamo.reset()
+
+
+def _cache(name: str, interval: int = 3) -> CompressedCache:
+    return CompressedCache(name, 16, interval=interval, recent=8)
+
+
+def _generate(model: Any, ids: torch.Tensor, cache: object, **more: Any) -> torch.Tensor:
+    mask = (ids != 0).long()
+    more = {"max_new_tokens": NEW, "do_sample": False, **more}
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, **more)
+
+
+def _padded(length: int) -> torch.Tensor:
+    ids = distinct_tokens(3, length)
+    ids[0, :11] = ids[2, :3] = 0
+    return ids
+
+
+@pytest.mark.parametrize(("interval", "graphs"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_compiles_once_and_never_again(
+    model: LlamaForCausalLM, backend: CountingBackend, name: str, interval: int, graphs: int
+) -> None:
+    for length in (33, 13, 50):
+        ids = _padded(length)
+        eager, used = _cache(name, interval), _cache(name, interval)
+        expected = _generate(model, ids, eager)
+        assert torch.equal(_generate(model, ids, used, compile_config=compiled(backend)), expected)
+        assert backend.graphs == graphs
+        for layer in range(2):
+            assert held(used, layer) == held(eager, layer)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_are_compiled_once(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend, name: str
+) -> None:
+    model, ids = make_model(num_hidden_layers=4), _padded(33)
+    expected = _generate(model, ids, _cache(name))
+    compile_layers_once(model)
+    got = _generate(model, ids, _cache(name), compile_config=compiled(backend))
+    assert torch.equal(got, expected)
+    assert len(backend.regions) == 4
+    assert len(set(backend.regions)) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_further_prompts_and_chunked_ones_stay_within_the_budget(
+    model: LlamaForCausalLM, name: str
+) -> None:
+    ids = distinct_tokens(2, 60)
+    cache = _cache(name)
+    with torch.no_grad():
+        for start, end in ((0, 25), (25, 26), (26, 50), (50, 60)):
+            logits = model(ids[:, start:end], past_key_values=cache).logits
+            assert logits.isfinite().all()
+    for layer in range(2):
+        for head in held(cache, layer):
+            assert len(head) == len(set(head)) == 16
+            assert set(range(52, 60)) <= set(head)
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("broken", ["k_proj", "v_proj"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_a_number_harms_neither_other_rows_nor_what_is_protected(
+    model: LlamaForCausalLM, name: str, broken: str, interval: int
+) -> None:
+    """One token in the prompt of the first row goes wrong in the last layer."""
+    ids = distinct_tokens(2, 60)
+    caches = [CompressedCache(name, 24, interval=interval, sinks=2, recent=8) for _ in range(2)]
+
+    def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        # key_rerotation asks the module for a single token to see how it rotates.
+        if output.shape[1] == 1:
+            return output
+        output = output.clone()
+        output[0, 5] = torch.nan
+        return output
+
+    with torch.no_grad():
+        for cache, wrong in zip(caches, (False, True), strict=True):
+            projection = getattr(model.model.layers[1].self_attn, broken)
+            handle = projection.register_forward_hook(spoil) if wrong else None
+            model(ids[:, :30], past_key_values=cache)
+            if handle is not None:
+                handle.remove()
+            for token in range(30, 60):
+                model(ids[:, token : token + 1], past_key_values=cache)
+    good, bad = caches
+    assert [held(good, layer, 1) for layer in range(2)] == [held(bad, layer, 1) for layer in (0, 1)]
+    for head in held(bad, 1, 0):
+        assert len(head) == len(set(head)) == 24
+        assert {0, 1, *range(52, 60)} <= set(head)
+        assert 5 not in head or (name, broken) not in _GIVEN_UP
+
+
+def test_all_heads_hold_the_same_chunks(model: LlamaForCausalLM) -> None:
+    ids = distinct_tokens(2, 60)
+    cache = CompressedCache("snapkv+chunkkv", 20, chunk_length=5, recent=5, window=5)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    for layer in range(2):
+        first, second = held(cache, layer)
+        assert first == second
+        assert sorted({position // 5 for position in first}) == sorted(
+            position // 5 for position in first[::5]
+        )
+    assert held(cache, 0) != held(cache, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_criticalkv_finds_the_output_projection_of_every_family(family: Family) -> None:
+    model = family.make()
+    cache = CompressedCache("h2o+criticalkv", 16)
+    _generate(model, distinct_tokens(2, 24) % (VOCABULARY - 1) + 1, cache)
+    weights = [getattr(layer, "constants", {}) for layer in cache.layers]
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    for kind, constants in zip(family.kinds, weights, strict=True):
+        assert len(constants) == (kind == "full")
+        assert all(weight.data_ptr() in parameters for weight in constants.values())
+
+
+@pytest.mark.parametrize(
+    ("projection", "message"),
+    [
+        (torch.nn.Identity(), "has none of o_proj"),
+        (torch.nn.Linear(7, 48), r"linear layer of 48 inputs.*Linear in .*\[48, 7\]"),
+        (torch.nn.Linear(48, 48, device="meta"), "on cpu, and it is on meta"),
+    ],
+)
+def test_criticalkv_refuses_what_it_cannot_project(
+    make_model: Callable[..., LlamaForCausalLM], projection: torch.nn.Module, message: str
+) -> None:
+    model: Any = make_model()
+    model.model.layers[1].self_attn.o_proj = projection
+    with pytest.raises(NotImplementedError, match=message):
+        model(distinct_tokens(1, 20), past_key_values=CompressedCache("h2o+criticalkv", 16))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_policy("snapkv+chunkkv", chunk_length=0), "chunk_length must be >= 1"),
+        (lambda: make_policy("h2o+merging", merge_threshold=2), "merge_threshold must be from 0"),
+        (
+            lambda: InPhases(prompt=make_policy("snapkv+merging"), decoding=make_policy("h2o")),
+            "must merge in both phases",
+        ),
+        (lambda: make_policy("knorm+criticalkv"), "scores are attention.*'knorm'"),
+        (lambda: make_policy("h2o+criticalkv+caote"), "scores are attention.*criticalkv"),
+        (lambda: make_policy("h2o+criticalkv", first_stage_ratio=1.5), "from 0 to 1, got 1.5"),
+        (lambda: make_policy("h2o+criticalkv", score_offset=-1), "score_offset must be >= 0"),
+        (
+            lambda: make_policy("snapkv+chunkkv+caote"),
+            "caote scores each head on its own.*Write 'caote' before",
+        ),
+        (lambda: make_policy("tova+criticalkv"), "'tova' decides for all heads at once"),
+        (lambda: make_policy("rpc+caote"), "'rpc' decides for all heads at once"),
+        (
+            lambda: InPhases(prompt=make_policy("snapkv+chunkkv"), decoding=make_policy("h2o")),
+            "would keep other tokens in each head in one phase and the same in all heads",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
