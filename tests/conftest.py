@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressed_cache.calibration import files
-from compressed_cache.policies import Site
 from tests.reference import comparison
 from tests.reference.llama import ReferenceLlama
-from tests.reference.policies import Rules, full, made_up
+from tests.reference.policies import Rules, full
+from tests.statistics import load_or_make_up
 
 VOCABULARY = 400
 
@@ -35,20 +35,6 @@ def _statistics_of_any_model(
     """Models without a file of statistics have made-up ones, those of the reference."""
     if request.node.get_closest_marker("real_statistics"):
         return
-    load = files.load
-
-    def load_or_make_up(policy: str, path: str | None, site: Site) -> dict[str, Tensor]:
-        if path or files.shipped(policy, site.config):
-            return load(policy, path, site)
-        heads = [
-            made_up(policy, site.layer, site.first_head + head, site.groups, site.dim)
-            for head in range(site.heads)
-        ]
-        return {
-            name: torch.tensor(np.stack([head[name] for head in heads])).float().to(site.device)
-            for name in heads[0]
-        }
-
     monkeypatch.setattr(files, "load", load_or_make_up)
 
 

@@ -1,5 +1,6 @@
 """More than one device: layers on several of them, heads shared by processes."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,12 +29,14 @@ def test_two_processes_with_half_of_the_heads_keep_and_say_what_one_does(
     model, ids = make_model(num_key_value_heads=4, num_attention_heads=8).double(), _padded()
     model.save_pretrained(tmp_path)
     torch.save(ids, tmp_path / "ids.pt")
+    root = Path(__file__).parents[1]
     script = Path(__file__).with_name("parallel_script.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     subprocess.run(
         [*torchrun, "--nproc-per-node", "2", str(script), str(tmp_path)],
         check=True,
-        cwd=Path(__file__).parents[1],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
     )
     processes = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert len(processes[0]) == len(SLOTTED) + 3

@@ -18,7 +18,7 @@ class CAOTE(Modifier):
 
     CAOTE (https://arxiv.org/abs/2504.14051): ``a / (1 - a) * |v - o|`` with ``o = sum(a * v)``, the
     exact change of the output when the token goes and the others share its attention. Works on
-    scores that are attention: those of ``h2o``, ``tova``, ``snapkv`` and their like.
+    scores that are attention: those of ``h2o``, ``snapkv`` and their like.
 
     Differs in one point: scores that do not sum to one over the held tokens, such as the totals of
     ``h2o``, are divided by their sum first.

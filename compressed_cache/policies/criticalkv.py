@@ -23,7 +23,7 @@ class CriticalKV(Modifier):
     CriticalKV (https://arxiv.org/abs/2502.03805): half of the budget goes to the highest scores as
     they are, the other half to the highest ``(score + offset) * |W v|_1``, where ``W`` is the part
     of the output projection that belongs to the head. Works on scores that are attention: those of
-    ``h2o``, ``tova``, ``snapkv`` and their like.
+    ``h2o``, ``snapkv`` and their like.
 
     Differs in four points: scores are divided by their sum over the held tokens first, so that the
     offset means the same to ``h2o``, whose totals grow, as to the others; query heads that share a
