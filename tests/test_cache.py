@@ -54,11 +54,13 @@ def test_the_budget_is_never_exceeded_and_allocated_once(
     nbytes, addresses = cache.nbytes, [t.data_ptr() for t in cache.layers[0].tensors()]
     for token in range(prompt, prompt + 60):
         model(ids[:, token : token + 1], past_key_values=cache)
-        assert cache.layers[0].keys.shape == (2, 2, 16, 12)
+        assert sum(layer.keys.shape[2] for layer in cache.layers) == 2 * 16
         for layer in range(2):
+            slots = cache.layers[layer].budget
+            assert cache.layers[layer].keys.shape == (2, 2, slots, 12)
             for row in range(2):
                 for head in held(cache, layer, row):
-                    assert len(head) == len(set(head)) == min(16, token + 1)
+                    assert len(head) == len(set(head)) == min(slots, token + 1)
                     assert token in head
     assert cache.nbytes == nbytes
     assert [t.data_ptr() for t in cache.layers[0].tensors()] == addresses

@@ -152,7 +152,8 @@ def test_one_layer_is_compiled_for_all(
         assert backend.graphs == (graphs if policy != "full" else 1)
         # Each layer draws other numbers, so for each there is other code.
         assert len(backend.regions) == (0 if policy == "random" and interval == 1 else 4)
-        assert len(set(backend.regions)) <= 1
+        # A layer with another number of slots is another one to compile.
+        assert POLICIES[policy].shares_budget or len(set(backend.regions)) <= 1
 
 
 def test_the_layer_whose_count_is_read_in_the_graph_stays_in_the_graph(

@@ -132,10 +132,12 @@ def test_the_budget_holds_and_protected_tokens_stay(
     ids = distinct_tokens(1, length, seed=seed)
     _generate(model, cache, ids, prefill_chunk_size=chunk)
     seen, rules = length + NEW - 1, cache.rules
-    for head in (head for layer in _held(cache) for head in layer):
+    budgets = [layer.budget for layer in cache.layers]
+    held = zip(budgets, _held(cache), strict=True)
+    for budget, head in ((budget, head) for budget, heads in held for head in heads):
         assert len(head) == len(set(head))
         if cache.policy.evicts:
-            assert len(head) == min(seen, rules.budget)
+            assert len(head) == min(seen, budget)
             assert set(head) >= set(range(min(rules.sinks, seen)))
         assert set(head) >= set(range(max(0, seen - 1 - rules.recent), seen))
 
