@@ -38,7 +38,8 @@ class CompressedCache(LinearLayers):
     Args:
         policy: a name from ``compressed_cache.POLICIES`` or a policy object.
         budget: slots per key/value head and layer, allocated once and never exceeded. A list has
-            one number for each layer of full attention.
+            one number for each layer of full attention, or a list with one number for each
+            key/value head. Policies may share out a single number, which then is the mean.
         interval: decode steps between two rankings. The ``interval`` lowest-ranked slots are
             overwritten in order until the next ranking and stay attended until then; where fewer
             are unprotected, the oldest of the recent ones follow. With 1 the victim is chosen anew
@@ -55,7 +56,9 @@ class CompressedCache(LinearLayers):
         layers: one per layer of the model, attention layers with ``keys`` and ``values``
             ``[B, H, S, D]`` and ``positions`` ``[B, H, S]`` int64, ``-1`` where empty or padding.
             Slots are in no particular order. Sliding-window layers have ``S = window`` and keep
-            their window; linear-attention layers are transformers' own.
+            their window; linear-attention layers are transformers' own. Where heads have different
+            numbers of slots, a layer is a :class:`~compressed_cache.pool.PoolLayer`, with one pool
+            of slots for all heads; ``layer.held()`` shows them head by head.
 
     Raises:
         ValueError: an unknown policy, a value out of range, or a budget too small for what is

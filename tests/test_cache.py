@@ -13,14 +13,16 @@ from compressed_cache import POLICIES, CompressedCache
 from compressed_cache.policies import SLOTTED
 from tests.conftest import distinct_tokens, held
 
-EVICTING = [name for name in SLOTTED if name != "full"]
+# Those that give every layer the budget; tests/test_budgets.py has the others.
+UNIFORM = [name for name in SLOTTED if not POLICIES[name].shares_budget]
+EVICTING = [name for name in UNIFORM if name != "full"]
 
 
 def _generate(model: LlamaForCausalLM, ids: torch.Tensor, cache: object, new: int, **more: object):
     return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **more)
 
 
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", UNIFORM)
 def test_a_budget_for_everything_gives_the_tokens_of_the_dynamic_cache(
     model: LlamaForCausalLM, policy: str
 ) -> None:
@@ -31,7 +33,7 @@ def test_a_budget_for_everything_gives_the_tokens_of_the_dynamic_cache(
     )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*UNIFORM, *sorted(POLICIES.keys() - SLOTTED)])
 def test_a_budget_for_everything_gives_the_logits_of_the_dynamic_cache(
     model: LlamaForCausalLM, policy: str
 ) -> None:
@@ -54,13 +56,11 @@ def test_the_budget_is_never_exceeded_and_allocated_once(
     nbytes, addresses = cache.nbytes, [t.data_ptr() for t in cache.layers[0].tensors()]
     for token in range(prompt, prompt + 60):
         model(ids[:, token : token + 1], past_key_values=cache)
-        assert sum(layer.keys.shape[2] for layer in cache.layers) == 2 * 16
+        assert cache.layers[0].keys.shape == (2, 2, 16, 12)
         for layer in range(2):
-            slots = cache.layers[layer].budget
-            assert cache.layers[layer].keys.shape == (2, 2, slots, 12)
             for row in range(2):
                 for head in held(cache, layer, row):
-                    assert len(head) == len(set(head)) == min(slots, token + 1)
+                    assert len(head) == len(set(head)) == min(16, token + 1)
                     assert token in head
     assert cache.nbytes == nbytes
     assert [t.data_ptr() for t in cache.layers[0].tensors()] == addresses
