@@ -1,7 +1,8 @@
 """A policy made of another one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ _TRAITS = (
     "scores_attention",
     "contiguous",
     "prunes_channels",
+    "shares_budget",
+    "layout",
 )
 
 
@@ -102,8 +105,17 @@ class Modifier(Policy):
     def adds_attention(self) -> bool:
         return self.base.adds_attention
 
+    @property
+    def head_floor(self) -> float | None:
+        return self.base.head_floor
+
     def defaults(self, budget: int) -> Defaults:
         return self.base.defaults(budget)
+
+    def budgets(
+        self, budget: int, num_heads: int, protected: int, config: Any
+    ) -> Sequence[int] | Sequence[Sequence[int]]:
+        return self.base.budgets(budget, num_heads, protected, config)
 
     def scores(self, slots: Slots) -> Tensor:
         return self.base.scores(self.seen_by_base(slots))
