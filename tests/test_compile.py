@@ -152,7 +152,8 @@ def test_one_layer_is_compiled_for_all(
         assert backend.graphs == (graphs if policy != "full" else 1)
         # Each layer draws other numbers or has another number of slots, so for each there is other
         # code.
-        differs = (policy == "random" and interval == 1) or POLICIES[policy].shares_budget
+        draws = policy in ("random", "random_prompt", "vase", "vase_dkv") and interval == 1
+        differs = draws or POLICIES[policy].shares_budget
         assert len(backend.regions) == (0 if differs else 4)
         assert len(set(backend.regions)) <= 1
 
