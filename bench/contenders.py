@@ -21,14 +21,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from compressed_cache import CompressedCache, decode
 from compressed_cache.bench.grouped import GROUPED
-from compressed_cache.policies import SLOTTED
+from compressed_cache.demo.measure import CORE
 from compressed_cache.versions import cache_argument
 
 BUDGET = 128
 PROMPT = 2048  # tokens
 ROOM = 512  # tokens that a static cache has room for beyond the prompt
 SHORTEST = 16  # slots of the floor
-EVICTING = [name for name in SLOTTED if name != "full"]
+EVICTING = [name for name in CORE if name != "full"]
 
 ENDLESS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 SMALL = LlamaConfig(

@@ -19,8 +19,8 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
+from compressed_cache.demo.measure import CORE
 from compressed_cache.integrations.harness.autoload import install
-from compressed_cache.policies import SLOTTED
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import PATH
 
@@ -69,7 +69,7 @@ def measure(policy: str, budget: int | None) -> list[dict[str, Any]]:
 def main() -> None:
     """Measures all cells and writes them."""
     install()
-    settings = [("full", None), *((p, b) for b in BUDGETS for p in SLOTTED if p != "full")]
+    settings = [("full", None), *((p, b) for b in BUDGETS for p in CORE if p != "full")]
     packages = ("compressed-cache", "lm-eval", "torch", "transformers")
     document = {
         "versions": {name: importlib.metadata.version(name) for name in packages},

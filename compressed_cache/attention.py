@@ -89,7 +89,7 @@ def attend(
         queries: ``[B, H * G, 1, D]`` after RoPE.
         keys: ``[B, H, S, D]``.
         values: ``[B, H, S, D]``.
-        visible: ``[B, H, S]`` bool, slots that hold a token.
+        visible: ``[B, H, S]`` bool, slots that hold a token, or ``[B, H, G, S]``.
         form: how logits become weights.
 
     Returns:
@@ -97,7 +97,9 @@ def attend(
         ``[B, H, G, 1, S]`` float32.
     """
     grouped = queries.reshape(*keys.shape[:2], -1, queries.shape[-1])
-    logits = form.logits(grouped, keys).masked_fill(~visible[:, :, None], -torch.inf)
+    if visible.dim() == 3:
+        visible = visible.unsqueeze(2)
+    logits = form.logits(grouped, keys).masked_fill(~visible, -torch.inf)
     weights = _softmax(logits, form.sink_logits(logits))
     output = weights.to(values.dtype) @ values
     return output.reshape(*queries.shape[:3], values.shape[-1]), weights.unsqueeze(3).float()

@@ -1,6 +1,6 @@
 """The public face: a transformers cache with a fixed number of slots per layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from compressed_cache import checks, hook
+from compressed_cache import budgets, checks, hook
 from compressed_cache.clock import Clock
 from compressed_cache.drafts import Drafts
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.linear import LinearLayers, states
 from compressed_cache.offload import OffloadedLayer
 from compressed_cache.policies import Policy, make_policy
+from compressed_cache.pool import PoolLayer
 from compressed_cache.rules import Rules, resolve_rules
 from compressed_cache.snapshot import Snapshot
 
-_LAYERS = {"slots": CompressedLayer, "offloaded": OffloadedLayer}
+_LAYERS = {"slots": CompressedLayer, "offloaded": OffloadedLayer, "pool": PoolLayer}
 
 
 class CompressedCache(LinearLayers):
@@ -36,7 +37,9 @@ class CompressedCache(LinearLayers):
 
     Args:
         policy: a name from ``compressed_cache.POLICIES`` or a policy object.
-        budget: slots per key/value head and layer, allocated once and never exceeded.
+        budget: slots per key/value head and layer, allocated once and never exceeded. A list has
+            one number for each layer of full attention, or a list with one number for each
+            key/value head. Policies may share out a single number, which then is the mean.
         interval: decode steps between two rankings. The ``interval`` lowest-ranked slots are
             overwritten in order until the next ranking and stay attended until then; where fewer
             are unprotected, the oldest of the recent ones follow. With 1 the victim is chosen anew
@@ -53,7 +56,9 @@ class CompressedCache(LinearLayers):
         layers: one per layer of the model, attention layers with ``keys`` and ``values``
             ``[B, H, S, D]`` and ``positions`` ``[B, H, S]`` int64, ``-1`` where empty or padding.
             Slots are in no particular order. Sliding-window layers have ``S = window`` and keep
-            their window; linear-attention layers are transformers' own.
+            their window; linear-attention layers are transformers' own. Where heads have different
+            numbers of slots, a layer is a :class:`~compressed_cache.pool.PoolLayer`, with one pool
+            of slots for all heads; ``layer.held()`` shows them head by head.
 
     Raises:
         ValueError: an unknown policy, a value out of range, or a budget too small for what is
@@ -65,7 +70,7 @@ class CompressedCache(LinearLayers):
     def __init__(
         self,
         policy: str | Policy = "snapkv",
-        budget: int = 256,
+        budget: int | Sequence[int] | Sequence[Sequence[int]] = 256,
         *,
         interval: int | None = None,
         sinks: int | None = None,
@@ -85,6 +90,8 @@ class CompressedCache(LinearLayers):
         )
         if config is not None:
             checks.check_config(config)
+            if not isinstance(self.rules.budget, int):
+                budgets.resolve(self.rules, self.policy, config.get_text_config())
         super().__init__(layers=[])
         self.clock = Clock(self.rules.interval)
         self._drafts = Drafts()
@@ -149,12 +156,12 @@ class CompressedCache(LinearLayers):
 
     @property
     def evicted_tokens(self) -> int:
-        """Tokens seen minus tokens held per head of :attr:`compressed_layer`; the most of all
-        rows."""
+        """Tokens seen minus tokens held per head of :attr:`compressed_layer`, on average; the most
+        of all rows."""
         layer = self.compressed_layer
         if layer is None or not layer.policy.evicts:
             return 0
-        held = (layer.positions[:, 0] >= 0).sum(dim=-1)
+        held = (layer.held().positions >= 0).sum(dim=-1).float().mean(dim=-1)
         return int((layer.next_position - held).max())
 
     @property
@@ -302,8 +309,14 @@ class CompressedCache(LinearLayers):
     def make_layers(self, count: int) -> None:
         """Makes layers up to this number; one that never asks for a cache stays empty."""
         for index in range(len(self.layers), count):
-            layer = _LAYERS[self.policy.layout](self.policy, self.rules, self.clock, index)
+            layer = _LAYERS[self.layout](self.policy, self.rules, self.clock, index)
             self.layers.append(layer)
+
+    @property
+    def layout(self) -> str:
+        """Where the layers have their tokens, see :attr:`Policy.layout`."""
+        own = self.policy.evicts and budgets.is_per_head(self.rules.budget)
+        return "pool" if own else self.policy.layout
 
     @property
     def _is_filled(self) -> bool:

@@ -51,16 +51,16 @@ def check_calls(layer: int, calls: int, *, expected: int) -> None:
         )
 
 
-def check_prompt(lengths: Tensor, rules: Rules) -> None:
+def check_prompt(lengths: Tensor, rules: Rules, budget: int) -> None:
     """Raises ``ValueError`` if protected prompts of these ``lengths`` ``[B]`` leave no room."""
     if not rules.protect_prompt:
         return
     longest = int(lengths.max())
     least = longest + rules.recent + 1
-    if least > rules.budget:
+    if least > budget:
         raise ValueError(
             "budget must be at least prompt + recent + 1 with protect_prompt=True "
-            f"({longest} + {rules.recent} + 1 = {least}), got {rules.budget}. "
+            f"({longest} + {rules.recent} + 1 = {least}), got {budget}. "
             "Raise budget, lower recent, or set protect_prompt=False."
         )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from compressed_cache import checks, hook, reading, slots
+from compressed_cache import budgets, checks, hook, reading, slots
 from compressed_cache.attention import Form
 from compressed_cache.clock import Clock
 from compressed_cache.contiguous import closed_up
@@ -29,6 +29,8 @@ class LayerState(NamedTuple):
     tensors: dict[str, Tensor]
     form: Form
     window: int | None
+    budget: int | tuple[int, ...]
+    """Slots of every head, or of each."""
     constants: dict[str, Tensor]
 
 
@@ -173,13 +175,14 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """A copy of what is held."""
         assert self.sizes is not None
         copies = {name: tensor.clone() for name, tensor in self.named_tensors().items()}
-        return LayerState(self.sizes, copies, self.form, self.window, self.constants)
+        budget = self.head_budgets or self.budget
+        return LayerState(self.sizes, copies, self.form, self.window, budget, self.constants)
 
     def restore(self, state: LayerState) -> None:
         """Holds again what ``state`` says, in place where it fits."""
         self.form = state.form
         self.constants = state.constants
-        self._see(state.window)
+        self._see(state.window, state.budget)
         self.load(state.tensors, state.sizes)
         self.calls = 0
         self.is_filled = self.is_initialized = True
@@ -247,7 +250,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             checks.check_attention(self.index, module, kwargs)
             self._adopt(module, query, key, value, scaling, kwargs)
             if self.policy.evicts:
-                checks.check_prompt(real[:, :count].sum(dim=1), self.rules)
+                checks.check_prompt(real[:, :count].sum(dim=1), self.rules, self.budget)
             prompt = (tensor[:, :, :count] for tensor in (query, key, value))
             mask = first_tokens(attention_mask, count, of=key.shape[2])
             result = function(module, *prompt, mask, scaling=scaling, **kwargs)
@@ -272,7 +275,6 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         factor = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
         self.form = Form(factor, kwargs.get("softcap"), kwargs.get("s_aux"))
         self.shard = Shard.of(module, query)
-        self._see(kwargs.get("sliding_window"))
         heads = key.shape[1]
         site = Site(
             config=_text_config(module),
@@ -285,11 +287,23 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             value_dim=value.shape[3],
             device=key.device,
         )
+        window = kwargs.get("sliding_window")
+        self._see(window, self._share(site) if window is None else window)
         self.constants = self.policy.constants(site)
 
-    def _see(self, window: int | None) -> None:
+    def _share(self, site: Site) -> int | tuple[int, ...]:
+        """Slots of every head of this layer, or of each."""
+        policy, rules = self.settings
+        if isinstance(rules.budget, int) and not policy.shares_budget:
+            return rules.budget
+        share = budgets.resolve(rules, policy, site.config)[site.layer]
+        return share if isinstance(share, int) else share[site.first_head :][: site.heads]
+
+    def _see(self, window: int | None, budget: int | tuple[int, ...]) -> None:
         """Keeps so many of the last tokens, or what the policy wants where there is no window."""
         self.window = window
+        self.head_budgets = () if isinstance(budget, int) else budget
+        self.budget = budget if isinstance(budget, int) else min(budget)
         self.policy, self.rules = self.settings
         if window is not None:
             self.policy = StreamingLLM()
@@ -334,6 +348,10 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             self.notes.copy_(self.policy.revise(self.held()))
         return self.held()
 
+    def drop(self, gone: Tensor) -> None:
+        """Empties slots, ``[B, H, S]`` bool."""
+        self.positions.masked_fill_(gone, -1)
+
     def note(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """What the policy writes down of new tokens ``[B, H, L, ...]``."""
         nothing = self.attention[:, :, :0]
@@ -365,7 +383,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             prompt_length=self.prompt_length,
             protected_prefix=self.protected_prefix,
             recent=self.rules.recent,
-            budget=self.rules.budget,
+            budget=self.budget,
             is_prompt=is_prompt,
             constants=self.constants,
         )

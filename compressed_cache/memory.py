@@ -69,6 +69,10 @@ class SlotMemory:
     def __init__(self, policy: Policy, rules: Rules) -> None:
         self.policy = policy
         self.rules = rules
+        self.budget = 0
+        """Slots of every head; of the one with the fewest where they differ."""
+        self.head_budgets: tuple[int, ...] = ()
+        """Slots of each head where they differ."""
         self.sizes: Sizes | None = None
 
     @property
@@ -96,10 +100,16 @@ class SlotMemory:
         """Bytes held off the device."""
         return 0
 
+    @property
+    def slots_per_head(self) -> int:
+        """Slots of a head, on average."""
+        assert self.sizes is not None
+        return self.positions[0].numel() // self.sizes.heads
+
     def provide(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Allocates slots for a prompt ``[B, H * G | H, L, D]``, or keeps those that fit."""
         batch, heads, length, dim = key.shape
-        capacity, context = self.capacities(length)
+        capacity, context = self.capacities(length, heads)
         groups = query.shape[1] // heads
         sizes = Sizes(
             *(batch, heads, groups, capacity, dim, value.shape[-1]),
@@ -108,9 +118,10 @@ class SlotMemory:
         if sizes != self.sizes:
             self._allocate(sizes)
 
-    def capacities(self, length: int) -> tuple[int, int]:
-        """Slots for a prompt of this length, and tokens that must fit off the device."""
-        return self.rules.budget if self.policy.evicts else power_of_two(length + 1), 0
+    def capacities(self, length: int, heads: int) -> tuple[int, int]:
+        """Slots in each of the rows of slots for a prompt of this length, and tokens that must fit
+        off the device."""
+        return self.budget if self.policy.evicts else power_of_two(length + 1), 0
 
     def grow(self, tokens: int) -> None:
         """Doubles the slots until so many tokens fit (policies that do not evict)."""

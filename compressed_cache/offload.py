@@ -62,10 +62,10 @@ class OffloadedLayer(CompressedLayer):
         """Bytes of the context on the host."""
         return sum(vars(self)[name].nbytes for name in _OFFLOADED if name in vars(self))
 
-    def capacities(self, length: int) -> tuple[int, int]:
+    def capacities(self, length: int, heads: int) -> tuple[int, int]:
         """Slots for a prompt of this length, and tokens of it that must fit off the device."""
         if self.is_sliding:
-            return super().capacities(length)
+            return super().capacities(length, heads)
         chunk_size = self.numbers.chunk_size
         chunks = -(-power_of_two(length) // chunk_size)
         return power_of_two(sum(self._regions(chunks)) + 1), chunks * chunk_size
@@ -128,7 +128,7 @@ class OffloadedLayer(CompressedLayer):
     def _regions(self, chunks: int) -> tuple[int, int, int]:
         """Slots for what is fetched, for outliers and for the end of the prompt."""
         size = self.numbers.chunk_size
-        fetched = min(self.rules.budget // size, chunks)
+        fetched = min(self.budget // size, chunks)
         outliers = min(self.numbers.outlier_chunks, chunks)
         return fetched * size, outliers * size, (self.numbers.local_chunks + 1) * size - 1
 

@@ -107,20 +107,23 @@ def read_block(
     count = real.sum(dim=1)
     is_prompt = layer.clock.is_first_prompt
     if is_prompt and layer.policy.evicts:
-        checks.check_prompt(layer.next_position + count, layer.rules)
+        checks.check_prompt(layer.next_position + count, layer.rules, layer.budget)
     rows = torch.where(real, layer.next_position[:, None] + real.cumsum(dim=1) - 1, -1)
     new_positions = rows[:, None].expand(key.shape[:3])
+    held = layer.held()
     query, key = channels.ordered(layer, query), channels.ordered(layer, key)
-    whole = torch.cat([channels.whole_keys(layer, layer.next_position), key], dim=2)
+    # A pool has one row of slots for all heads.
+    known = channels.whole_keys(layer, layer.next_position).expand(-1, key.shape[1], -1, -1)
+    whole = torch.cat([known, key], dim=2)
     keys, key_kept = channels.kept(layer, whole), channels.kept(layer, key)
-    values = torch.cat([layer.values, value], dim=2)
-    positions = torch.cat([layer.positions, new_positions], dim=2)
+    values = torch.cat([held.values, value], dim=2)
+    positions = torch.cat([held.positions, new_positions], dim=2)
     observes = layer.policy.observes_attention
     seen = before = layer.attention
     if observes:
         new = layer.attention.new_zeros(*key.shape[:3], *layer.attention.shape[3:])
-        seen = before = torch.cat([layer.attention, new], dim=2)
-    notes = torch.cat([layer.notes, layer.note(key_kept, value, new_positions)], dim=2)
+        seen = before = torch.cat([held.attention, new], dim=2)
+    notes = torch.cat([held.notes, layer.note(key_kept, value, new_positions)], dim=2)
     outputs = []
     queries, attended = layer.attended(query, whole, rows, positions)
     for weights, own in attention.attention_rows(

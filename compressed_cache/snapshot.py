@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 from compressed_cache.attention import Form
+from compressed_cache.budgets import to_budget
 from compressed_cache.layer import CompressedLayer, LayerState
 from compressed_cache.memory import Sizes
 from compressed_cache.policies import Policy, make_policy, split_name
@@ -80,11 +81,13 @@ class Snapshot:
                 tensors[f"{index}.sinks"] = state.form.sinks.detach()
             described.append(
                 {
+                    "heads": state.sizes.heads,
                     "groups": state.sizes.groups,
                     "context": state.sizes.context,
                     "scaling": state.form.scaling,
                     "softcap": state.form.softcap,
                     "window": state.window,
+                    "budget": state.budget,
                 }
             )
         metadata = {
@@ -137,7 +140,8 @@ class Snapshot:
             described and _described_state(described, _part(tensors, f"{index}."))
             for index, described in enumerate(json.loads(found["layers"]))
         )
-        rules = Rules(**json.loads(found["rules"]))
+        rules = json.loads(found["rules"])
+        rules = Rules(**rules | {"budget": to_budget(rules["budget"])})
         return cls(policy, rules, json.loads(found["clock"]), layers)
 
 
@@ -163,10 +167,12 @@ def _described_state(described: dict[str, Any], tensors: dict[str, Tensor]) -> L
     }
     form = Form(described["scaling"], described["softcap"], tensors.pop("sinks", None))
     keys, values = tensors["keys"], tensors["values"]
-    batch, heads, capacity = keys.shape[:3]
+    batch, _, capacity = keys.shape[:3]
     dim = keys.shape[3] + tensors["tails"].shape[3]
     sizes = Sizes(
-        *(batch, heads, described["groups"], capacity, dim, values.shape[-1]),
+        *(batch, described["heads"], described["groups"], capacity, dim, values.shape[-1]),
         *(keys.dtype, values.dtype, keys.device, described["context"]),
     )
-    return LayerState(sizes, tensors, form, described["window"], constants)
+    window, budget = described["window"], described["budget"]
+    budget = budget if isinstance(budget, int) else tuple(budget)
+    return LayerState(sizes, tensors, form, window, budget, constants)

@@ -45,14 +45,17 @@ def step(
         output, weights = _fused(layer, query, key, value, planned, weighs)
     else:
         query, key = channels.ordered(layer, query), channels.ordered(layer, key)
-        _write(layer, key, value, _slot(layer) if planned is None else planned)
+        slot = _slot(layer) if planned is None else planned
+        write(layer, key, value, slot)
+        if layer.policy.num_notes:
+            _note(layer, key, value, slot)
         keys = channels.whole_keys(layer, layer.next_position + 1)
         seen, keys = layer.attended(query, keys, layer.next_position[:, None], layer.positions)
         output, weights = attention.attend(
             seen, keys, layer.values, layer.positions >= 0, layer.form
         )
         _remember(layer, weights)
-    _record_query(layer, query.detach())
+    record_query(layer, query.detach())
     layer.counts.add_(1)
     return output, weights
 
@@ -104,7 +107,7 @@ def _planned_slot(layer: "CompressedLayer", ranks: bool) -> Tensor | None:
         return None
     if ranks:
         victims = slots.next_victims(
-            _ranked(layer),
+            ranked(layer),
             layer.positions,
             protected_prefix=layer.protected_prefix,
             count=layer.rules.interval,
@@ -116,10 +119,10 @@ def _planned_slot(layer: "CompressedLayer", ranks: bool) -> Tensor | None:
 
 
 def _slot(layer: "CompressedLayer") -> Tensor:
-    return slots.lowest_slot(_ranked(layer), layer.positions)
+    return slots.lowest_slot(ranked(layer), layer.positions)
 
 
-def _ranked(layer: "CompressedLayer") -> Tensor:
+def ranked(layer: "CompressedLayer") -> Tensor:
     """Scores ``[B, H, S]`` with protection applied, once the policy dropped what it drops."""
     held = layer.revised()
     scores = layer.protected_scores(held)
@@ -131,11 +134,12 @@ def _ranked(layer: "CompressedLayer") -> Tensor:
             merged = layer.policy.merged(layer.keys, layer.values, present & ~gone, evicted)
             layer.values.copy_(merged)
         scores = scores.masked_fill(gone, -torch.inf)
-        layer.positions.masked_fill_(gone, -1)
+        layer.drop(gone)
     return scores
 
 
-def _write(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -> None:
+def write(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -> None:
+    """Puts tokens ``[B, H, L, D]`` at the next position into slots ``[B, H, L]``."""
     if layer.policy.prunes_channels:
         key, tail = key.split([layer.keys.shape[3], layer.tails.shape[3]], dim=3)
         place = (layer.next_position % layer.tails.shape[2])[:, None, None, None]
@@ -145,8 +149,6 @@ def _write(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -
     layer.positions.scatter_(2, slot, layer.next_position[:, None, None].expand_as(slot))
     if layer.policy.observes_attention:
         _forget(layer, slot)
-    if layer.policy.num_notes:
-        _note(layer, key, value, slot)
 
 
 def _merge(layer: "CompressedLayer", slot: Tensor) -> None:
@@ -180,7 +182,8 @@ def _remember(layer: "CompressedLayer", weights: Tensor) -> None:
         layer.attention.copy_(layer.accumulate(layer.attention, weights, own, layer.positions))
 
 
-def _record_query(layer: "CompressedLayer", query: Tensor) -> None:
+def record_query(layer: "CompressedLayer", query: Tensor) -> None:
+    """Writes a query ``[B, H * G, 1, D]`` to its place in the ring."""
     if layer.policy.num_queries:
         place = (layer.next_position % layer.query_positions.shape[1])[:, None]
         grouped = attention.group_queries(channels.kept(layer, query), layer.keys.shape[1])

@@ -104,5 +104,5 @@ def distinct_tokens(rows: int, length: int, *, seed: int = 0) -> Tensor:
 
 def held(cache: object, layer: int, row: int = 0) -> list[list[int]]:
     """Sorted positions held by each key/value head of one row."""
-    positions = cache.layers[layer].positions[row]
+    positions = cache.layers[layer].held().positions[row]
     return [sorted(p for p in head if p >= 0) for head in positions.tolist()]

@@ -14,14 +14,16 @@ from compressed_cache.policies import SLOTTED
 from tests.conftest import distinct_tokens, held
 from tests.reference.comparison import OPTIONS
 
-EVICTING = [name for name in SLOTTED if name != "full"]
+# Those that give every layer the budget; tests/test_budgets.py has the others.
+UNIFORM = [name for name in SLOTTED if not POLICIES[name].shares_budget]
+EVICTING = [name for name in UNIFORM if name != "full"]
 
 
 def _generate(model: LlamaForCausalLM, ids: torch.Tensor, cache: object, new: int, **more: object):
     return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **more)
 
 
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", UNIFORM)
 def test_a_budget_for_everything_gives_the_tokens_of_the_dynamic_cache(
     model: LlamaForCausalLM, policy: str
 ) -> None:
@@ -32,7 +34,7 @@ def test_a_budget_for_everything_gives_the_tokens_of_the_dynamic_cache(
     )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*UNIFORM, *sorted(POLICIES.keys() - SLOTTED)])
 def test_a_budget_for_everything_gives_the_logits_of_the_dynamic_cache(
     model: LlamaForCausalLM, policy: str
 ) -> None:

@@ -132,10 +132,12 @@ def test_the_budget_holds_and_protected_tokens_stay(
     ids = distinct_tokens(1, length, seed=seed)
     _generate(model, cache, ids, prefill_chunk_size=chunk)
     seen, rules = length + NEW - 1, cache.rules
-    for head in (head for layer in _held(cache) for head in layer):
+    budgets = [layer.budget for layer in cache.layers]
+    held = zip(budgets, _held(cache), strict=True)
+    for budget, head in ((budget, head) for budget, heads in held for head in heads):
         assert len(head) == len(set(head))
         if cache.policy.evicts:
-            assert len(head) == min(seen, rules.budget)
+            assert len(head) == min(seen, budget)
             assert set(head) >= set(range(min(rules.sinks, seen)))
         assert set(head) >= set(range(max(0, seen - 1 - rules.recent), seen))
 
@@ -215,7 +217,7 @@ def test_what_is_not_a_number_harms_neither_other_rows_nor_what_is_protected(
     good, bad = caches
     assert _held(good, 1) == _held(bad, 1)
     for head in held(bad, 0, 0):
-        assert len(head) == len(set(head)) == 24
+        assert len(head) == len(set(head)) == bad.layers[0].budget
         assert {0, 1, *range(71, 80)} <= set(head)
     if broken == "k_proj" and policy in ("knorm", "keydiff", "rkv", "rkv_lsh", "gkv"):
         # The broken key is the first to go once it is not protected any more.

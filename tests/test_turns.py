@@ -16,7 +16,9 @@ from compressed_cache.policies import SLOTTED
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 
-EVICTING = [name for name in SLOTTED if name != "full"]
+# Those that give every layer the budget; tests/test_budgets.py has the others.
+UNIFORM = [name for name in SLOTTED if not POLICIES[name].shares_budget]
+EVICTING = [name for name in UNIFORM if name != "full"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 # Turns.
 
 
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", UNIFORM)
 @pytest.mark.parametrize("second", [1, 9, 40])
 def test_turns_with_a_budget_for_everything_are_those_of_the_dynamic_cache(
     model: Any, policy: str, second: int
@@ -143,7 +145,7 @@ def test_a_chunk_for_everything_is_no_chunk(model: Any, policy: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", [2, 7, 29])
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", UNIFORM)
 def test_chunks_with_a_budget_for_everything_give_the_tokens_of_the_dynamic_cache(
     model: Any, policy: str, chunk: int
 ) -> None:

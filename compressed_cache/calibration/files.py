@@ -141,21 +141,7 @@ def load(policy: str, path: str | None, site: Site) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: a file for another policy or of another model, or no file for this one.
     """
-    found = path or shipped(policy, site.config)
-    if found is None:
-        name = getattr(site.config, "name_or_path", "") or "MODEL"
-        raise ValueError(
-            f"policy {policy!r} needs statistics of the model, and none came with this package for "
-            f"{name!r}. Run\n    python -m compressed_cache calibrate --model {name} --policy "
-            f"{policy} --out FILE\nand pass calibration=FILE."
-        )
-    check_policy(found, policy)
-    metadata, expected = describe(found), model_hash(site.config)
-    if metadata["model_hash"] != expected:
-        raise ValueError(
-            f"{str(found)!r} has statistics of model {metadata['model']!r} "
-            f"(hash {metadata['model_hash']}), not of this one (hash {expected})"
-        )
+    found, metadata = find(policy, path, site.config)
     with safe_open(found, framework="pt") as file:
         prefix = f"{site.layer}."
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -165,6 +151,34 @@ def load(policy: str, path: str | None, site: Site) -> dict[str, Tensor]:
     _check_weights(tensors.pop(_WEIGHTS), site, f"{str(found)!r} (model {metadata['model']!r})")
     heads = slice(site.first_head, site.first_head + site.heads)
     return {name: part[heads].to(site.device) for name, part in tensors.items()}
+
+
+def load_layers(policy: str, path: str | None, config: Any, name: str) -> dict[int, Tensor]:
+    """One statistic of all layers; arguments and errors as those of :func:`load`."""
+    found, _ = find(policy, path, config)
+    with safe_open(found, framework="pt") as file:
+        split = [key.split(".", 1) for key in file.keys()]  # noqa: SIM118
+        return {int(i): file.get_tensor(f"{i}.{rest}") for i, rest in split if rest == name}
+
+
+def find(policy: str, path: str | None, config: Any) -> tuple[str | Path, dict[str, str]]:
+    """The file for a model and what it says about itself; raises as :func:`load`."""
+    found = path or shipped(policy, config)
+    if found is None:
+        name = getattr(config, "name_or_path", "") or "MODEL"
+        raise ValueError(
+            f"policy {policy!r} needs statistics of the model, and none came with this package for "
+            f"{name!r}. Run\n    python -m compressed_cache calibrate --model {name} --policy "
+            f"{policy} --out FILE\nand pass calibration=FILE."
+        )
+    check_policy(found, policy)
+    metadata, expected = describe(found), model_hash(config)
+    if metadata["model_hash"] != expected:
+        raise ValueError(
+            f"{str(found)!r} has statistics of model {metadata['model']!r} "
+            f"(hash {metadata['model_hash']}), not of this one (hash {expected})"
+        )
+    return found, metadata
 
 
 def _check_weights(known: Tensor, site: Site, file: str) -> None:

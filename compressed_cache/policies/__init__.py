@@ -4,10 +4,12 @@ from dataclasses import fields
 from typing import Any
 
 from compressed_cache.names import listing, nearest
+from compressed_cache.policies.adakv import AdaKV
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
 from compressed_cache.policies.caote import CAOTE
 from compressed_cache.policies.chunkkv import ChunkKV
 from compressed_cache.policies.criticalkv import CriticalKV
+from compressed_cache.policies.duo_attention import DuoAttention
 from compressed_cache.policies.expected_attention import ExpectedAttention
 from compressed_cache.policies.finch import Finch
 from compressed_cache.policies.full import Full
@@ -22,6 +24,7 @@ from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.morphkv import MorphKV
 from compressed_cache.policies.observed_attention import ObservedAttention
 from compressed_cache.policies.phases import InPhases
+from compressed_cache.policies.pyramidkv import PyramidKV
 from compressed_cache.policies.qfilter import QFilter
 from compressed_cache.policies.raas import RaaS
 from compressed_cache.policies.random import Random
@@ -64,6 +67,7 @@ POLICIES: dict[str, type[Policy]] = {
     "observed_attention": ObservedAttention,
     "tova": TOVA,
     "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
     "rkv": RKV,
     "rkv_lsh": RKVLSH,
     "keydiff": KeyDiff,
@@ -91,6 +95,8 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "chunkkv": ChunkKV,
     "criticalkv": CriticalKV,
     "merging": Merging,
+    "adakv": AdaKV,
+    "duo_attention": DuoAttention,
 }
 
 

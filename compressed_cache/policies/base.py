@@ -1,7 +1,7 @@
 """What a policy is: numbers, and a function that scores the held tokens."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache.attention import Form
+from compressed_cache.budgets import compressed_layers
 
 _CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "int": (int, "an int"),
@@ -152,10 +153,13 @@ class Policy:
     key_constants: ClassVar[bool] = True
     """Whether :meth:`constants`, if any, are about all channels of keys, none of which may then be
     pruned."""
-    layout: ClassVar[Literal["slots", "offloaded"]] = "slots"
-    """Where tokens are: in slots, or off the device with only what each step asks for in slots."""
     merges: ClassVar[bool] = False
     """Whether :meth:`merged` changes values of kept tokens when others are evicted."""
+    shares_budget: ClassVar[bool] = False
+    """Whether :meth:`budgets` are not all the same."""
+    layout: ClassVar[Literal["slots", "offloaded", "pool"]] = "slots"
+    """Where tokens are: in slots of each head, off the device with only what each step asks for in
+    slots, or in a pool of slots for all heads of a layer."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -230,9 +234,32 @@ class Policy:
         """``D'``, how many of ``dim`` channels of a key stay."""
         return dim
 
+    @property
+    def head_floor(self) -> float | None:
+        """The part of the budget that each head keeps, where slots of the pool go to the head with
+        the highest scores; None: heads do not share slots."""
+        return None
+
     def defaults(self, budget: int) -> Defaults:
         """What ``None`` stands for in the arguments of ``CompressedCache`` at this budget."""
         return Defaults()
+
+    def budgets(
+        self, budget: int, num_heads: int, protected: int, config: Any
+    ) -> Sequence[int] | Sequence[Sequence[int]]:
+        """How the slots of a model are shared out, as many in all as with ``budget`` everywhere.
+
+        Args:
+            budget: slots of a head on average.
+            num_heads: ``H`` of the whole layer.
+            protected: tokens of each head that are never evicted; below ``budget``.
+            config: the model's text config.
+
+        Returns:
+            Slots of every head, or of each head, of each of the
+            :func:`~compressed_cache.budgets.compressed_layers`; all more than ``protected``.
+        """
+        return [budget] * len(compressed_layers(config))
 
     def scores(self, slots: Slots) -> Tensor:
         """How much each token deserves to stay.

@@ -1,7 +1,8 @@
 """A policy made of another one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ _TRAITS = (
     "contiguous",
     "prunes_channels",
     "merges",
+    "shares_budget",
+    "layout",
 )
 
 
@@ -113,8 +116,17 @@ class Modifier(Policy):
     def adds_attention(self) -> bool:
         return self.base.adds_attention
 
+    @property
+    def head_floor(self) -> float | None:
+        return self.base.head_floor
+
     def defaults(self, budget: int) -> Defaults:
         return self.base.defaults(budget)
+
+    def budgets(
+        self, budget: int, num_heads: int, protected: int, config: Any
+    ) -> Sequence[int] | Sequence[Sequence[int]]:
+        return self.base.budgets(budget, num_heads, protected, config)
 
     def scores(self, slots: Slots) -> Tensor:
         return self.base.scores(self.seen_by_base(slots))

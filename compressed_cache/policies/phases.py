@@ -1,6 +1,8 @@
 """One policy for the prompt, another while decoding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +69,7 @@ class InPhases(Policy):
         self._take("mixes_scores", any(part.mixes_scores for part in both))
         self._take("prompt_queries", observing[-1].prompt_queries if observing else None)
         self._take("revises", any(part.revises for part in both))
+        self._take("shares_budget", any(part.shares_budget for part in both))
         self._take("scores_attention", all(part.scores_attention for part in both))
 
     def _take(self, trait: str, value: object) -> None:
@@ -110,6 +113,12 @@ class InPhases(Policy):
 
     def defaults(self, budget: int) -> Defaults:
         return self.decoding.defaults(budget)
+
+    def budgets(
+        self, budget: int, num_heads: int, protected: int, config: Any
+    ) -> Sequence[int] | Sequence[Sequence[int]]:
+        sharer = self.prompt if self.prompt.shares_budget else self.decoding
+        return sharer.budgets(budget, num_heads, protected, config)
 
     def scores(self, slots: Slots) -> Tensor:
         part = self.prompt if slots.is_prompt else self.decoding

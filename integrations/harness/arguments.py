@@ -49,7 +49,7 @@ def take_press(arguments: dict[str, Any]) -> Press | None:
 
     Args:
         arguments: keyword arguments of the model class, changed in place. The text ``none`` means
-            ``None``, which the harness has no spelling for.
+            ``None``, which the harness has no spelling for, and ``256/128`` a list.
 
     Returns:
         What they ask for, or None if there are none.
@@ -77,6 +77,9 @@ def take_press(arguments: dict[str, Any]) -> Press | None:
             "arguments that begin with kv_."
         )
     options = {name.removeprefix(PREFIX): value for name, value in given.items()}
+    if isinstance(budget := options.get("budget"), str) and "/" in budget:
+        # The harness takes a comma for the end of an argument.
+        options["budget"] = [_number(part) for part in budget.split("/")]
     _check_names(policy, options)
     press = Press(policy, options)
     try:
@@ -86,6 +89,10 @@ def take_press(arguments: dict[str, Any]) -> Press | None:
             f"kv_press={policy!r}: {error} (each argument carries the prefix kv_ here)"
         ) from None
     return press
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _check_names(policy: Any, options: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsP
 
 from compressed_cache import CompressedCache
 from tests.reference.llama import Kept, ReferenceLlama, Trace
-from tests.reference.policies import POLICIES, Rules
+from tests.reference.policies import POLICIES, Rules, Score
 
 VOCABULARY = 160
 NUM_STEPS = 30
@@ -70,15 +70,19 @@ NAMES = sorted(OPTIONS)
 
 
 def make_model(
-    dtype: torch.dtype = torch.float64, *, seed: int = 0, num_key_value_heads: int = 2
+    dtype: torch.dtype = torch.float64,
+    *,
+    seed: int = 0,
+    num_key_value_heads: int = 2,
+    num_layers: int = 2,
 ) -> LlamaForCausalLM:
-    """Two layers with four query heads each; attention is far from uniform."""
+    """Layers with four query heads each; attention is far from uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=num_key_value_heads,
         head_dim=16,
@@ -111,7 +115,7 @@ class Watch(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = len(self.logits)
         self.logits.append(scores.clone())
-        self.positions.append([layer.positions.clone() for layer in self.cache.layers])
+        self.positions.append([layer.held().positions.clone() for layer in self.cache.layers])
         if self.forced is None:
             return scores
         chosen = torch.full_like(scores, -math.inf)
@@ -179,17 +183,30 @@ def assert_agree(
     name: str,
     rules: Rules,
     tolerance: float,
+    score: Score | None = None,
+    expected_rules: Rules | None = None,
+    options: dict[str, Any] | None = None,
+    floor: float | None = None,
 ) -> None:
-    """A batch fed the same texts keeps the same tokens, row by row, and gives the same logits."""
+    """A batch fed the same texts keeps the same tokens, row by row, and gives the same logits.
+
+    Args:
+        score: of the reference, where ``POLICIES`` has none of this name.
+        expected_rules: of the reference, where a policy shares out the budget.
+        options: of the policy, where ``OPTIONS`` has none for it.
+        floor: as for :meth:`ReferenceLlama.generate`.
+    """
     pairs = list(zip(texts, prompt_lengths, strict=True))
     prompts, forced = [t[:n] for t, n in pairs], [t[n:] for t, n in pairs]
     steps = len(forced[0])
-    options = OPTIONS[name]
+    options = OPTIONS[name] if options is None else options
     _, watch = run_library(
         model, prompts, steps, name=name, rules=rules, forced=forced, options=options
     )
-    score = partial(POLICIES[name], **options)
+    score = score or partial(POLICIES[name], **options)
     for row, (prompt, rest) in enumerate(zip(prompts, forced, strict=True)):
-        trace = reference.generate(prompt, steps, score=score, rules=rules, forced=rest)
+        trace = reference.generate(
+            prompt, steps, score=score, rules=expected_rules or rules, forced=rest, floor=floor
+        )
         assert_same_kept(trace, watch, row)
         assert_same_logits(trace, watch, row, tolerance)

@@ -8,6 +8,7 @@ token, then attends.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -79,6 +80,7 @@ class ReferenceLlama:
         score: Score,
         rules: Rules,
         forced: Sequence[int] | None = None,
+        floor: float | None = None,
     ) -> Trace:
         """Continue a prompt under a policy.
 
@@ -89,9 +91,12 @@ class ReferenceLlama:
             score: The policy.
             rules: Budget, interval and protection.
             forced: Tokens to feed in place of the most likely ones.
+            floor: The heads of a layer share their slots, and each keeps this part of the budget.
+                None: each head has its own slots.
         """
         trace = Trace()
-        row = _Row(self, layout_of(score))
+        layout = layout_of(score)
+        row = _Row(self, layout) if floor is None else _SharingRow(self, layout, floor)
         logits = [row.read(token) for token in prompt][-1]
         row.compress_prompt(score, rules, trace)
         for step in range(num_new_tokens):
@@ -246,11 +251,11 @@ class _Row:
                     self.queries[layer][head][-self.layout.window :],
                     channel_ratio=self.layout.channel_ratio,
                 )
-        excess = self.prompt_length - rules.budget
-        if excess <= 0:
-            return
         for layer in range(self.model.num_layers):
             for head, view in enumerate(self.views(layer, rules)):
+                excess = self.prompt_length - rules.slots(layer, head)
+                if excess <= 0:
+                    continue
                 ranking = rank(view, score, rules, prompt_length=self.prompt_length)
                 if excess > len(ranking.positions):
                     raise ValueError("protected tokens do not fit into the budget")
@@ -275,7 +280,8 @@ class _Row:
                     num_dropped = ranking.scores.count(-math.inf)
                     self.drop(layer, head, ranking.positions[:num_dropped], score)
                     del ranking.positions[:num_dropped], ranking.scores[:num_dropped]
-                    num_free = min(rules.interval, rules.budget - len(self.held[layer][head]))
+                    free = rules.slots(layer, head) - len(self.held[layer][head])
+                    num_free = min(rules.interval, free)
                     num_tokens = rules.interval - num_free
                     victims: list[int | None] = [None] * num_free
                     if num_tokens:
@@ -309,6 +315,78 @@ class _Row:
     def kept(self) -> Kept:
         """Positions in the cache now."""
         return [[tuple(token.position for token in held) for held in layer] for layer in self.held]
+
+
+class _SharingRow(_Row):
+    """The same, where the heads of a layer share ``heads * budget`` slots."""
+
+    def __init__(self, model: ReferenceLlama, layout: Layout, floor: float) -> None:
+        super().__init__(model, layout)
+        self.floor = floor
+        self.listed: list[list[tuple[int, int] | None]] = [[] for _ in range(model.num_layers)]
+
+    def ranking(
+        self, layer: int, score: Score, rules: Rules, *, incoming: int
+    ) -> list[tuple[float, int, int]]:
+        """Score, position and head of what may be evicted, worst first.
+
+        Of equal scores the older token goes first, of equal positions the one of the first head.
+        Each head withholds its best tokens, so that it has its floor once so many came in.
+        """
+        candidates: list[tuple[float, int, int]] = []
+        withheld = math.ceil(Fraction(str(self.floor)) * rules.slots(layer, 0)) - incoming
+        for head in range(self.model.num_heads):
+            view = self.view(layer, head, rules)
+            own = []
+            for value, token in zip(score(view), view.held, strict=True):
+                safe = rules.protects(
+                    token.position, incoming=view.incoming, prompt_length=self.prompt_length
+                )
+                own.append((math.inf if safe else value, token.position, head))
+            own.sort()
+            own = own[: max(0, len(own) - max(0, withheld))]
+            candidates += [entry for entry in own if entry[0] != math.inf]
+        return sorted(candidates)
+
+    def compress_prompt(self, score: Score, rules: Rules, trace: Trace) -> None:
+        """Drop the lowest tokens of all heads until the budget of the layer is met."""
+        self.prompt_length = self.num_read
+        heads = self.model.num_heads
+        for layer in range(self.model.num_layers):
+            excess = heads * (self.prompt_length - rules.slots(layer, 0))
+            if excess > 0:
+                ranking = self.ranking(layer, score, rules, incoming=0)
+                _note_gaps(trace, [value for value, _, _ in ranking[excess - 1 : excess + 1]])
+                for _, position, head in ranking[:excess]:
+                    self.drop(layer, head, [position], score)
+
+    def make_room(self, step: int, score: Score, rules: Rules, trace: Trace) -> None:
+        """Make sure that a layer has as many free places as heads."""
+        heads, turn = self.model.num_heads, step % rules.interval
+        for layer in range(self.model.num_layers):
+            if turn == 0:
+                total = heads * rules.interval
+                held = sum(len(tokens) for tokens in self.held[layer])
+                num_free = min(total, heads * rules.slots(layer, 0) - held)
+                ranking = self.ranking(layer, score, rules, incoming=rules.interval)
+                _note_gaps(trace, [value for value, _, _ in ranking[: total - num_free + 1]])
+                self.listed[layer] = [None] * num_free
+                self.listed[layer] += [entry[1:] for entry in ranking[: total - num_free]]
+            for _ in range(heads):
+                victim = (
+                    self.listed[layer].pop(0) if self.listed[layer] else self.oldest(layer, rules)
+                )
+                if victim is not None:
+                    self.drop(layer, victim[1], [victim[0]], score)
+
+    def oldest(self, layer: int, rules: Rules) -> tuple[int, int]:
+        """Position and head of the oldest token that may go at all."""
+        return min(
+            (token.position, head)
+            for head, tokens in enumerate(self.held[layer])
+            for token in tokens
+            if not rules.protects_for_good(token.position, prompt_length=self.prompt_length)
+        )
 
 
 def without(vector: Vector, lost: Sequence[int]) -> Vector:

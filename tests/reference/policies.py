@@ -79,11 +79,19 @@ While decoding, minus infinity frees the place at once.
 class Rules:
     """How many tokens a head keeps, when it ranks them, and which it never gives up."""
 
-    budget: int
+    budget: int | tuple[int, ...] | tuple[tuple[int, ...], ...]
+    """Of every head, of every head of each layer, or of each head of each layer."""
     interval: int = 1
     sinks: int = 0
     recent: int = 0
     protect_prompt: bool = False
+
+    def slots(self, layer: int, head: int) -> int:
+        """How many tokens one head keeps."""
+        if isinstance(self.budget, int):
+            return self.budget
+        share = self.budget[layer]
+        return share if isinstance(share, int) else share[head]
 
     def protects(self, position: int, *, incoming: int, prompt_length: int) -> bool:
         """Whether a token is safe at a ranking made before the token ``incoming`` is stored."""
@@ -387,7 +395,7 @@ def vase(view: View, *, window: int = 64, large_share: float = 0.25, seed: int =
         if not view.rules.protects_for_good(token.position, prompt_length=view.prompt_length)
     ]
     free.sort(key=lambda token: (token.value.max() - token.value.min(), token.position))
-    num_large = int(large_share * (view.rules.budget - view.rules.recent))
+    num_large = int(large_share * (view.rules.slots(view.layer, view.head) - view.rules.recent))
     large = {token.position: token.value for token in free[len(free) - min(num_large, len(free)) :]}
     scores = []
     for position, vote in votes.items():
@@ -850,7 +858,7 @@ def criticalkv(
         for token in view.held
     ]
     order = sorted(range(len(scores)), key=lambda i: (safe[i], scores[i], view.held[i].position))
-    count = int(view.rules.budget * first_stage_ratio)
+    count = int(view.rules.slots(view.layer, view.head) * first_stage_ratio)
     best = set(order[len(order) - count :])
     return [2 * max(weighted) if i in best else weighted[i] for i in range(len(weighted))]
 

@@ -1,0 +1,491 @@
+"""Budgets that differ from layer to layer and from head to head."""
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from compressed_cache import CompressedCache
+from compressed_cache.calibration import files
+from compressed_cache.integrations.harness.arguments import take_press
+from compressed_cache.policies.duo_attention import DuoAttention
+from compressed_cache.policies.h2o import H2O
+from compressed_cache.policies.pyramidkv import PyramidKV
+from compressed_cache.reasoner import MODEL_PATH
+from tests.compiling import CountingBackend, compiled
+from tests.reference.comparison import NUM_STEPS, OPTIONS, assert_agree, distinct_tokens, make_model
+from tests.reference.llama import ReferenceLlama
+from tests.reference.policies import POLICIES, Rules, Score, View, snapkv
+
+LENGTHS = [21, 12, 5]
+TEXTS = [distinct_tokens(length + NUM_STEPS, seed=20 + length) for length in LENGTHS]
+
+
+def pyramid(budget: int, num_layers: int, protected: int, beta: int) -> list[int]:
+    """Budgets on a falling line; what rounding down left over goes where it took most."""
+    mean = Fraction(budget - protected)
+    last = max(mean / beta, Fraction(1))
+    first = mean + (mean - last)
+    line = [first + (last - first) * depth / (num_layers - 1) for depth in range(num_layers)]
+    budgets = [int(exact) for exact in line]
+    while sum(budgets) < num_layers * mean:
+        depth = max(range(num_layers), key=lambda depth: line[depth] - budgets[depth])
+        budgets[depth] += 1
+    return [protected + slots for slots in budgets]
+
+
+@pytest.mark.parametrize("protected", [0, 8, 32])
+@pytest.mark.parametrize("num_layers", [2, 3, 4, 28])
+@pytest.mark.parametrize("budget", [33, 64, 127, 256])
+def test_budgets_of_pyramidkv_fall_on_a_line_and_sum_to_those_of_a_uniform_one(
+    budget: int, num_layers: int, protected: int
+) -> None:
+    policy = PyramidKV()
+    budgets = policy.budgets(budget, 8, protected, LlamaConfig(num_hidden_layers=num_layers))
+    assert budgets == pyramid(budget, num_layers, protected, beta=20)
+    assert sum(budgets) == num_layers * budget
+    assert budgets == sorted(budgets, reverse=True)
+    assert min(budgets) > protected
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_pyramidkv_keeps_the_tokens_of_the_reference(interval: int, tolerance: float) -> None:
+    model = make_model(num_layers=3)
+    options = {"window": 6, "kernel_size": 3}
+    rules = Rules(14, interval, sinks=1, recent=3)
+    assert_agree(
+        model,
+        ReferenceLlama(model),
+        TEXTS,
+        LENGTHS,
+        name="pyramidkv",
+        rules=rules,
+        tolerance=tolerance,
+        score=partial(snapkv, **options),
+        expected_rules=replace(rules, budget=tuple(pyramid(14, 3, 4, beta=20))),
+        options=options,
+    )
+
+
+@pytest.mark.parametrize("interval", [1, 3, 13])
+@pytest.mark.parametrize("name", ["h2o", "keydiff", "rkv"])
+def test_a_list_gives_each_layer_its_budget(name: str, interval: int, tolerance: float) -> None:
+    model = make_model(num_layers=3)
+    rules = Rules((8, 30, 14), interval, sinks=1, recent=4)
+    assert_agree(
+        *(model, ReferenceLlama(model), TEXTS, LENGTHS),
+        name=name,
+        rules=rules,
+        tolerance=tolerance,
+    )
+
+
+def test_slots_of_all_layers_are_those_of_a_uniform_budget() -> None:
+    model, ids = make_model(torch.float32, num_layers=4), torch.tensor([TEXTS[0]])
+    sizes = []
+    for name, budget in [("snapkv", 24), ("snapkv", [40, 30, 16, 10]), ("pyramidkv", 24)]:
+        cache = CompressedCache(name, budget, interval=1, window=4)
+        model.generate(ids, past_key_values=cache, max_new_tokens=3)
+        slots = [layer.positions.shape[2] for layer in cache.layers]
+        assert sum(slots) == 4 * 24
+        assert slots == [layer.keys.shape[2] for layer in cache.layers]
+        sizes.append(cache.nbytes)
+    assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize("budget", [[8, 8, 8], [8]])
+def test_a_list_for_another_number_of_layers_is_refused(budget: list[int]) -> None:
+    model = make_model(torch.float32)
+    with pytest.raises(ValueError, match=rf"each of the 2 layers .* got {len(budget)}"):
+        CompressedCache("h2o", budget, config=model.config)
+    cache = CompressedCache("h2o", budget)
+    with pytest.raises(ValueError, match=rf"each of the 2 layers .* got {len(budget)}"):
+        model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "error", "message"),
+    [
+        ("h2o", [], ValueError, "must not have an empty list"),
+        ("h2o", [8, 0], ValueError, "budget must be an int >= 1, got 0"),
+        ("h2o", [8, "8"], TypeError, "budget must be an int >= 1, a list"),
+        ("h2o", [8, [8, 8]], TypeError, "budget must be an int >= 1, a list"),
+        ("h2o", [64, 6], ValueError, r"sinks \+ recent \+ 1 \(2 \+ 4 \+ 1 = 7\), got 6"),
+        ("pyramidkv", [8, 8], ValueError, "one number with 'pyramidkv', which shares it out"),
+    ],
+)
+def test_budgets_that_cannot_work_are_refused(
+    policy: str, budget: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        CompressedCache(policy, budget, sinks=2, recent=4)
+
+
+def test_a_list_counts_layers_of_full_attention_only() -> None:
+    from tests.families import FAMILIES
+
+    for name, shape in [("Gemma 3", 10), ("LFM2", None)]:
+        (family,) = (family for family in FAMILIES if family.name == name)
+        model, cache = family.make(repeats=2), CompressedCache("h2o", [24, 12])
+        with torch.no_grad():
+            model(torch.arange(1, 41)[None], past_key_values=cache)
+        assert [layer.keys.shape[2] for layer in cache.layers[1::2]] == [24, 12]
+        if shape is not None:
+            assert [layer.keys.shape[2] for layer in cache.layers[::2]] == [shape, shape]
+
+
+def test_a_file_and_a_snapshot_bring_budgets_along(tmp_path: Any) -> None:
+    model, ids = make_model(torch.float32), torch.tensor([TEXTS[0]])
+    cache = CompressedCache("h2o", [20, 10])
+    model(ids[:, :30], past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = CompressedCache.load(tmp_path / "cache.safetensors")
+    assert loaded.rules == cache.rules
+    again = CompressedCache("h2o", [20, 10])
+    again.restore(cache.snapshot())
+    expected = model(ids[:, 30:31], past_key_values=cache).logits
+    for other in (loaded, again):
+        assert torch.equal(model(ids[:, 30:31], past_key_values=other).logits, expected)
+
+
+def test_the_harness_takes_a_list_with_slashes() -> None:
+    press = take_press({"kv_press": "h2o", "kv_budget": "64/32"})
+    assert press is not None and press.make_cache().rules.budget == (64, 32)
+    with pytest.raises(TypeError, match="a list with one for each layer"):
+        take_press({"kv_press": "h2o", "kv_budget": "64/x"})
+
+
+ATTENTION = {
+    "h2o": {},
+    "snapkv": {"window": 6, "kernel_size": 3},
+    "h2o+caote": {},
+}
+
+
+@pytest.mark.parametrize("interval", [1, 3, 13])
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.75, 1.0])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_adakv_keeps_the_tokens_of_the_reference(
+    precise_model: LlamaForCausalLM,
+    reference: ReferenceLlama,
+    tolerance: float,
+    name: str,
+    floor: float,
+    interval: int,
+) -> None:
+    rules = Rules(14, interval, sinks=1, recent=3)
+    assert_agree(
+        *(precise_model, reference, TEXTS, LENGTHS),
+        name=f"{name}+adakv",
+        rules=rules,
+        tolerance=tolerance,
+        score=partial(POLICIES[name], **ATTENTION[name]),
+        options={"floor": floor, **ATTENTION[name]},
+        floor=floor,
+    )
+
+
+@pytest.mark.parametrize("interval", [1, 3, 13])
+@pytest.mark.parametrize("name", ["h2o", "keydiff", "snapkv", "rkv", "h2o+caote"])
+def test_a_list_of_lists_gives_each_head_its_budget(
+    precise_model: LlamaForCausalLM,
+    reference: ReferenceLlama,
+    tolerance: float,
+    name: str,
+    interval: int,
+) -> None:
+    rules = Rules(((8, 20), (30, 9)), interval, sinks=1, recent=4)
+    assert_agree(
+        *(precise_model, reference, TEXTS, LENGTHS), name=name, rules=rules, tolerance=tolerance
+    )
+
+
+POOLS = {
+    "h2o+adakv": (16, {}),
+    "snapkv+adakv": ([12, 20], {"window": 6}),
+    "rkv": ([[12, 20], [18, 14]], {"window": 6}),
+    "h2o": ([[10, 22], [23, 9]], {}),
+}
+
+
+def make_pool(name: str, **rules: Any) -> CompressedCache:
+    budget, options = POOLS[name]
+    return CompressedCache(name, budget, **{"recent": 3, **rules}, **options)
+
+
+def generate(model: Any, ids: Tensor, cache: CompressedCache, **more: Any) -> Tensor:
+    more = {"max_new_tokens": NUM_STEPS, "do_sample": False, "pad_token_id": 0, **more}
+    return model.generate(ids, past_key_values=cache, **more)
+
+
+def positions(cache: CompressedCache) -> list[list[list[list[int]]]]:
+    """By layer, row and head."""
+    return [
+        [
+            [sorted(p for p in head if p >= 0) for head in row]
+            for row in layer.held().positions.tolist()
+        ]
+        for layer in cache.layers
+    ]
+
+
+@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("prompt", [5, 40])
+def test_a_pool_has_the_slots_of_a_uniform_budget_and_keeps_them(name: str, prompt: int) -> None:
+    model, ids = make_model(torch.float32), torch.tensor([distinct_tokens(prompt, seed=1)])
+    cache, uniform = make_pool(name), CompressedCache(name.split("+")[0], 16, **POOLS[name][1])
+    for filled in (cache, uniform):
+        model(ids, past_key_values=filled)
+    addresses = [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors()]
+    slots = sum(layer.positions[0].numel() for layer in cache.layers)
+    assert slots == 2 * 2 * 16
+    # Owners, and victims where there is a list of them, are numbers of 8 bytes.
+    bookkeeping = [layer.owners.nbytes + layer.victims.nbytes for layer in cache.layers]
+    victims = sum(layer.victims.nbytes for layer in uniform.layers)
+    assert cache.nbytes == uniform.nbytes + sum(bookkeeping) - victims
+    before = cache.nbytes
+    for token in range(NUM_STEPS):
+        model(torch.tensor([[token + 1]]), past_key_values=cache)
+        held = sum(len(head) for layer in positions(cache) for row in layer for head in row)
+        assert held <= slots
+        assert all(token + prompt in head for layer in positions(cache) for head in layer[0])
+    assert held == slots
+    assert cache.nbytes == before
+    assert addresses == [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors()]
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("name", POOLS)
+def test_a_pool_is_compiled_once(name: str, interval: int) -> None:
+    torch._dynamo.reset()
+    backend = CountingBackend()
+    model = make_model(torch.float32)
+    cache = make_pool(name, interval=interval)
+    for prompt in (33, 12):
+        ids = torch.tensor([distinct_tokens(prompt, seed=seed) for seed in (1, 2)])
+        eager = make_pool(name, interval=interval)
+        expected = generate(model, ids, eager)
+        got = generate(model, ids, cache, compile_config=compiled(backend))
+        assert torch.equal(got, expected)
+        assert positions(cache) == positions(eager)
+        cache.reset()
+    assert backend.graphs == (1 if interval == 1 else 2)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_prompt_in_chunks_and_a_second_turn_keep_what_a_pool_may(name: str) -> None:
+    model = make_model()
+    ids = torch.tensor([distinct_tokens(12, seed=1)])
+    whole, chunked = make_pool(name), make_pool(name)
+    expected = generate(model, ids, whole)
+    # The chunks fit the slots, so nothing is evicted between them.
+    got = generate(model, ids[:, :8], chunked, max_new_tokens=1)
+    chunked.reset()
+    got = generate(model, ids, chunked, prefill_chunk_size=4)
+    if name.endswith("adakv"):
+        assert torch.equal(got, expected)
+        assert positions(chunked) == positions(whole)
+    turn = torch.cat([got, torch.tensor([distinct_tokens(30, seed=2)])], dim=1)
+    generate(model, turn, chunked)
+    assert sum(len(h) for layer in positions(chunked) for h in layer[0]) == 2 * 2 * 16
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_pool_is_saved_and_its_rows_are_moved(name: str, tmp_path: Any) -> None:
+    model = make_model()
+    ids = torch.tensor([distinct_tokens(30, seed=seed) for seed in (1, 2)])
+    cache = make_pool(name, interval=2)
+    model(ids[:, :25], past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = CompressedCache.load(tmp_path / "cache.safetensors")
+    swapped = make_pool(name, interval=2)
+    swapped.restore(cache.snapshot())
+    swapped.batch_select_indices(torch.tensor([1, 0, 1]))
+    for token in range(25, 30):
+        step = ids[:, token : token + 1]
+        expected = model(step, past_key_values=cache).logits
+        assert torch.equal(model(step, past_key_values=loaded).logits, expected)
+        moved = model(step[[1, 0, 1]], past_key_values=swapped).logits
+        torch.testing.assert_close(moved, expected[[1, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "options", "message"),
+    [
+        ("keydiff+adakv", 16, {}, "whose scores are attention, such as 'snapkv.adakv'"),
+        ("h2o+adakv", 16, {"floor": 1.5}, "floor must be between 0 and 1, got 1.5"),
+        ("h2o+adakv", [[8, 8], [8, 8]], {}, "shares the slots of a layer among its heads"),
+        ("tova+adakv", 16, {}, "'tova.adakv' treats all heads"),
+        ("h2o+adakv+think", 16, {}, "'h2o.adakv.think' treats all heads"),
+        ("tova", [[8, 8], [8, 8]], {}, "'tova' treats all heads"),
+        ("rpc", [[8, 8], [8, 8]], {}, "'rpc' treats all heads"),
+        ("h2o+adakv+chunkkv", 16, {}, "'h2o.adakv.chunkkv' treats all heads"),
+        ("h2o+adakv+merging", 16, {}, "'h2o.adakv.merging' merges tokens in slots of one head"),
+        ("h2o+merging", [[8, 8], [8, 8]], {}, "'h2o.merging' merges tokens in slots of one head"),
+    ],
+)
+def test_pools_that_cannot_work_are_refused(
+    policy: str, budget: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompressedCache(policy, budget, **options)
+
+
+def test_a_list_for_another_number_of_heads_is_refused() -> None:
+    config = make_model(torch.float32).config
+    with pytest.raises(ValueError, match="each of the 2 key/value heads of layer 1, got 3"):
+        CompressedCache("h2o", [[8, 8], [8, 8, 8]], config=config)
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_a_protected_prompt_must_fit_every_head(name: str) -> None:
+    model = make_model()
+    cache = make_pool(name, protect_prompt=True)
+    generate(model, torch.tensor([[1, 2, 3, 4, 5]]), cache)
+    assert all(set(range(5)) <= set(head) for layer in positions(cache) for head in layer[0])
+    cache = make_pool(name, protect_prompt=True)
+    with pytest.raises(ValueError, match="budget must be at least prompt"):
+        model(torch.arange(1, 22)[None], past_key_values=cache)
+
+
+def test_sliding_layers_are_plain_in_a_pool() -> None:
+    from tests.families import FAMILIES
+
+    (family,) = (family for family in FAMILIES if family.name == "Gemma 3")
+    model, cache = family.make(repeats=2), CompressedCache("h2o+adakv", [24, 12])
+    ids = torch.arange(1, 41)[None]
+    got = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    shapes = [tuple(layer.positions.shape) for layer in cache.layers]
+    assert shapes == [(1, 2, 10), (1, 1, 48), (1, 2, 10), (1, 1, 24)]
+    whole = CompressedCache("h2o+adakv", 64)
+    expected = model.generate(ids, past_key_values=whole, max_new_tokens=20, do_sample=False)
+    full = model.generate(ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(expected, full)
+    assert got.shape == full.shape
+
+
+GATES = [[0.9, 0.2], [0.5, 0.5]]
+"""At a sparsity of one half, the second head of each layer streams: of equals the later one."""
+
+
+@pytest.fixture
+def gates(tmp_path: Path) -> str:
+    path = tmp_path / "full_attention_heads.tsv"
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in GATES))
+    return str(path)
+
+
+def duo(view: View, base: Score, *, streaming: set[tuple[int, int]], sinks: int) -> list[float]:
+    """First and last tokens in streaming heads, what ``base`` says in others."""
+    if (view.layer, view.head) not in streaming:
+        return base(view)
+    return [math.inf if t.position < sinks else float(t.position) for t in view.held]
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize(
+    ("sparsity", "streaming", "shares"),
+    [
+        (0.5, {(0, 1), (1, 1)}, ((24, 8), (24, 8))),
+        (0.25, {(0, 1)}, ((19, 8), (19, 18))),
+        (0.75, {(0, 1), (1, 0), (1, 1)}, ((40, 8), (8, 8))),
+        (0.0, set(), ((16, 16), (16, 16))),
+        (1.0, {(0, 0), (0, 1), (1, 0), (1, 1)}, ((16, 16), (16, 16))),
+    ],
+)
+@pytest.mark.parametrize("name", ["h2o", "keydiff", "rkv"])
+def test_duo_attention_keeps_the_tokens_of_the_reference(
+    precise_model: LlamaForCausalLM,
+    reference: ReferenceLlama,
+    tolerance: float,
+    gates: str,
+    name: str,
+    sparsity: float,
+    streaming: set[tuple[int, int]],
+    shares: tuple[tuple[int, ...], ...],
+    interval: int,
+) -> None:
+    assert sum(map(sum, shares)) == 2 * 2 * 16
+    rules = Rules(16, interval, sinks=1, recent=5)
+    # 3 and 7 shrink to 2 and 6, half of the budget, where others can use what is left.
+    own = OPTIONS[name]
+    options = {"gates": gates, "sparsity": sparsity, "duo_sinks": 3, "duo_recent": 7, **own}
+    score = partial(
+        duo,
+        base=partial(POLICIES[name], **own),
+        streaming=streaming,
+        sinks=3 if sparsity == 1 else 2,
+    )
+    assert_agree(
+        *(precise_model, reference, TEXTS, LENGTHS),
+        name=f"{name}+duo_attention",
+        rules=rules,
+        tolerance=tolerance,
+        score=score,
+        expected_rules=replace(rules, budget=shares),
+        options=options,
+    )
+
+
+def test_streaming_heads_shrink_with_the_budget_and_leave_the_rest_to_the_others(
+    gates: str,
+) -> None:
+    config = LlamaConfig(
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, hidden_size=32
+    )
+    policy = DuoAttention(base=H2O(), gates=gates)
+    for budget, expected in [(1024, [1728, 320]), (640, [960, 320]), (100, [150, 50])]:
+        assert policy.budgets(budget, 2, 7, config) == [expected, expected]
+    assert policy.budgets(10, 2, 7, config) == [[12, 8], [12, 8]]
+
+
+def test_gates_of_a_calibration_are_those_of_its_file() -> None:
+    config = AutoConfig.from_pretrained(MODEL_PATH)
+    heads = config.num_key_value_heads
+    shares = DuoAttention(base=H2O()).budgets(64, heads, 7, config)
+    counts = [slots for layer in shares for slots in layer]
+    assert sum(counts) == config.num_hidden_layers * heads * 64
+    found = files.load_layers("duo_attention", None, config, "gates")
+    by_gate = sorted(
+        zip(
+            [gate for layer in sorted(found) for gate in found[layer].tolist()], counts, strict=True
+        )
+    )
+    assert [slots for _, slots in by_gate[: len(counts) // 2]] == [32] * (len(counts) // 2)
+    assert min(slots for _, slots in by_gate[len(counts) // 2 :]) > 64
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sparsity": 1.5}, ValueError, "sparsity must be between 0 and 1, got 1.5"),
+        ({"duo_recent": 0}, ValueError, "duo_recent must be >= 1, got 0"),
+        ({"gates": "nowhere.tsv"}, FileNotFoundError, "no file of gates 'nowhere.tsv'"),
+        ({"gates": "nowhere.safetensors"}, FileNotFoundError, "no calibration file"),
+        ({"gates": 3}, TypeError, "gates must be a str or None, got 3"),
+    ],
+)
+def test_duo_attention_refuses_what_cannot_work(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        CompressedCache("h2o+duo_attention", 64, **options)
+
+
+def test_gates_of_another_model_are_refused(gates: str) -> None:
+    model = make_model(torch.float32, num_layers=3)
+    cache = CompressedCache("h2o+duo_attention", 16, gates=gates)
+    with pytest.raises(ValueError, match="gates must be of 2 key/value heads in layer 2, got 0"):
+        model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="duo_attention cannot share out the slots of 'pyramidkv'"):
+        CompressedCache("pyramidkv+duo_attention", 64)
+    with pytest.raises(ValueError, match="adakv cannot share out the slots of"):
+        CompressedCache("h2o+duo_attention+adakv", 64)
