@@ -163,6 +163,7 @@ def _state(policy: Policy) -> list[int]:
 
 def _bytes(policy: Policy, slots: int) -> int:
     memory = SlotMemory(policy, Rules(slots, interval=1, sinks=0, recent=0, protect_prompt=False))
+    memory.budget = slots
     # A policy that does not evict takes the next power of two beyond its prompt.
     prompt = torch.zeros(1, 1, slots - 1, HEAD_DIM, dtype=torch.bfloat16)
     memory.provide(prompt, prompt, prompt)

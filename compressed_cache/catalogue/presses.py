@@ -56,7 +56,12 @@ PRESSES: tuple[Press, ...] = tuple(
             '"snapkv+chunkkv", chunk_length=20',
             "behind any policy",
         ),
-        ("ChunkPress", "press, chunk_length=1024", '"snapkv+chunk"', "behind any policy"),
+        (
+            "ChunkPress",
+            "press, chunk_length=1024",
+            "",
+            "not built yet: a prompt is ranked as a whole, or chunk by chunk as it is read",
+        ),
         (
             "CompactorPress",
             "sink_size_start=8, sink_size_end=4, chunk_size=256, sketch_dimension=48, "
@@ -75,7 +80,7 @@ PRESSES: tuple[Press, ...] = tuple(
         (
             "CriticalAdaKVPress",
             "press=None, alpha_safeguard=0.2, epsilon=0.0001, first_stage_ratio=0.5",
-            '"snapkv+criticalkv+adakv", floor=0.2, score_offset=0.0001, first_stage_ratio=0.5',
+            '"snapkv+adakv+criticalkv", floor=0.2, score_offset=0.0001, first_stage_ratio=0.5',
         ),
         (
             "CriticalKVPress",
@@ -187,8 +192,8 @@ PRESSES: tuple[Press, ...] = tuple(
         (
             "PerLayerCompressionPress",
             "press, compression_ratios",
-            "",
-            "every layer has the same budget, but for `pyramidkv`",
+            '"snapkv", budget=[384, 256, 256, 128]',
+            "slots of each layer; also a list for each head",
         ),
         (
             "PrefillDecodingPress",
@@ -213,8 +218,8 @@ PRESSES: tuple[Press, ...] = tuple(
         (
             "SimLayerKVPress",
             "lazy_threshold=1.0, n_last=1, n_recent=1024, n_initial=4",
-            '"snapkv+simlayerkv"',
-            "the policy is that of the layers that are not lazy",
+            "",
+            "not built yet: a layer that is lazy in one row of a batch only frees nothing",
         ),
         (
             "SnapKVPress",
