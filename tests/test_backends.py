@@ -10,10 +10,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compressed_cache import POLICIES, CompressedCache
-from compressed_cache.policies import SLOTTED
 from tests.conftest import distinct_tokens, held
+from tests.kinds import KINDS
 
-EVICTING = [name for name in SLOTTED if name != "full"]
+EVICTING = [name for name in KINDS if name != "full"]
 # These rank by position alone, so that all dtypes keep the same tokens.
 BY_POSITION = ["random", "streaming_llm"]
 

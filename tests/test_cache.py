@@ -10,12 +10,12 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
-from compressed_cache.policies import SLOTTED
 from tests.conftest import distinct_tokens, held
+from tests.kinds import KINDS
 from tests.reference.comparison import OPTIONS
 
 # Those that give every layer the budget; tests/test_budgets.py has the others.
-UNIFORM = [name for name in SLOTTED if not POLICIES[name].shares_budget]
+UNIFORM = [name for name in KINDS if not POLICIES[name].shares_budget]
 EVICTING = [name for name in UNIFORM if name != "full"]
 
 
@@ -34,7 +34,7 @@ def test_a_budget_for_everything_gives_the_tokens_of_the_dynamic_cache(
     )
 
 
-@pytest.mark.parametrize("policy", [*UNIFORM, *sorted(POLICIES.keys() - SLOTTED)])
+@pytest.mark.parametrize("policy", [*UNIFORM, "shadowkv"])
 def test_a_budget_for_everything_gives_the_logits_of_the_dynamic_cache(
     model: LlamaForCausalLM, policy: str
 ) -> None:
@@ -98,7 +98,7 @@ def test_a_protected_prompt_is_never_evicted(model: LlamaForCausalLM, policy: st
                 assert set(range(20)) <= set(head)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*KINDS, "shadowkv"])
 def test_reset_makes_a_cache_as_new_in_the_same_memory(
     model: LlamaForCausalLM, policy: str
 ) -> None:
@@ -250,7 +250,7 @@ def test_other_caches_are_not_affected_by_the_hook(model: LlamaForCausalLM) -> N
     model.set_attn_implementation("sdpa")
 
 
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", KINDS)
 def test_eager_attention_gives_the_same_tokens_and_positions(
     model: LlamaForCausalLM, policy: str
 ) -> None:

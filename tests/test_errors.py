@@ -25,6 +25,10 @@ from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.snapkv import SnapKV
 from tests.conftest import distinct_tokens
 
+BUDGET = (
+    "budget must be an int >= 1, a list with one for each layer, or a list of lists with one for "
+    "each key/value head of each layer"
+)
 KNOWN = ", ".join(repr(name) for name in sorted(POLICIES))
 
 
@@ -61,11 +65,11 @@ CONSTRUCTOR = [
         "policy options must be given to the policy object itself, got ['window'] beside "
         f"{SnapKV()!r}",
     ),
-    (dict(budget=0.5), TypeError, "budget must be an int >= 1, got 0.5 (float)"),
-    (dict(budget=256.0), TypeError, "budget must be an int >= 1, got 256.0 (float)"),
-    (dict(budget="256"), TypeError, "budget must be an int >= 1, got '256' (str)"),
-    (dict(budget=True), TypeError, "budget must be an int >= 1, got True (bool)"),
-    (dict(budget=None), TypeError, "budget must be an int >= 1, got None (NoneType)"),
+    (dict(budget=0.5), TypeError, f"{BUDGET}, got 0.5 (float)"),
+    (dict(budget=256.0), TypeError, f"{BUDGET}, got 256.0 (float)"),
+    (dict(budget="256"), TypeError, f"{BUDGET}, got '256' (str)"),
+    (dict(budget=True), TypeError, f"{BUDGET}, got True (bool)"),
+    (dict(budget=None), TypeError, f"{BUDGET}, got None (NoneType)"),
     (dict(budget=0), ValueError, "budget must be an int >= 1, got 0"),
     (dict(budget=-5), ValueError, "budget must be an int >= 1, got -5"),
     (dict(interval=0), ValueError, "interval must be an int >= 1, got 0"),

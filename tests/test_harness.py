@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache import CompressedCache
 from compressed_cache.integrations.harness.arguments import take_press
-from compressed_cache.policies import SLOTTED
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import make_problem
 from compressed_cache.tasks.record import Record, Reply
 from tests.harness import evaluate, messages, replies
+from tests.kinds import KINDS
 
 EASY, LONG = "reasoning_shipped_easy", "reasoning_shipped_long"
 H2O = {"kv_press": "h2o", "kv_budget": 140}
@@ -35,7 +35,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
 
 
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", KINDS)
 def test_replies_and_records_are_those_of_generate(policy: str) -> None:
     arguments = {"kv_press": policy, "kv_budget": 90, "kv_protect_prompt": policy == "knorm"}
     results = evaluate([EASY], limit=1, model_args=arguments, gen_kwargs={"max_gen_toks": 100})

@@ -18,10 +18,10 @@ from compressed_cache import totals as torch_totals
 from compressed_cache.attention import Form, attention_rows
 from compressed_cache.kernels import ops
 from compressed_cache.memory import Sizes
-from compressed_cache.policies import SLOTTED
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens
+from tests.kinds import KINDS
 
 pytest.importorskip("triton")
 from compressed_cache.kernels import decode, totals
@@ -317,7 +317,7 @@ def generate(model: LlamaForCausalLM, policy: str, **options: Any) -> tuple[Tens
     return text, [layer.positions.clone() for layer in cache.layers]
 
 
-@pytest.mark.parametrize("policy", [name for name in SLOTTED if name != "full"])
+@pytest.mark.parametrize("policy", [name for name in KINDS if name != "full"])
 def test_generation_is_the_same_with_and_without(
     policy: str, model: LlamaForCausalLM, served: Callable[[bool], None]
 ) -> None:

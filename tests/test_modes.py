@@ -11,8 +11,8 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from compressed_cache import CompressedCache
-from compressed_cache.policies import SLOTTED
 from tests.conftest import distinct_tokens, held
+from tests.kinds import KINDS
 
 NEW = 24
 MODES: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def test_modes_give_the_tokens_of_the_dynamic_cache(model: Any, policy: str, mod
 
 
 @pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", KINDS)
 def test_each_beam_has_the_cache_of_its_own_text(model: Any, policy: str, interval: int) -> None:
     """The score of a beam is that of its text read alone, evictions included."""
     ids = distinct_tokens(1, 30)
@@ -142,7 +142,7 @@ def _eager_to_draft(model: Any) -> Any:
 
 @pytest.mark.parametrize("interval", [1, 4])
 @pytest.mark.parametrize("budget", [16, 40])
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", KINDS)
 def test_drafts_change_nothing(
     model: Any, drafter: Any, policy: str, budget: int, interval: int
 ) -> None:
@@ -188,7 +188,7 @@ def test_a_plain_call_after_drafting_compresses_as_ever(model: Any) -> None:
 
 
 @pytest.mark.parametrize(("prompt", "taken"), [(12, 3), (30, 1), (30, 3), (30, 5)])
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", KINDS)
 def test_crop_takes_back_what_was_evicted(model: Any, policy: str, prompt: int, taken: int) -> None:
     ids = distinct_tokens(1, prompt + 5)
     cache, expected = (

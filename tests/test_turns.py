@@ -12,12 +12,12 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
-from compressed_cache.policies import SLOTTED
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
+from tests.kinds import KINDS
 
 # Those that give every layer the budget; tests/test_budgets.py has the others.
-UNIFORM = [name for name in SLOTTED if not POLICIES[name].shares_budget]
+UNIFORM = [name for name in KINDS if not POLICIES[name].shares_budget]
 EVICTING = [name for name in UNIFORM if name != "full"]
 
 
@@ -97,7 +97,7 @@ def _masked(mask: torch.Tensor) -> Any:
 
 
 @pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", KINDS)
 def test_padded_second_prompts_are_what_they_are_alone(
     model: Any, policy: str, interval: int
 ) -> None:
@@ -132,7 +132,7 @@ def test_only_the_first_prompt_is_protected(model: Any) -> None:
 # Chunks.
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*KINDS, "shadowkv"])
 def test_a_chunk_for_everything_is_no_chunk(model: Any, policy: str) -> None:
     ids = distinct_tokens(2, 30)
     cache, whole = (
@@ -207,7 +207,7 @@ def test_chunks_may_be_compiled_with_graph_breaks(
 # Snapshots, rows and files.
 
 
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", KINDS)
 def test_one_context_answers_many_questions(model: Any, policy: str) -> None:
     context = distinct_tokens(1, 40)
     cache = CompressedCache(policy, 24, interval=3, recent=8, protect_prompt=False)
@@ -245,7 +245,7 @@ def test_a_restored_cache_needs_no_other_graph(
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*KINDS, "shadowkv"])
 def test_rows_can_be_repeated_and_chosen(model: Any, policy: str) -> None:
     ids = distinct_tokens(2, 30)
     repeated, chosen, plain = (CompressedCache(policy, 16, protect_prompt=False) for _ in range(3))
