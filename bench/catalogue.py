@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 from compressed_cache.demo import report
-from compressed_cache.demo.measure import BUDGETS, Exam, rows, settings
-from compressed_cache.policies import MODIFIERS, SLOTTED
+from compressed_cache.demo.measure import BUDGETS, Exam, Setting, rows, settings
+from compressed_cache.policies import MODIFIERS, SLOTTED, make_policy
 
 RESULTS = Path(__file__).resolve().parent / "results" / "catalogue.json"
 COMBINATIONS = (
@@ -41,12 +41,17 @@ def main(arguments: list[str] | None = None) -> None:
     exam = Exam(problems=options.problems, seed=0)
     threads = max(1, (os.cpu_count() or 1) // options.workers)
     found = []
-    planned = settings(measured(), list(BUDGETS))
+    planned = [s for s in settings(measured(), list(BUDGETS)) if not _is_refused(s)]
     for row in rows(exam, planned, workers=options.workers, threads=threads):
         found.append(row)
         print(f"{len(found)}/{len(planned)} {row.policy} {row.budget} {row.accuracy:.0%}")
     document = report.document(exam, found, workers=options.workers, threads=threads)
     report.write_json(document, options.out)
+
+
+def _is_refused(setting: Setting) -> bool:
+    """Whether a layer has too few slots for a prompt: the last ones of ``pyramidkv`` do."""
+    return setting.protect_prompt and make_policy(setting.policy).shares_budget
 
 
 if __name__ == "__main__":

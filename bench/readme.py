@@ -68,10 +68,8 @@ def accuracy(path: Path = RESULTS / "catalogue.json") -> str:
     chance = [row["accuracy"] for row in found["random"]]
     rows, worse = [], {}
     for policy, line in found.items():
-        below = [row["accuracy"] < least for row, least in zip(line, chance, strict=True)]
-        marks = ["*" if low else "" for low in below]
-        cells = [f"{m}{row['accuracy']:.0%}{m}" for row, m in zip(line, marks, strict=True)]
-        rows.append([f"`{policy}`", *cells])
+        below = [bool(r) and r["accuracy"] < least for r, least in zip(line, chance, strict=True)]
+        rows.append([f"`{policy}`", *map(_share, line, below)])
         worse[policy] = sum(below)
     del worse["full"], worse["random"]
     everywhere = [policy for policy, times in worse.items() if times == len(columns)]
@@ -79,7 +77,7 @@ def accuracy(path: Path = RESULTS / "catalogue.json") -> str:
     return "\n".join(
         [
             f"{demo_report.caption(document)}. *Italic*: worse than `random` at the same budget "
-            "with the same protection.",
+            "with the same protection. -: a layer has too few slots for the prompt.",
             "",
             markdown(["accuracy at budget", *columns], rows),
             "",
@@ -89,8 +87,13 @@ def accuracy(path: Path = RESULTS / "catalogue.json") -> str:
     )
 
 
+def _share(row: dict[str, Any], low: bool) -> str:
+    mark = "*" if low else ""
+    return f"{mark}{row['accuracy']:.0%}{mark}" if row else "-"
+
+
 def _by_column(document: dict[str, Any]) -> tuple[list[str], dict[str, list[dict[str, Any]]]]:
-    """Column titles, and the rows of each policy in their order."""
+    """Column titles, and the rows of each policy in their order, empty where there is none."""
     rows = document["rows"]
     columns = [
         (budget, protect)
@@ -100,7 +103,9 @@ def _by_column(document: dict[str, Any]) -> tuple[list[str], dict[str, list[dict
     found = {(row["policy"], row["budget"], row["protect_prompt"]): row for row in rows}
     full = found["full", None, False]
     lines = {
-        policy: [full if policy == "full" else found[policy, *column] for column in columns]
+        policy: [
+            full if policy == "full" else found.get((policy, *column), {}) for column in columns
+        ]
         for policy in dict.fromkeys(row["policy"] for row in rows)
     }
     return [f"{budget}{' + prompt' * protect}" for budget, protect in columns], lines
