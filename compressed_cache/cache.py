@@ -149,10 +149,10 @@ class CompressedCache(LinearLayers):
 
     @property
     def compressed_layer(self) -> CompressedLayer | None:
-        """The first layer that the policy works on, or where all have a sliding window the first of
-        these; None before the first prompt."""
+        """The layer with fewest slots that the policy works on, the first of equals, or where all
+        have a sliding window one of these; None before the first prompt."""
         layers = [layer for layer in self._attention_layers() if layer.is_filled]
-        return min(layers, key=lambda layer: layer.is_sliding, default=None)
+        return min(layers, key=lambda one: (one.is_sliding, one.slots_per_head), default=None)
 
     @property
     def evicted_tokens(self) -> int:
