@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compressed_cache.demo import report
 from compressed_cache.demo.measure import BUDGETS, Exam, Setting, rows, settings
-from compressed_cache.policies import MODIFIERS, SLOTTED, make_policy
+from compressed_cache.policies import SLOTTED, make_policy
 
 RESULTS = Path(__file__).resolve().parent / "results" / "catalogue.json"
 COMBINATIONS = (
@@ -26,9 +26,8 @@ COMBINATIONS = (
 
 
 def measured() -> list[str]:
-    """Every policy that keeps tokens in slots, then the combinations of what there is."""
-    known = {*SLOTTED, *MODIFIERS}
-    return [*SLOTTED, *(name for name in COMBINATIONS if set(name.split("+")) <= known)]
+    """Every policy that keeps tokens in slots, then the combinations."""
+    return [*SLOTTED, *COMBINATIONS]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from compressed_cache import attention
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.memory import Sizes, power_of_two
 from compressed_cache.policies.shadowkv import ShadowKV
-from compressed_cache.reading import States
+from compressed_cache.reading import States, positions_of
 from compressed_cache.rotary import Rotary
 
 _OFFLOADED = ("offloaded_keys", "offloaded_values")
@@ -200,7 +200,7 @@ class OffloadedLayer(CompressedLayer):
         had = self.context_tokens
         before = torch.arange(had, device=key.device)
         before = torch.where(before < self.next_position[:, None], before, -1)
-        rows = torch.where(real, self.next_position[:, None] + real.cumsum(dim=1) - 1, -1)
+        rows = positions_of(real, self.next_position[:, None])
         positions = torch.cat([before, rows], dim=1)[:, None]
         keys = torch.cat([self._context_keys(before), key], dim=2)
         values = torch.cat([self.offloaded_values[:, :, :had].to(value.device), value], dim=2)

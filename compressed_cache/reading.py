@@ -52,12 +52,17 @@ def read(layer: "CompressedLayer", states: States, prompt_tokens: int) -> Tensor
     return torch.cat(outputs, dim=1) if outputs else None
 
 
+def positions_of(real: Tensor, first: Tensor | int) -> Tensor:
+    """Positions of tokens ``[B, L]`` bool from ``first`` (``[B, 1]``) on, ``-1`` at padding."""
+    return torch.where(real, first + real.cumsum(dim=1) - 1, -1)
+
+
 def _fill(
     layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor
 ) -> None:
     """Takes the first prompt and keeps its best tokens."""
     layer.provide(query, key, value)
-    rows = torch.where(real, real.cumsum(dim=1) - 1, -1)
+    rows = positions_of(real, 0)
     layer.next_position.copy_(real.sum(dim=1))
     layer.counts[:, 1] = key.shape[2]
     layer.protected_prefix.fill_(layer.rules.sinks)
@@ -108,7 +113,7 @@ def read_block(
     is_prompt = layer.clock.is_first_prompt
     if is_prompt and layer.policy.evicts:
         checks.check_prompt(layer.next_position + count, layer.rules, layer.budget)
-    rows = torch.where(real, layer.next_position[:, None] + real.cumsum(dim=1) - 1, -1)
+    rows = positions_of(real, layer.next_position[:, None])
     new_positions = rows[:, None].expand(key.shape[:3])
     held = layer.held()
     query, key = channels.ordered(layer, query), channels.ordered(layer, key)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
@@ -18,6 +17,7 @@ from compressed_cache.layer import CompressedLayer, LayerState
 from compressed_cache.memory import Sizes
 from compressed_cache.policies import Policy, make_policy, split_name
 from compressed_cache.rules import Rules
+from compressed_cache.tensorfile import opened
 
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
@@ -115,14 +115,9 @@ class Snapshot:
             FileNotFoundError: no such file.
             ValueError: a file of something else, or of another version of the format.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no file {str(path)!r}")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                found = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is not a safetensors file: {error}") from None
+        with opened(path, device=str(device)) as file:
+            found = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if found.get("format") != _FORMAT:
             raise ValueError(
                 f"{str(path)!r} must be written by CompressedCache.save in format {_FORMAT}, got "

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from compressed_cache.policies.base import Site
 from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.tensorfile import opened
 
 FORMAT = "compressed-cache statistics 1"
 SHIPPED = MODEL_PATH / "calibration"
@@ -100,13 +100,8 @@ def describe(path: str | Path) -> dict[str, str]:
         FileNotFoundError: no such file.
         ValueError: a file of something else.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no calibration file {str(path)!r}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is not a safetensors file: {error}") from None
+    with opened(path, what="calibration file") as file:
+        metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{str(path)!r} must be written by 'python -m compressed_cache calibrate' in format "
@@ -142,7 +137,7 @@ def load(policy: str, path: str | None, site: Site) -> dict[str, Tensor]:
         ValueError: a file for another policy or of another model, or no file for this one.
     """
     found, metadata = find(policy, path, site.config)
-    with safe_open(found, framework="pt") as file:
+    with opened(found) as file:
         prefix = f"{site.layer}."
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
         tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
@@ -156,7 +151,7 @@ def load(policy: str, path: str | None, site: Site) -> dict[str, Tensor]:
 def load_layers(policy: str, path: str | None, config: Any, name: str) -> dict[int, Tensor]:
     """One statistic of all layers; arguments and errors as those of :func:`load`."""
     found, _ = find(policy, path, config)
-    with safe_open(found, framework="pt") as file:
+    with opened(found) as file:
         split = [key.split(".", 1) for key in file.keys()]  # noqa: SIM118
         return {int(i): file.get_tensor(f"{i}.{rest}") for i, rest in split if rest == name}
 

@@ -1,11 +1,10 @@
 """The methods by name."""
 
-from dataclasses import fields
 from typing import Any
 
 from compressed_cache.names import listing, nearest
 from compressed_cache.policies.adakv import AdaKV
-from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
+from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots, own_options
 from compressed_cache.policies.caote import CAOTE
 from compressed_cache.policies.chunkkv import ChunkKV
 from compressed_cache.policies.criticalkv import CriticalKV
@@ -176,8 +175,7 @@ def split_name(name: str) -> tuple[list[str], list[str]]:
 
 
 def _fields(part: str) -> list[str]:
-    kind = POLICIES.get(part) or MODIFIERS[part]
-    return [field.name for field in fields(kind) if field.name != "base"]
+    return own_options(POLICIES.get(part) or MODIFIERS[part])
 
 
 def _own(part: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -113,6 +113,17 @@ class Defaults(NamedTuple):
     protect_prompt: bool = False
 
 
+def own_options(part: "Policy | type[Policy]") -> list[str]:
+    """The fields of a policy that are not policies."""
+    return [field.name for field in dataclasses.fields(part) if field.name not in _PARTS]
+
+
+def usual_interval(budget: int, *, longest: int = 64) -> int:
+    """Steps between two rankings where one costs more than a step: an eighth of the budget goes
+    before the next, and no more than ``longest``."""
+    return max(1, min(longest, budget // 8))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """Decides which tokens stay: a frozen dataclass of numbers with one function, :meth:`scores`.
@@ -187,12 +198,7 @@ class Policy:
     @property
     def options(self) -> dict[str, int | float | bool | str | None]:
         """The fields of all parts."""
-        return {
-            field.name: getattr(part, field.name)
-            for part in self.parts
-            for field in dataclasses.fields(part)
-            if field.name not in _PARTS
-        }
+        return {name: getattr(part, name) for part in self.parts for name in own_options(part)}
 
     @property
     def adds_attention(self) -> bool:

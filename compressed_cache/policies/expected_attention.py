@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Site, Slots
+from compressed_cache.policies.base import Defaults, Site, Slots, usual_interval
 from compressed_cache.policies.calibrated import Calibrated
 from compressed_cache.rotary import Rotary, rotary_of
 
@@ -52,7 +52,7 @@ class ExpectedAttention(Calibrated):
 
     def defaults(self, budget: int) -> Defaults:
         sinks = min(self.n_sinks, budget // 2)
-        return Defaults(interval=max(1, min(64, budget // 8)), sinks=sinks)
+        return Defaults(interval=usual_interval(budget), sinks=sinks)
 
     def constants(self, site: Site) -> dict[str, Tensor]:
         statistics = self.statistics(site)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
 from compressed_cache.policies.rkv import check_mix, check_similarity, spared_redundancy
 from compressed_cache.policies.snapkv import causal, check_window, window_logits
 from compressed_cache.slots import pool_by_position
@@ -63,7 +63,7 @@ class GKV(Policy):
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(
-            interval=max(1, min(128, budget // 8)), recent=min(self.window, budget // 2)
+            interval=usual_interval(budget, longest=128), recent=min(self.window, budget // 2)
         )
 
     def revise(self, slots: Slots) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class LagKV(Policy):
             raise ValueError(f"num_sinks must be >= 0, got {self.num_sinks}")
 
     def defaults(self, budget: int) -> Defaults:
-        return Defaults(interval=max(1, min(self.lag, budget // 8)), sinks=self.num_sinks)
+        return Defaults(interval=usual_interval(budget, longest=self.lag), sinks=self.num_sinks)
 
     def scores(self, slots: Slots) -> Tensor:
         positions, lag = slots.positions, self.lag

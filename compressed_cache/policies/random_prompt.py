@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compressed_cache.policies.base import Defaults
+from compressed_cache.policies.base import Defaults, usual_interval
 from compressed_cache.policies.random import Random
 
 
@@ -25,5 +25,5 @@ class RandomPrompt(Random):
     name: ClassVar[str] = "random_prompt"
 
     def defaults(self, budget: int) -> Defaults:
-        steps = max(1, min(64, budget // 8))
+        steps = usual_interval(budget)
         return Defaults(interval=steps, recent=steps, protect_prompt=True)

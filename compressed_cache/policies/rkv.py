@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
 from compressed_cache.policies.snapkv import check_window, window_logits
 from compressed_cache.slots import pool_by_position
 
@@ -40,7 +40,7 @@ class ImportanceAndRedundancy(Policy):
         return self.window
 
     def defaults(self, budget: int) -> Defaults:
-        return Defaults(interval=max(1, min(128, budget // 8)), recent=self.window)
+        return Defaults(interval=usual_interval(budget, longest=128), recent=self.window)
 
     def scores(self, slots: Slots) -> Tensor:
         before = slots.positions < (slots.next_position - self.window)[:, None, None]

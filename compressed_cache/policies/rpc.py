@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
 from compressed_cache.policies.snapkv import check_window, window_logits
 from compressed_cache.slots import pool_by_position, rank
 
@@ -54,7 +54,7 @@ class RPC(Policy):
         return self.window
 
     def defaults(self, budget: int) -> Defaults:
-        interval = 1024 if self.compression else max(1, min(64, budget // 8))
+        interval = 1024 if self.compression else usual_interval(budget)
         return Defaults(interval=interval, recent=min(self.window, budget // 2))
 
     def scores(self, slots: Slots) -> Tensor:

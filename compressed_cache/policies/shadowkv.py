@@ -75,9 +75,4 @@ class ShadowKV(Policy):
     def constants(self, site: Site) -> dict[str, Tensor]:
         if self.rank is None:
             return {}
-        rotary = rotary_of(site.config, site.module, site.layer, site.dim)
-        return {
-            "frequencies": rotary.frequencies,
-            "partners": rotary.partners,
-            "signs": rotary.signs,
-        }
+        return rotary_of(site.config, site.module, site.layer, site.dim).constants()

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from compressed_cache.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
 from compressed_cache.slots import pool_by_position
 
 
@@ -42,7 +42,7 @@ class SnapKV(Policy):
         return self.window
 
     def defaults(self, budget: int) -> Defaults:
-        return Defaults(interval=max(1, min(64, budget // 8)), recent=min(self.window, budget // 2))
+        return Defaults(interval=usual_interval(budget), recent=min(self.window, budget // 2))
 
     def scores(self, slots: Slots) -> Tensor:
         logits = window_logits(slots)

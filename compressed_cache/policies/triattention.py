@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressed_cache.policies.base import Defaults, Site, Slots
+from compressed_cache.policies.base import Defaults, Site, Slots, usual_interval
 from compressed_cache.policies.calibrated import Calibrated
 from compressed_cache.rotary import Rotary, rotary_of
 
@@ -41,7 +41,7 @@ class TriAttention(Calibrated):
             raise ValueError(f"num_offsets must be from 1 to 32, got {self.num_offsets}")
 
     def defaults(self, budget: int) -> Defaults:
-        return Defaults(interval=max(1, min(64, budget // 8)), protect_prompt=True)
+        return Defaults(interval=usual_interval(budget), protect_prompt=True)
 
     def constants(self, site: Site) -> dict[str, Tensor]:
         statistics = self.statistics(site)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compressed_cache.attention import masked_softmax
 from compressed_cache.noise import check_seed, token_hash, uniform
-from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
 from compressed_cache.policies.snapkv import causal, check_window, window_logits
 from compressed_cache.slots import keep_best
 
@@ -58,7 +58,7 @@ class VaSE(Policy):
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(
-            interval=max(1, min(64, budget // 8)), sinks=4, recent=min(self.window, budget // 2)
+            interval=usual_interval(budget), sinks=4, recent=min(self.window, budget // 2)
         )
 
     def scores(self, slots: Slots) -> Tensor:

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from compressed_cache.noise import check_seed, gauss
-from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class VaSEDKV(Policy):
             raise ValueError(f"rank must be >= 1, got {self.rank}")
 
     def defaults(self, budget: int) -> Defaults:
-        return Defaults(interval=max(1, min(64, budget // 8)), sinks=4, recent=min(64, budget // 2))
+        return Defaults(interval=usual_interval(budget), sinks=4, recent=min(64, budget // 2))
 
     def scores(self, slots: Slots) -> Tensor:
         dim = max(slots.keys.shape[3], slots.values.shape[3])
