@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
         "calibrate", help="collects the statistics of a model that some policies need"
     )
     _add_calibrate_options(calibrate)
+    report = commands.add_parser("report", help="results of any kind as one HTML page")
+    _add_report_options(report)
     commands.add_parser("model", help="prints the folder of the shipped model")
     catalogue = {
         "policies": "every policy and modifier: what it does, needs and holds, and its options",
@@ -36,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         "demo": _demo,
         "eval": _eval,
         "calibrate": _calibrate,
+        "report": _report,
         "model": _model,
         "policies": _catalogue,
         "presses": _catalogue,
@@ -78,6 +81,14 @@ def _calibrate(options: argparse.Namespace, rest: list[str]) -> int:
     return run(options)
 
 
+def _report(options: argparse.Namespace, rest: list[str]) -> int:
+    try:
+        from compressed_cache.report.command import run
+    except ModuleNotFoundError as error:
+        return _missing(error, "report")
+    return run(options)
+
+
 def _model(options: argparse.Namespace, rest: list[str]) -> int:
     from compressed_cache.reasoner import MODEL_PATH
 
@@ -107,6 +118,20 @@ def _add_calibrate_options(calibrate: argparse.ArgumentParser) -> None:
     calibrate.add_argument("--device", default="cpu", help="e.g. cuda")
 
 
+def _add_report_options(report: argparse.ArgumentParser) -> None:
+    report.add_argument(
+        "results",
+        nargs="+",
+        help="folders of sweeps, results.jsonl, eviction traces, timings, or JSON results",
+    )
+    report.add_argument("--out", default="report.html", help="the page to write")
+    report.add_argument(
+        "--layers",
+        type=numbers,
+        help="those of which traces are drawn, e.g. 0,13,27 (default: first, middle and last)",
+    )
+
+
 def _add_catalogue_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="one of them alone, in full")
     written = parser.add_mutually_exclusive_group()
@@ -115,9 +140,6 @@ def _add_catalogue_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
     demo.add_argument("--problems", type=int, default=40, help="held-out problems per row")
     demo.add_argument("--seed", type=int, default=0, help="first seed of the problems")
     demo.add_argument("--budgets", type=numbers, default=None, help="e.g. 180,280")
@@ -132,6 +154,10 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--model", help="a hub or local model to generate with instead")
     demo.add_argument("--prompt", help="the text it continues")
     demo.add_argument("--max-new-tokens", type=int, default=256, help="with --model")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

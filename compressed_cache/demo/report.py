@@ -16,6 +16,9 @@ from rich.table import Table
 
 import compressed_cache
 from compressed_cache.demo.measure import STEPS, Exam, Row
+from compressed_cache.report.figures import draw_accuracy
+from compressed_cache.report.rows import of_demo, series, with_prompt
+from compressed_cache.report.style import RC
 
 COLUMNS = (
     "policy",
@@ -107,26 +110,16 @@ def table(document: dict[str, Any]) -> Table:
 
 def draw(document: dict[str, Any], path: Path) -> None:
     """Accuracy against budget, without and with a protected prompt."""
-    matplotlib.use("Agg")
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    rows = document["rows"]
-    full = next((row for row in rows if row["budget"] is None), None)
-    for panel, protect in zip(panels, (False, True), strict=True):
-        panel.set_title("prompt protected" if protect else "prompt not protected")
-        panel.set_xlabel("budget (slots per head)")
-        panel.set_ylim(-0.03, 1.05)
-        if full is not None:
-            panel.axhline(full["accuracy"], color="black", linestyle="--", label="full")
-        shown = [r for r in rows if r["budget"] is not None and r["protect_prompt"] is protect]
-        for number, policy in enumerate(dict.fromkeys(row["policy"] for row in shown)):
-            points = sorted((r["budget"], r["accuracy"]) for r in shown if r["policy"] == policy)
-            marker = "osv^Dpx*"[number % 8]
-            panel.plot(*zip(*points, strict=True), marker=marker, label=policy, alpha=0.8)
-        panel.set_xticks(sorted({row["budget"] for row in shown}))
-    panels[0].set_ylabel("accuracy")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=130)
+    lines = series(of_demo(document, path.name))
+    with matplotlib.rc_context(RC | {"figure.facecolor": "white"}):
+        figure = Figure(figsize=(9, 3.6))
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, kept in zip(panels, (False, True), strict=True):
+            draw_accuracy(axes, with_prompt(lines, kept=kept))
+            axes.set_title(f"prompt {'' if kept else 'not '}protected")
+            axes.label_outer()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+        figure.savefig(path, dpi=130)
 
 
 def processor() -> str:

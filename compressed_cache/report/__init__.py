@@ -1,0 +1,1 @@
+"""``python -m compressed_cache report``: measurements as one page."""
