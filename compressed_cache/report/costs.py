@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
+from compressed_cache.report.benches import Bench
 from compressed_cache.report.figures import Curve
-from compressed_cache.report.inputs import Bench, Timing
+from compressed_cache.report.inputs import Timing
 from compressed_cache.report.parts import Part, drawn
 from compressed_cache.report.tables import Column, table
 from compressed_cache.report.tables import field as column

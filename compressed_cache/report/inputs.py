@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowInvalid
 
 from compressed_cache.report import rows, traces
+from compressed_cache.report.benches import Bench
 from compressed_cache.report.rows import Row
 from compressed_cache.report.traces import Losses, Trace
 
@@ -22,7 +23,7 @@ EXPECTED = (
 _DEMO = {"versions", "machine", "problems", "rows"}
 _HARNESS = {"versions", "machine", "batch_size", "rows"}
 _BENCH = {"hardware", "device", "tables"}
-_TIMING = {"prefill_s", "decode_s", "step_s"}
+_TIMING = {"prefill_s", "decode_s", "step_s", "tokens_in", "tokens_out"}
 _TRACE = {"row", "layer", "head", "position", "inserted", "evicted", "attention"}
 _LOSSES = {"row", "step", "layer", "head", "lost"}
 
@@ -35,20 +36,6 @@ class Source:
     kind: str
     configuration: dict[str, Any]
     versions: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What the benchmarks measured on one machine."""
-
-    source: str
-    hardware: str
-    device: str
-    tables: dict[str, dict[str, Any]]
-
-    def rows(self, table: str) -> list[dict[str, Any]]:
-        """The rows of a table."""
-        return list(self.tables[table]["rows"].values()) if table in self.tables else []
 
 
 @dataclass(frozen=True)
@@ -119,7 +106,7 @@ def _read(inputs: Inputs, path: Path, name: str, layers: list[int] | None) -> No
         )
         inputs.rows += rows.of_harness(document, name)
     elif document.keys() >= _BENCH:
-        bench = Bench(name, **{key: document[key] for key in ("hardware", "device", "tables")})
+        bench = Bench.of(document, name)
         conditions = [dict(table["conditions"]) for table in bench.tables.values()]
         versions = [each.pop("versions") for each in conditions]
         told = {"hardware": bench.hardware, "device": bench.device} | _all(conditions)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Any, Generic, TypeVar
 
+MISSING = "–"  # noqa: RUF001
 T = TypeVar("T")
 Value = float | str | None
 
@@ -75,6 +76,6 @@ def _cell(column: Column[T], row: T) -> Cell:
     value = column.value(row)
     mark = column.mark(row)
     if value is None or value == "" or (isinstance(value, float) and isnan(value)):
-        return Cell("–", column.is_number, "", mark)  # noqa: RUF001
+        return Cell(MISSING, column.is_number, "", mark)
     text = format(value, column.form) if column.is_number else str(value)
     return Cell(text, column.is_number, repr(value) if column.is_number else str(value), mark)
