@@ -214,10 +214,16 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         return reading.read_block(self, *states)
 
     def keep_best(
-        self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor, notes: Tensor
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        seen: Tensor,
+        notes: Tensor,
+        scores: Tensor | None = None,
     ) -> None:
         """See :func:`compressed_cache.reading.keep_best`."""
-        reading.keep_best(self, keys, values, positions, seen, notes)
+        reading.keep_best(self, keys, values, positions, seen, notes, scores)
 
     # A prompt.
 
@@ -398,11 +404,23 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             )
         return self.shard.mean(scores) if self.policy.mixes_scores else scores
 
+    def rank_prompt(
+        self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor, notes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of tokens of a prompt, protection applied, and their revised notes."""
+        prompt = self.view(keys, values, positions, seen, notes, is_prompt=True)
+        prompt = prompt._replace(notes=self.policy.revise(prompt))
+        return self.protected_scores(prompt), prompt.notes
+
     def protected_scores(self, held: Slots) -> Tensor:
         """Scores ``[B, H, S]`` with protection applied."""
+        return self.protect(self.scores(held), held.positions)
+
+    def protect(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """The same of scores ``[B, H, S]`` at hand."""
         return slots.protect(
-            self.scores(held),
-            held.positions,
+            scores,
+            positions,
             next_position=self.next_position,
             protected_prefix=self.protected_prefix,
             recent=self.rules.recent,

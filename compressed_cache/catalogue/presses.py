@@ -59,8 +59,8 @@ PRESSES: tuple[Press, ...] = tuple(
         (
             "ChunkPress",
             "press, chunk_length=1024",
-            "",
-            "not built yet: a prompt is ranked as a whole, or chunk by chunk as it is read",
+            '"snapkv+chunk", block_length=1024',
+            "behind any policy",
         ),
         (
             "CompactorPress",

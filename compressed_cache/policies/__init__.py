@@ -6,6 +6,7 @@ from compressed_cache.names import listing, nearest
 from compressed_cache.policies.adakv import AdaKV
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots, own_options
 from compressed_cache.policies.caote import CAOTE
+from compressed_cache.policies.chunk import Chunk
 from compressed_cache.policies.chunkkv import ChunkKV
 from compressed_cache.policies.criticalkv import CriticalKV
 from compressed_cache.policies.duo_attention import DuoAttention
@@ -92,6 +93,7 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "key_rerotation": KeyRerotation,
     "think": ThinK,
     "chunkkv": ChunkKV,
+    "chunk": Chunk,
     "criticalkv": CriticalKV,
     "merging": Merging,
     "adakv": AdaKV,

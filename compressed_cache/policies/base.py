@@ -222,6 +222,11 @@ class Policy:
         return 0
 
     @property
+    def prompt_block(self) -> int | None:
+        """How many positions of a first prompt are ranked on their own; None: all together."""
+        return None
+
+    @property
     def kept_recent(self) -> int:
         """Tokens before the incoming one that :meth:`scores` itself always keeps."""
         return 0

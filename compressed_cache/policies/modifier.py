@@ -65,6 +65,11 @@ class Modifier(Policy):
         for trait in _TRAITS:
             if getattr(type(self), trait) == getattr(Policy, trait):
                 object.__setattr__(self, trait, getattr(self.base, trait))
+        if self.prompt_block is not None and self.layout != "slots":
+            raise ValueError(
+                f"{self.label!r} ranks blocks of a prompt on their own, and slots are shared out "
+                "by scores of the whole prompt. Leave one of the two out."
+            )
         plain = Policy.constants, Modifier.constants
         parts = [part for part in self.parts if part.key_constants]
         bound = [part.name for part in parts if type(part).constants not in plain]
@@ -93,6 +98,10 @@ class Modifier(Policy):
     @property
     def num_notes(self) -> int:
         return self.base.num_notes + self.own_notes
+
+    @property
+    def prompt_block(self) -> int | None:
+        return self.base.prompt_block
 
     @property
     def kept_recent(self) -> int:
