@@ -209,6 +209,10 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """See :func:`compressed_cache.stepping.step`."""
         return step(self, query, key, value, ranks=ranks, weighs=weighs)
 
+    def fill(self, states: States) -> None:
+        """See :func:`compressed_cache.reading.fill`."""
+        reading.fill(self, *states)
+
     def read_block(self, states: States) -> Tensor:
         """See :func:`compressed_cache.reading.read_block`."""
         return reading.read_block(self, *states)
@@ -411,6 +415,14 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         prompt = self.view(keys, values, positions, seen, notes, is_prompt=True)
         prompt = prompt._replace(notes=self.policy.revise(prompt))
         return self.protected_scores(prompt), prompt.notes
+
+    def choose(self, scores: Tensor, count: int) -> Tensor:
+        """The slots to overwrite in so many steps, ``[B, H, count]``, by scores ``[B, H, S]``."""
+        if count == 1:
+            return slots.lowest_slot(scores, self.positions)
+        return slots.next_victims(
+            scores, self.positions, protected_prefix=self.protected_prefix, count=count
+        )
 
     def protected_scores(self, held: Slots) -> Tensor:
         """Scores ``[B, H, S]`` with protection applied."""

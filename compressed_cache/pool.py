@@ -213,12 +213,11 @@ class PoolLayer(CompressedLayer):
         scores = ranked(self)
         positions = self._positions_of_heads()
         if self.head_budgets:
-            # What others own is made to look protected for good, as if below the prefix.
-            ages = torch.where(positions >= 0, positions + 1, -1)
-            victims = slots.next_victims(
-                scores.where(self._is_own, torch.inf),
-                ages.where(self._is_own, 0),
-                protected_prefix=self.protected_prefix + 1,
+            victims = slots.next_victims_among(
+                self._is_own,
+                scores,
+                positions,
+                protected_prefix=self.protected_prefix,
                 count=steps,
             )
             return victims.transpose(1, 2).flatten(1, 2).unsqueeze(1)

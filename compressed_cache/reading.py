@@ -44,7 +44,7 @@ def read(layer: "CompressedLayer", states: States, prompt_tokens: int) -> Tensor
     prompt, steps = states.split(prompt_tokens)
     outputs = []
     if not layer.is_filled:
-        _fill(layer, *prompt)
+        layer.fill(prompt)
     elif prompt_tokens:
         outputs.append(layer.read_block(prompt))
     if steps.real.shape[1]:
@@ -57,9 +57,7 @@ def positions_of(real: Tensor, first: Tensor | int) -> Tensor:
     return torch.where(real, first + real.cumsum(dim=1) - 1, -1)
 
 
-def _fill(
-    layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor
-) -> None:
+def fill(layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> None:
     """Takes the first prompt and keeps its best tokens."""
     layer.provide(query, key, value)
     rows = positions_of(real, 0)

@@ -33,6 +33,7 @@ from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.rkv_lsh import RKVLSH
 from compressed_cache.policies.rpc import RPC
 from compressed_cache.policies.shadowkv import ShadowKV
+from compressed_cache.policies.simlayerkv import SimLayerKV
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.policies.think import ThinK
@@ -98,6 +99,7 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "merging": Merging,
     "adakv": AdaKV,
     "duo_attention": DuoAttention,
+    "simlayerkv": SimLayerKV,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
+from compressed_cache.policies.base import Defaults, Laziness, Policy, Rows, Site, Slots
 
 _TRAITS = (
     "observes_attention",
@@ -136,6 +136,9 @@ class Modifier(Policy):
         self, budget: int, num_heads: int, protected: int, config: Any
     ) -> Sequence[int] | Sequence[Sequence[int]]:
         return self.base.budgets(budget, num_heads, protected, config)
+
+    def laziness(self, budget: int, protected: int) -> Laziness:
+        return self.base.laziness(budget, protected)
 
     def scores(self, slots: Slots) -> Tensor:
         return self.base.scores(self.seen_by_base(slots))
