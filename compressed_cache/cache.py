@@ -12,6 +12,7 @@ from compressed_cache import budgets, checks, hook
 from compressed_cache.clock import Clock
 from compressed_cache.drafts import Drafts
 from compressed_cache.layer import CompressedLayer
+from compressed_cache.lazy import LazyLayer
 from compressed_cache.linear import LinearLayers, states
 from compressed_cache.offload import OffloadedLayer
 from compressed_cache.policies import Policy, make_policy
@@ -19,7 +20,12 @@ from compressed_cache.pool import PoolLayer
 from compressed_cache.rules import Rules, resolve_rules
 from compressed_cache.snapshot import Snapshot
 
-_LAYERS = {"slots": CompressedLayer, "offloaded": OffloadedLayer, "pool": PoolLayer}
+_LAYERS = {
+    "slots": CompressedLayer,
+    "offloaded": OffloadedLayer,
+    "pool": PoolLayer,
+    "lazy": LazyLayer,
+}
 
 
 class CompressedCache(LinearLayers):

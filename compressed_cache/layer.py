@@ -209,15 +209,25 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """See :func:`compressed_cache.stepping.step`."""
         return step(self, query, key, value, ranks=ranks, weighs=weighs)
 
+    def fill(self, states: States) -> None:
+        """See :func:`compressed_cache.reading.fill`."""
+        reading.fill(self, *states)
+
     def read_block(self, states: States) -> Tensor:
         """See :func:`compressed_cache.reading.read_block`."""
         return reading.read_block(self, *states)
 
     def keep_best(
-        self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor, notes: Tensor
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        seen: Tensor,
+        notes: Tensor,
+        scores: Tensor | None = None,
     ) -> None:
         """See :func:`compressed_cache.reading.keep_best`."""
-        reading.keep_best(self, keys, values, positions, seen, notes)
+        reading.keep_best(self, keys, values, positions, seen, notes, scores)
 
     # A prompt.
 
@@ -398,11 +408,31 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             )
         return self.shard.mean(scores) if self.policy.mixes_scores else scores
 
+    def rank_prompt(
+        self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor, notes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of tokens of a prompt, protection applied, and their revised notes."""
+        prompt = self.view(keys, values, positions, seen, notes, is_prompt=True)
+        prompt = prompt._replace(notes=self.policy.revise(prompt))
+        return self.protected_scores(prompt), prompt.notes
+
+    def choose(self, scores: Tensor, count: int) -> Tensor:
+        """The slots to overwrite in so many steps, ``[B, H, count]``, by scores ``[B, H, S]``."""
+        if count == 1:
+            return slots.lowest_slot(scores, self.positions)
+        return slots.next_victims(
+            scores, self.positions, protected_prefix=self.protected_prefix, count=count
+        )
+
     def protected_scores(self, held: Slots) -> Tensor:
         """Scores ``[B, H, S]`` with protection applied."""
+        return self.protect(self.scores(held), held.positions)
+
+    def protect(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """The same of scores ``[B, H, S]`` at hand."""
         return slots.protect(
-            self.scores(held),
-            held.positions,
+            scores,
+            positions,
             next_position=self.next_position,
             protected_prefix=self.protected_prefix,
             recent=self.rules.recent,

@@ -154,11 +154,17 @@ class OffloadedLayer(CompressedLayer):
         return output
 
     def keep_best(
-        self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor, notes: Tensor
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        seen: Tensor,
+        notes: Tensor,
+        scores: Tensor | None = None,
     ) -> None:
         """Takes a prompt ``[B, H, L, ...]``: what stays on the device and what goes to the host."""
         if self.is_sliding:
-            super().keep_best(keys, values, positions, seen, notes)
+            super().keep_best(keys, values, positions, seen, notes, scores)
             return
         self.context_tokens = keys.shape[2]
         fetched, outlying, local = self._regions(self._num_chunks)

@@ -109,18 +109,23 @@ class PoolLayer(CompressedLayer):
     # A prompt.
 
     def keep_best(
-        self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor, notes: Tensor
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        seen: Tensor,
+        notes: Tensor,
+        scores: Tensor | None = None,
     ) -> None:
         """Copies the best of these tokens ``[B, H, L, ...]`` into the pool."""
         if self.is_sliding:
-            super().keep_best(keys, values, positions, seen, notes)
+            super().keep_best(keys, values, positions, seen, notes, scores)
             return
         length = positions.shape[2]
-        scores = torch.zeros_like(positions, dtype=torch.float32)
-        if length > self.budget:
-            prompt = self.view(keys, values, positions, seen, notes, is_prompt=True)
-            notes = self.policy.revise(prompt)
-            scores = self.protected_scores(prompt._replace(notes=notes))
+        if length <= self.budget:
+            scores = torch.zeros_like(positions, dtype=torch.float32)
+        elif scores is None:
+            scores, notes = self.rank_prompt(keys, values, positions, seen, notes)
         if self.head_budgets:
             kept, places = self._best_of_heads(scores, positions)
         else:
@@ -208,12 +213,11 @@ class PoolLayer(CompressedLayer):
         scores = ranked(self)
         positions = self._positions_of_heads()
         if self.head_budgets:
-            # What others own is made to look protected for good, as if below the prefix.
-            ages = torch.where(positions >= 0, positions + 1, -1)
-            victims = slots.next_victims(
-                scores.where(self._is_own, torch.inf),
-                ages.where(self._is_own, 0),
-                protected_prefix=self.protected_prefix + 1,
+            victims = slots.next_victims_among(
+                self._is_own,
+                scores,
+                positions,
+                protected_prefix=self.protected_prefix,
                 count=steps,
             )
             return victims.transpose(1, 2).flatten(1, 2).unsqueeze(1)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from compressed_cache import attention, channels, checks, slots
+from compressed_cache import attention, blocks, channels, checks, slots
 from compressed_cache.totals import attention_totals
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def read(layer: "CompressedLayer", states: States, prompt_tokens: int) -> Tensor
     prompt, steps = states.split(prompt_tokens)
     outputs = []
     if not layer.is_filled:
-        _fill(layer, *prompt)
+        layer.fill(prompt)
     elif prompt_tokens:
         outputs.append(layer.read_block(prompt))
     if steps.real.shape[1]:
@@ -57,9 +57,7 @@ def positions_of(real: Tensor, first: Tensor | int) -> Tensor:
     return torch.where(real, first + real.cumsum(dim=1) - 1, -1)
 
 
-def _fill(
-    layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor
-) -> None:
+def fill(layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> None:
     """Takes the first prompt and keeps its best tokens."""
     layer.provide(query, key, value)
     rows = positions_of(real, 0)
@@ -69,15 +67,31 @@ def _fill(
     positions = rows[:, None].expand(key.shape[:3])
     seen = layer.attention
     if layer.policy.observes_attention:
-        seen = _seen_of_prompt(layer, query, key, rows)
+        seen = _seen(layer, query, key, rows)
     channels.choose(layer, query, key, real)
     query, key = channels.ordered(layer, query), channels.ordered(layer, key)
     _record_tails(layer, key, rows)
     key = channels.kept(layer, key)
     notes = layer.note(key, value, positions)
     _end_of_prompt(layer, query, rows)
-    layer.keep_best(key, value, positions, seen, notes)
+    scores = None
+    if layer.policy.prompt_block is not None:
+        tokens = key, value, positions, seen, notes
+        scores, notes = blocks.rank(layer, channels.kept(layer, query), tokens, rows)
+    layer.keep_best(key, value, positions, seen, notes, scores)
     layer.is_filled = layer.is_initialized = True
+
+
+def _seen(layer: "CompressedLayer", query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
+    """What the policy makes of the attention of a first prompt, or of that within its blocks."""
+    length = layer.policy.prompt_block
+    if length is None:
+        return _seen_of_prompt(layer, query, key, rows)
+    seen = layer.attention.new_zeros(*key.shape[:3], *layer.attention.shape[3:])
+    for block in blocks.split(rows, length):
+        own = _seen_of_prompt(layer, block.take(query), block.take(key), block.rows)
+        seen = block.put(seen, own)
+    return seen
 
 
 def _seen_of_prompt(layer: "CompressedLayer", query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
@@ -226,15 +240,26 @@ def keep_best(
     positions: Tensor,
     seen: Tensor,
     notes: Tensor,
+    scores: Tensor | None = None,
 ) -> None:
-    """Copies the best of these tokens ``[B, H, L, ...]`` into the slots."""
+    """Copies the best of these tokens ``[B, H, L, ...]`` into the slots.
+
+    Args:
+        layer: where to.
+        keys: ``[B, H, L, D]``, and so on.
+        values: likewise.
+        positions: likewise.
+        seen: what was seen of them.
+        notes: theirs.
+        scores: ``[B, H, L]`` float32, protection applied; None: what the policy says of all
+            together.
+    """
     count = min(positions.shape[2], layer.positions.shape[2])
     kept = None
     if count < positions.shape[2]:
-        prompt = layer.view(keys, values, positions, seen, notes, is_prompt=True)
-        prompt = prompt._replace(notes=layer.policy.revise(prompt))
-        kept = slots.keep_best(layer.protected_scores(prompt), positions, count=count)
-        notes = prompt.notes
+        if scores is None:
+            scores, notes = layer.rank_prompt(keys, values, positions, seen, notes)
+        kept = slots.keep_best(scores, positions, count=count)
     contents = [(layer.keys, keys), (layer.values, values), (layer.positions, positions)]
     contents.append((layer.notes, notes))
     if layer.policy.observes_attention:

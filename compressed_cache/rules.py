@@ -84,7 +84,7 @@ def resolve_rules(
         )
     alike = policy.mixes_heads or policy.mixes_scores
     alike = alike or policy.contiguous or policy.prunes_channels
-    if is_pool and (alike or policy.layout == "offloaded"):
+    if is_pool and (alike or policy.layout not in ("slots", "pool")):
         raise ValueError(
             f"{policy.label!r} treats all heads of a layer alike, so they cannot have budgets of "
             "their own. Use another policy, or one budget for each layer."

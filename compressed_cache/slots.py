@@ -116,6 +116,33 @@ def next_victims(
     return order.gather(-1, torch.arange(count, device=order.device) % num_slots)
 
 
+def next_victims_among(
+    is_open: Tensor,
+    scores: Tensor,
+    positions: Tensor,
+    *,
+    protected_prefix: Tensor,
+    count: int,
+) -> Tensor:
+    """As :func:`next_victims`, where only some slots are to be had.
+
+    Args:
+        is_open: ``[B, H, S]`` bool.
+        scores: ``[B, H, S]`` float32.
+        positions: ``[B, H, S]`` int64.
+        protected_prefix: ``[B]`` int64.
+        count: how many steps.
+    """
+    # The others are made to look protected for good, as if below the prefix.
+    ages = torch.where(positions >= 0, positions + 1, -1)
+    return next_victims(
+        scores.where(is_open, torch.inf),
+        ages.where(is_open, 0),
+        protected_prefix=protected_prefix + 1,
+        count=count,
+    )
+
+
 def keep_best(scores: Tensor, positions: Tensor, *, count: int) -> Tensor:
     """The ``count`` highest-ranked slots, in the order of their positions.
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compressed_cache import attention, channels, slots
+from compressed_cache import attention, channels
 from compressed_cache.kernels import ops
 
 if TYPE_CHECKING:
@@ -106,20 +106,14 @@ def _planned_slot(layer: "CompressedLayer", ranks: bool) -> Tensor | None:
     if layer.rules.interval == 1:
         return None
     if ranks:
-        victims = slots.next_victims(
-            ranked(layer),
-            layer.positions,
-            protected_prefix=layer.protected_prefix,
-            count=layer.rules.interval,
-        )
-        layer.victims.copy_(victims)
+        layer.victims.copy_(layer.choose(ranked(layer), layer.rules.interval))
         # In every row: beams exchange theirs.
         layer.counts[:, 2].zero_()
     return layer.victims.index_select(2, layer.phase)
 
 
 def _slot(layer: "CompressedLayer") -> Tensor:
-    return slots.lowest_slot(ranked(layer), layer.positions)
+    return layer.choose(ranked(layer), 1)
 
 
 def ranked(layer: "CompressedLayer") -> Tensor:

@@ -60,6 +60,9 @@ def test_no_option_of_a_modifier_is_one_of_another_part() -> None:
         (lambda: make_policy("knorm+caote"), ValueError, "whose scores are attention.*'knorm'"),
         (lambda: make_policy("h2o/tova"), ValueError, "would add up attention in two ways"),
         (lambda: make_policy("snapkv/tova"), ValueError, "the same in all heads in the other"),
+        (lambda: make_policy("h2o+chunk", block_length=0), ValueError, "block_length must be >= 1"),
+        (lambda: make_policy("h2o+chunk+adakv"), ValueError, "ranks blocks of a prompt on their"),
+        (lambda: make_policy("h2o+adakv+chunk"), ValueError, "Leave one of the two out"),
         (lambda: make_policy("h2o+caote", window=3), TypeError, "unknown option 'window'"),
         (lambda: CAOTE(base=3), TypeError, "base must be a Policy, got 3"),  # pyright: ignore
         (

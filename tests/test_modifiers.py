@@ -21,6 +21,8 @@ NAMES = (
     "h2o+criticalkv",
     "snapkv+criticalkv+chunkkv",
     "h2o+merging",
+    "snapkv+chunk",
+    "h2o+chunkkv+chunk",
     "snapkv+merging+chunkkv",
     "snapkv+criticalkv+merging+think",
     "tova+chunkkv+key_rerotation",
@@ -208,3 +210,16 @@ def test_criticalkv_refuses_what_it_cannot_project(
 def test_what_makes_no_sense_is_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_each_block_of_a_prompt_keeps_its_share(model: LlamaForCausalLM) -> None:
+    """The last block is half as long as the others; a row with less text has fewer of them."""
+    ids = distinct_tokens(2, 56)
+    ids[1, :24] = 0
+    cache = CompressedCache("h2o+chunk", 14, recent=0, block_length=16)
+    with torch.no_grad():
+        model(ids, attention_mask=(ids != 0).long(), past_key_values=cache)
+    for layer in cache.layers:
+        for row, shares in ((0, [4, 4, 4, 2]), (1, [7, 7, 0, 0])):
+            for head in layer.positions[row]:
+                assert torch.bincount(head // 16, minlength=4).tolist() == shares

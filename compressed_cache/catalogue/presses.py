@@ -59,8 +59,8 @@ PRESSES: tuple[Press, ...] = tuple(
         (
             "ChunkPress",
             "press, chunk_length=1024",
-            "",
-            "not built yet: a prompt is ranked as a whole, or chunk by chunk as it is read",
+            '"snapkv+chunk", block_length=1024',
+            "behind any policy",
         ),
         (
             "CompactorPress",
@@ -218,8 +218,8 @@ PRESSES: tuple[Press, ...] = tuple(
         (
             "SimLayerKVPress",
             "lazy_threshold=1.0, n_last=1, n_recent=1024, n_initial=4",
-            "",
-            "not built yet: a layer that is lazy in one row of a batch only frees nothing",
+            '"snapkv+simlayerkv", lazy_threshold=0.9, lazy_queries=1',
+            "behind any policy; layers that are not lazy keep to the budget too",
         ),
         (
             "SnapKVPress",

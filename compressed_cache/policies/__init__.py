@@ -6,6 +6,7 @@ from compressed_cache.names import listing, nearest
 from compressed_cache.policies.adakv import AdaKV
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots, own_options
 from compressed_cache.policies.caote import CAOTE
+from compressed_cache.policies.chunk import Chunk
 from compressed_cache.policies.chunkkv import ChunkKV
 from compressed_cache.policies.criticalkv import CriticalKV
 from compressed_cache.policies.duo_attention import DuoAttention
@@ -32,6 +33,7 @@ from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.rkv_lsh import RKVLSH
 from compressed_cache.policies.rpc import RPC
 from compressed_cache.policies.shadowkv import ShadowKV
+from compressed_cache.policies.simlayerkv import SimLayerKV
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.policies.think import ThinK
@@ -92,10 +94,12 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "key_rerotation": KeyRerotation,
     "think": ThinK,
     "chunkkv": ChunkKV,
+    "chunk": Chunk,
     "criticalkv": CriticalKV,
     "merging": Merging,
     "adakv": AdaKV,
     "duo_attention": DuoAttention,
+    "simlayerkv": SimLayerKV,
 }
 
 

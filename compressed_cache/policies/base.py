@@ -113,6 +113,19 @@ class Defaults(NamedTuple):
     protect_prompt: bool = False
 
 
+class Laziness(NamedTuple):
+    """When a layer is lazy, and what it keeps then."""
+
+    threshold: float
+    """Part of the attention above which it is."""
+    queries: int
+    """Last queries of the prompt whose attention is looked at."""
+    sinks: int
+    """First tokens that count and stay."""
+    slots: int
+    """How many tokens count and stay, the first ones and the last."""
+
+
 def own_options(part: "Policy | type[Policy]") -> list[str]:
     """The fields of a policy that are not policies."""
     return [field.name for field in dataclasses.fields(part) if field.name not in _PARTS]
@@ -168,9 +181,10 @@ class Policy:
     """Whether :meth:`merged` changes values of kept tokens when others are evicted."""
     shares_budget: ClassVar[bool] = False
     """Whether :meth:`budgets` are not all the same."""
-    layout: ClassVar[Literal["slots", "offloaded", "pool"]] = "slots"
+    layout: ClassVar[Literal["slots", "offloaded", "pool", "lazy"]] = "slots"
     """Where tokens are: in slots of each head, off the device with only what each step asks for in
-    slots, or in a pool of slots for all heads of a layer."""
+    slots, in a pool of slots for all heads of a layer, or in slots of which :meth:`laziness` leaves
+    some empty."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -222,6 +236,11 @@ class Policy:
         return 0
 
     @property
+    def prompt_block(self) -> int | None:
+        """How many positions of a first prompt are ranked on their own; None: all together."""
+        return None
+
+    @property
     def kept_recent(self) -> int:
         """Tokens before the incoming one that :meth:`scores` itself always keeps."""
         return 0
@@ -266,6 +285,15 @@ class Policy:
             :func:`~compressed_cache.budgets.compressed_layers`; all more than ``protected``.
         """
         return [budget] * len(compressed_layers(config))
+
+    def laziness(self, budget: int, protected: int) -> Laziness:
+        """With the layout ``lazy``: which rows of a layer do with few slots.
+
+        Args:
+            budget: slots of a head of the layer.
+            protected: as for :meth:`budgets`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define laziness(...)")
 
     def scores(self, slots: Slots) -> Tensor:
         """How much each token deserves to stay.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots
+from compressed_cache.policies.base import Defaults, Laziness, Policy, Rows, Site, Slots
 
 _TRAITS = (
     "observes_attention",
@@ -65,6 +65,11 @@ class Modifier(Policy):
         for trait in _TRAITS:
             if getattr(type(self), trait) == getattr(Policy, trait):
                 object.__setattr__(self, trait, getattr(self.base, trait))
+        if self.prompt_block is not None and self.layout != "slots":
+            raise ValueError(
+                f"{self.label!r} ranks blocks of a prompt on their own, and slots are shared out "
+                "by scores of the whole prompt. Leave one of the two out."
+            )
         plain = Policy.constants, Modifier.constants
         parts = [part for part in self.parts if part.key_constants]
         bound = [part.name for part in parts if type(part).constants not in plain]
@@ -93,6 +98,10 @@ class Modifier(Policy):
     @property
     def num_notes(self) -> int:
         return self.base.num_notes + self.own_notes
+
+    @property
+    def prompt_block(self) -> int | None:
+        return self.base.prompt_block
 
     @property
     def kept_recent(self) -> int:
@@ -127,6 +136,9 @@ class Modifier(Policy):
         self, budget: int, num_heads: int, protected: int, config: Any
     ) -> Sequence[int] | Sequence[Sequence[int]]:
         return self.base.budgets(budget, num_heads, protected, config)
+
+    def laziness(self, budget: int, protected: int) -> Laziness:
+        return self.base.laziness(budget, protected)
 
     def scores(self, slots: Slots) -> Tensor:
         return self.base.scores(self.seen_by_base(slots))

@@ -7,7 +7,7 @@ of attention), so that a mistake in a running state of the library cannot be rep
 import cmath
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -834,6 +834,49 @@ def chunkkv(
     ]
 
 
+def chunk(
+    view: View, base: Callable[..., list[float]], *, block_length: int = 1024, **options: Any
+) -> list[float]:
+    """The rank of a token in its block of the prompt, as a share of the block; later the base's.
+
+    Queries of the prompt saw nothing but their own block.
+    """
+    rows = [
+        within_block(group, at, block_length) if at < view.prompt_length else group
+        for at, group in enumerate(view.group_rows)
+    ]
+    view = replace(view, group_rows=rows)
+    if len(view.held) <= view.rules.slots(view.layer, view.head):
+        return base(view, **options)
+    result: list[float] = []
+    for start in range(0, view.prompt_length, block_length):
+        end = min(start + block_length, view.prompt_length)
+        block = replace(
+            view,
+            held=view.held[start:end],
+            queries=view.queries[:end],
+            group_rows=rows[:end],
+            prompt_length=end,
+        )
+        safe = [
+            view.rules.protects(at, incoming=view.incoming, prompt_length=view.prompt_length)
+            for at in range(start, end)
+        ]
+        worst_first = sorted(
+            range(end - start), key=lambda at: (safe[at], base(block, **options)[at], at)
+        )
+        # A half-way point, so that the only token of a block is neither the best nor the worst.
+        result += [(worst_first.index(at) + 0.5) / (end - start) - 1.0 for at in range(end - start)]
+    return result
+
+
+def within_block(group: Sequence[Row], at: int, block_length: int) -> list[Row]:
+    """What a query attends to if it sees nothing before its block."""
+    first = at // block_length * block_length
+    seen = [{p: weight for p, weight in row.items() if p >= first} for row in group]
+    return [{p: weight / math.fsum(row.values()) for p, weight in row.items()} for row in seen]
+
+
 def criticalkv(
     view: View,
     base: Callable[..., list[float]],
@@ -933,6 +976,10 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "snapkv+criticalkv": partial(criticalkv, base=snapkv),
     "h2o+merging": partial(merging, base=h2o),
     "snapkv+merging": partial(merging, base=snapkv),
+    "h2o+chunk": partial(chunk, base=h2o),
+    "keydiff+chunk": partial(chunk, base=keydiff),
+    "rkv+chunk": partial(chunk, base=rkv),
+    "snapkv+chunk": partial(chunk, base=snapkv),
     "knorm+chunkkv": partial(chunkkv, base=knorm),
     "rkv+chunkkv": partial(chunkkv, base=rkv),
     "snapkv+chunkkv": partial(chunkkv, base=snapkv),

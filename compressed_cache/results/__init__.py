@@ -1,0 +1,1 @@
+"""Results as rows: one for each model, task, policy, budget and seed."""
