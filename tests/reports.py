@@ -113,12 +113,13 @@ def write_timing(path: Path, **changes: Any) -> Path:
 
 
 def every_kind(folder: Path) -> list[str]:
-    """One file of each kind, those of this project as they are recorded."""
+    """Files of all kinds, those of this project as they are recorded."""
     made = [
         write_sweep(folder / "results.jsonl"),
         write_parquet(folder / "trace.parquet", evictions(), versions={"torch": "9.9"}),
         write_parquet(folder / "losses.parquet", losses()),
         write_timing(folder / "timing.json"),
     ]
-    recorded = [RECORDED / name for name in ("harness.json", "on-cpu-amd-epyc.json")]
-    return [str(path) for path in made + recorded]
+    return [
+        str(path) for path in (*made, RECORDED / "demo.json", RECORDED / "on-cpu-amd-epyc.json")
+    ]

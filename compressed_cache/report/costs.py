@@ -132,9 +132,9 @@ def timings(timings: list[Timing]) -> list[Part]:
         steps = [1000 * seconds for seconds in timing.document["step_s"]]
         width = max(1, math.ceil(len(steps) / _STEPS_DRAWN))
         starts = range(0, len(steps), width)
-        seen = [timing.document["tokens_in"] + start + 1 for start in starts]
         if steps:
-            lines[timing.source] = Curve(seen, [median(steps[s : s + width]) for s in starts])
+            first = [start + 1 for start in starts]
+            lines[timing.source] = Curve(first, [median(steps[s : s + width]) for s in starts])
     words = "Step by step"
     columns: list[Column[Measured]] = [
         column("file"),
@@ -149,7 +149,7 @@ def timings(timings: list[Timing]) -> list[Part]:
         column("peak_reserved_bytes", "peak reserved MiB", ",.0f", MIB),
         column("peak_rss_bytes", "peak RSS MiB", ",.0f", MIB),
     ]
-    axes = {"x": "tokens seen", "y": "ms per step", "dots": False}
+    axes = {"x": "decode step", "y": "ms per step", "dots": False}
     return [
         Part(
             words,

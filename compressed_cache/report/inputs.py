@@ -14,6 +14,7 @@ from compressed_cache.report import rows, traces
 from compressed_cache.report.benches import Bench
 from compressed_cache.report.rows import Row
 from compressed_cache.report.traces import Losses, Trace
+from compressed_cache.results import row as results
 
 FORMAT = 1
 EXPECTED = (
@@ -120,25 +121,13 @@ def _read(inputs: Inputs, path: Path, name: str, layers: list[int] | None) -> No
 
 
 def _read_sweep(inputs: Inputs, path: Path, name: str) -> None:
-    if path.is_dir():
-        path = path / "results.jsonl"
-    machines, versions, found = [], [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            result = json.loads(line)
-            _check_format(path, result["format"])
-            found.append(rows.of_result(result, name))
-            machines.append(result["machine"])
-            versions.append(result["versions"])
-        except (KeyError, TypeError, json.JSONDecodeError):
-            raise ValueError(
-                f"{path}, line {number}, must be a finished row of a sweep, got {line[:40]!r}. "
-                "Remove the line, or let the sweep go on."
-            ) from None
+    found = results.read(path)
     if not found:
         raise ValueError(f"{path} must hold at least one finished row, got none")
-    inputs.sources.append(Source(name, "sweep", _all(machines), _all(versions)))
-    inputs.rows += found
+    machine = _all(result.machine for result in found)
+    versions = _all(result.versions for result in found)
+    inputs.sources.append(Source(name, "sweep", machine, versions))
+    inputs.rows += [rows.of_result(result, name) for result in found]
 
 
 def _read_parquet(inputs: Inputs, path: Path, name: str, layers: list[int] | None) -> None:
@@ -156,8 +145,8 @@ def _read_parquet(inputs: Inputs, path: Path, name: str, layers: list[int] | Non
     inputs.sources.append(Source(name, kind, told, about.get("versions", {})))
     if columns >= _TRACE:
         inputs.traces.append(traces.read_trace(str(path), name, about, layers))
-    else:
-        inputs.losses.append(traces.read_losses(str(path), name, about))
+    elif losses := traces.read_losses(str(path), name, about):
+        inputs.losses.append(losses)
 
 
 def _document(path: Path) -> dict[str, Any] | None:

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from compressed_cache.results.row import Option, Result
+
 _HARNESS = (
     *("task", "policy", "budget", "documents", "accuracy", "accuracy_low", "accuracy_high"),
     *("tokens", "truncated", "held_tokens", "cache_bytes"),
 )
 _RESULT = (*_HARNESS, "model", "seed", "evicted_tokens", "tokens_per_s", "correct")
 SHIPPED = "shipped model"
-Option = int | float | bool | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +82,14 @@ def of_demo(document: dict[str, Any], source: str) -> list[Row]:
     ]
 
 
-def of_result(result: dict[str, Any], source: str) -> Row:
-    """A line of a sweep's ``results.jsonl``."""
-    options = dict(result["options"])
+def of_result(result: Result, source: str) -> Row:
+    """A row of a sweep."""
+    options = dict(result.options)
     return Row(
         source=source,
         protect_prompt=bool(options.pop("protect_prompt", False)),
         options=options,
-        **_taken(result, *_RESULT),
+        **_taken(vars(result), *_RESULT),
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import Table as Arrow
 
@@ -135,20 +136,16 @@ def read_trace(path: str, source: str, about: dict[str, Any], chosen: list[int] 
     )
 
 
-def read_losses(path: str, source: str, about: dict[str, Any]) -> Losses:
-    """The losses of all layers.
-
-    Raises:
-        ValueError: there are none.
-    """
+def read_losses(path: str, source: str, about: dict[str, Any]) -> Losses | None:
+    """The losses of all layers from the first decode step on; None: none were recorded."""
     table: Arrow = pq.read_table(path, columns=["layer", "step", "lost"])
+    table = table.filter(pc.field("step") > 0)
     mean = table.group_by(["layer", "step"]).aggregate([("lost", "mean")])
     if not len(mean):
-        raise ValueError(f"{path} must hold the losses of at least one step, got none")
+        return None
     layer, step = mean["layer"].to_numpy(), mean["step"].to_numpy()
     lost = np.zeros((layer.max() + 1, step.max()))
-    decoded = step > 0
-    lost[layer[decoded], step[decoded] - 1] = mean["lost_mean"].to_numpy()[decoded]
+    lost[layer, step - 1] = mean["lost_mean"].to_numpy()
     return Losses(source, about, lost)
 
 
