@@ -75,4 +75,5 @@ def lost(losses: list[Losses]) -> list[Part]:
 
 
 def _about(source: str, about: dict[str, Any]) -> str:
-    return ", ".join([str(about[key]) for key in ("policy", "model") if key in about] + [source])
+    known = [about[key] for key in ("policy", "model") if about.get(key)]
+    return ", ".join([*known, source])

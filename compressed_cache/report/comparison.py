@@ -26,7 +26,10 @@ class Comparison:
 
 
 def comparisons(rows: Sequence[Row]) -> Iterator[Comparison]:
-    """Each row against the full cache, and against `random` at the same setting."""
+    """Each row against the full cache, and against `random` at the same setting.
+
+    Where two documents at least are shared: of one there is no interval.
+    """
     for row in rows:
         if row.is_full:
             continue
@@ -35,7 +38,7 @@ def comparisons(rows: Sequence[Row]) -> Iterator[Comparison]:
             "random": [r for r in rows if r.policy == "random" and r.setting == row.setting],
         }
         for against, candidates in others.items():
-            shared = [other for other in candidates if row.correct.keys() & other.correct.keys()]
+            shared = [r for r in candidates if len(row.correct.keys() & r.correct.keys()) > 1]
             if shared and row.policy != against:
                 # That of the same seed, if there is one.
                 other = max(shared, key=lambda other: other.seed == row.seed)

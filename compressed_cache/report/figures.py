@@ -1,6 +1,7 @@
 """Figures of accuracy, speed, memory and of what is held. Data in, matplotlib's figures out."""
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -39,6 +40,8 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 """What others are compared with, drawn the same in every figure."""
 T = TypeVar("T")
+_LONGEST = 40
+"""Characters of a name in a legend that fit on one line."""
 Series = Mapping[str, Sequence[Row]]
 
 
@@ -178,7 +181,8 @@ def lost_by_layer(lost: np.ndarray, *, steps: int) -> Figure:
 def _figure(lines: Iterable[str]) -> tuple[Figure, Axes]:
     """An empty figure with room for a legend below."""
     names = list(lines)
-    legend = 20 * math.ceil(len(names) / _columns(names))
+    rows = sum(_wrapped(name).count("\n") + 1 for name in names) / _columns(names)
+    legend = 20 * math.ceil(rows)
     figure = Figure(figsize=(WIDTH / 72, (HEIGHT + legend) / 72), dpi=72)
     return figure, figure.subplots()
 
@@ -262,8 +266,13 @@ def _looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
-    if len(names) > 1:
-        figure.legend(handles, names, loc="outside lower left", ncols=_columns(names))
+    if names:
+        shown = list(map(_wrapped, names))
+        figure.legend(handles, shown, loc="outside lower left", ncols=_columns(names))
+
+
+def _wrapped(name: str) -> str:
+    return "\n".join(textwrap.wrap(name, _LONGEST))
 
 
 def _columns(names: Sequence[str]) -> int:

@@ -33,8 +33,9 @@ def drawn(lines: Mapping[str, Curve], words: str, **axes: Any) -> list[Picture]:
 
 
 def told(values: dict[str, Any]) -> str:
-    """Settings in one line."""
-    return ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in values.items())
+    """Settings in one line, without those that are empty."""
+    said = {key.replace("_", " "): _plain(value) for key, value in values.items() if value != {}}
+    return ", ".join(f"{key} {value}" for key, value in said.items())
 
 
 def _plain(value: Any) -> str:

@@ -78,4 +78,4 @@ def _cell(column: Column[T], row: T) -> Cell:
     if value is None or value == "" or (isinstance(value, float) and isnan(value)):
         return Cell(MISSING, column.is_number, "", mark)
     text = format(value, column.form) if column.is_number else str(value)
-    return Cell(text, column.is_number, repr(value) if column.is_number else str(value), mark)
+    return Cell(text, column.is_number, str(value), mark)
