@@ -9,25 +9,12 @@ import argparse
 import os
 from pathlib import Path
 
+from compressed_cache.bench.every_policy import EVERY
+from compressed_cache.cache import CompressedCache
 from compressed_cache.demo import report
 from compressed_cache.demo.measure import BUDGETS, Exam, Setting, rows, settings
-from compressed_cache.policies import SLOTTED, make_policy
 
 RESULTS = Path(__file__).resolve().parent / "results" / "catalogue.json"
-COMBINATIONS = (
-    "snapkv+adakv",
-    "snapkv+criticalkv",
-    "snapkv+chunkkv",
-    "h2o+caote",
-    "streaming_llm+key_rerotation",
-    "h2o+merging",
-    "h2o+think",
-)
-
-
-def measured() -> list[str]:
-    """Every policy that keeps tokens in slots, then the combinations."""
-    return [*SLOTTED, *COMBINATIONS]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     exam = Exam(problems=options.problems, seed=0)
     threads = max(1, (os.cpu_count() or 1) // options.workers)
     found = []
-    planned = [s for s in settings(measured(), list(BUDGETS)) if not _is_refused(s)]
+    planned = [s for s in settings(list(EVERY), list(BUDGETS)) if not _is_refused(s)]
     for row in rows(exam, planned, workers=options.workers, threads=threads):
         found.append(row)
         print(f"{len(found)}/{len(planned)} {row.policy} {row.budget} {row.accuracy:.0%}")
@@ -49,8 +36,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_refused(setting: Setting) -> bool:
-    """Whether a layer has too few slots for a prompt: the last ones of ``pyramidkv`` do."""
-    return setting.protect_prompt and make_policy(setting.policy).shares_budget
+    """Whether the cache refuses a setting at once, or the last layers of ``pyramidkv`` or the
+    streaming heads of ``duo_attention`` have too few slots for a prompt."""
+    try:
+        cache = CompressedCache(
+            setting.policy, setting.budget or 1, protect_prompt=setting.protect_prompt
+        )
+    except ValueError:
+        return True
+    return setting.protect_prompt and cache.policy.shares_budget
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def accuracy(path: Path = RESULTS / "catalogue.json") -> str:
     return "\n".join(
         [
             f"{demo_report.caption(document)}. *Italic*: worse than `random` at the same budget "
-            "with the same protection. -: a layer has too few slots for the prompt.",
+            "with the same protection. -: refused there.",
             "",
             markdown(["accuracy at budget", *columns], rows),
             "",
@@ -177,6 +177,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "presses": presses,
     "harness": harness,
     "decode": bench_report.decode,
+    "speeds": bench_report.policies,
     "seen": bench_report.tokens_seen,
     "budget": bench_report.budget,
     "prefill": bench_report.prefill,

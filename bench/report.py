@@ -27,6 +27,11 @@ def decode() -> str:
     return table("decode", _decode)
 
 
+def policies() -> str:
+    """Every policy beside the full cache."""
+    return table("policies", _policies)
+
+
 def tokens_seen() -> str:
     """How long a token takes after texts of several lengths."""
     return table("tokens seen", _tokens_seen)
@@ -125,6 +130,33 @@ def _claims(results: Results) -> list[str]:
         for row in results.rows("fresh cache")
     ]
     return ["\n".join(lines)] if lines else []
+
+
+def _policies(results: Results) -> str:
+    parts = []
+    for model, rows in _by_model(results.rows("policies")).items():
+        cells: dict[str, dict[str, list[str]]] = {}
+        for row in rows:
+            shown = [f"{row['ms_per_token']:.2f}", f"{row['mean_ms_per_token']:.2f}", _speed(row)]
+            cells.setdefault(row["contender"], {})[row["step"]] = shown
+        lines = [
+            [f"`{name}`", *(steps.get("eager", ["-"] * 3)), *(steps.get("compiled", ["-"] * 3))]
+            for name, steps in cells.items()
+        ]
+        first = rows[0]
+        header = [
+            f"{step}: {column}"
+            for step in ("eager", "compiled")
+            for column in ("ms per token", "mean", "times as fast as DynamicCache")
+        ]
+        parts.append(
+            f"{_machine(results, 'policies')}; {model}, batch {first['batch']}, prompt of "
+            f"{first['prompt']:,} tokens, budget {first['budget']}. Medians, with the extremes of "
+            f"{first['rounds']} rounds of {first['tokens_per_round']} tokens, each right after as "
+            "many of DynamicCache, which is eager; the mean counts steps that rank slots too.\n\n"
+            + markdown(["policy", *header], lines)
+        )
+    return "\n\n".join(parts)
 
 
 def _grid(

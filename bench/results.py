@@ -45,6 +45,7 @@ class Results:
     def save(self, folder: Path = FOLDER) -> None:
         """Writes the file."""
         text = json.dumps(vars(self), indent=1)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / _name(self.hardware, self.device)).write_text(text + "\n")
 
     def picture(self, name: str) -> Path:

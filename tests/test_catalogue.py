@@ -5,19 +5,21 @@ import inspect
 import json
 import re
 import subprocess
+from collections.abc import Callable
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
 from compressed_cache.__main__ import main
-from compressed_cache.bench import catalogue
+from compressed_cache.bench.every_policy import COMBINATIONS, EVERY, statistics
 from compressed_cache.bench.kvpress import ENVIRONMENT
 from compressed_cache.catalogue import entries, page
 from compressed_cache.catalogue.docstrings import text_of
 from compressed_cache.catalogue.entries import Entry
 from compressed_cache.catalogue.presses import FORK, KVPRESS, PRESSES, Press
-from compressed_cache.policies import MODIFIERS, POLICIES, SLOTTED, Policy
+from compressed_cache.policies import MODIFIERS, POLICIES, Policy, split_name
 from tests.conftest import distinct_tokens
 
 ENTRIES = {entry.name: entry for entry in (*entries.policies(), *entries.modifiers())}
@@ -171,8 +173,20 @@ def _keywords(arguments: str) -> str:
 
 
 def test_all_that_exists_is_measured() -> None:
-    measured = catalogue.measured()
-    assert measured[: len(SLOTTED)] == list(SLOTTED)
-    assert "h2o+caote" in measured
-    for name in measured:
-        CompressedCache(name, 180)
+    assert EVERY[: len(POLICIES)] == tuple(POLICIES)
+    assert {part for name in COMBINATIONS for part in split_name(name)[1]} == set(MODIFIERS)
+    for name in EVERY:
+        CompressedCache(name, 184)
+
+
+def test_policies_that_need_statistics_get_them_for_a_benchmark(
+    make_model: Callable[..., LlamaForCausalLM],
+) -> None:
+    model = make_model()
+    ids = torch.arange(1, 40)[None]
+    for name in ("h2o", "qfilter", "triattention", "expected_attention", "h2o+duo_attention"):
+        cache = CompressedCache(name, 16, protect_prompt=False, **statistics(name, model))
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        assert cache.evicted_tokens == 39 - 16
+    assert statistics("h2o", model) == {}

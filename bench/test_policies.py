@@ -1,0 +1,46 @@
+"""Latency of decoding under every policy and modifier, as a ratio to DynamicCache."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from transformers.cache_utils import Cache
+
+from compressed_cache import CompressedCache
+from compressed_cache.bench import contenders
+from compressed_cache.bench.contenders import BUDGET, EACH_PLACE, Place, compressed
+from compressed_cache.bench.every_policy import EVERY, statistics
+from compressed_cache.bench.test_decode import FEW_ROUNDS, measure
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# Beside the model itself, which the benchmarks before this one kept.
+make_model = lru_cache(maxsize=1)(contenders.make_model)
+
+
+@EACH_PLACE
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("policy", EVERY)
+def test_every_policy(
+    benchmark: BenchmarkFixture, policy: str, compiled: bool, place: Place
+) -> None:
+    options = statistics(policy, make_model(place))
+
+    def make_cache(*_: object) -> Cache:
+        return CompressedCache(policy, BUDGET, **options)
+
+    contender = replace(compressed(policy, compiled=compiled), make_cache=make_cache)
+    measure(
+        *(benchmark, contender, place, "policies"),
+        rounds=FEW_ROUNDS,
+        budget=BUDGET,
+    )
