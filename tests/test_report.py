@@ -439,6 +439,14 @@ def test_lines_of_benchmarks_hold_their_numbers(
     assert len(part.tables[0].rows) == len(rows)
 
 
+def test_the_speed_of_every_policy_is_a_table_of_its_own() -> None:
+    rows = bench().tables["decode"]
+    found = costs.speed(Bench("on-cpu.json", "abacus", "cpu", {"policies": rows}))
+    (part,) = found
+    assert part.title.startswith("Decoding under every policy")
+    assert len(part.tables[0].rows) == len(rows["rows"])
+
+
 def test_memory_against_batch_is_that_of_a_row_times_the_rows_that_fit() -> None:
     part = next(costs.memory(bench()))
     lines = pictured(part.pictures)

@@ -12,6 +12,7 @@ _FIELDS = {
     "tokens seen": _RATES,
     "budget": _RATES,
     "decode": _RATES | {"batch"},
+    "policies": _RATES | {"batch"},
     "capacity": _ROOM,
     "chunks": _PEAKS,
     "prefill": _PEAKS,

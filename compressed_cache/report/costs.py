@@ -23,6 +23,9 @@ _RATIO: list[Column[Measured]] = [
     Column("fastest round", lambda row: 1 / row["ratio_low"], ".2f"),
     column("share_of_bandwidth", "bandwidth %", ".0f", 0.01),
 ]
+_RATE: list[Column[Measured]] = [
+    Column("tokens/s", lambda row: 1000 * row["batch"] / row["ms_per_token"], ",.0f"),
+]
 _WHERE: list[Column[Measured]] = [column("contender", "cache"), column("step")]
 _PEAK: list[Column[Measured]] = [
     column("cache"),
@@ -35,46 +38,32 @@ _PEAK: list[Column[Measured]] = [
 
 def speed(bench: Bench) -> Iterator[Part]:
     """How long tokens take on one machine."""
-    for where, rows in _by_model(bench, "tokens seen"):
-        words = f"Latency against tokens seen, {where}"
-        yield Part(
-            words,
-            f"Batch 1, budget {rows[0]['budget']}. Policies with one point were measured there "
-            "alone.",
-            drawn(
-                _curves(rows, "contender", "prompt", "ms_per_token"),
-                *(words,),
-                x="tokens seen",
-                y="ms per token",
-                log="x",
-            ),
-            [table(words, [*_WHERE, column("prompt", "tokens seen", ",d"), *_RATIO], rows)],
-        )
-    for where, rows in _by_model(bench, "budget"):
-        words = f"Latency against budget, {where}"
-        yield Part(
-            words,
-            f"Batch 1, after a prompt of {rows[0]['prompt']:,} tokens.",
-            drawn(
-                _curves(rows, "contender", "budget", "ms_per_token"),
-                *(words,),
-                x="budget (slots per head)",
-                y="ms per token",
-                log="x",
-            ),
-            [table(words, [*_WHERE, column("budget", form=",d"), *_RATIO], rows)],
-        )
-    for where, rows in _by_model(bench, "decode"):
-        words = f"Decoding, {where}"
-        first = rows[0]
-        rate: Column[Measured] = Column(
-            "tokens/s", lambda row: 1000 * row["batch"] / row["ms_per_token"], ",.0f"
-        )
-        yield Part(
-            words,
-            f"Budget {first['budget']}, after a prompt of {first['prompt']:,} tokens.",
-            tables=[table(words, [*_WHERE, column("batch", form="d"), rate, *_RATIO], rows)],
-        )
+    for name, x, axis, text in (
+        (
+            "tokens seen",
+            "prompt",
+            "tokens seen",
+            "budget {budget}. Some were measured at one point",
+        ),
+        ("budget", "budget", "budget (slots per head)", "after a prompt of {prompt:,} tokens"),
+    ):
+        for where, rows in _by_model(bench, name):
+            words = f"Latency against {name}, {where}"
+            lines = _curves(rows, "contender", x, "ms_per_token")
+            yield Part(
+                words,
+                f"Batch 1, {text.format(**rows[0])}.",
+                drawn(lines, words, x=axis, y="ms per token", log="x"),
+                [table(words, [*_WHERE, column(x, name, ",d"), *_RATIO], rows)],
+            )
+    for name, title in (("decode", "Decoding"), ("policies", "Decoding under every policy")):
+        for where, rows in _by_model(bench, name):
+            words = f"{title}, {where}"
+            yield Part(
+                words,
+                "Budget {budget}, after a prompt of {prompt:,} tokens.".format(**rows[0]),
+                tables=[table(words, [*_WHERE, column("batch", form="d"), *_RATE, *_RATIO], rows)],
+            )
 
 
 def memory(bench: Bench) -> Iterator[Part]:
