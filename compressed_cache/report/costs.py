@@ -75,7 +75,9 @@ def memory(bench: Bench) -> Iterator[Part]:
         lines = {}
         for row in rows:
             batches = [batch for batch in _BATCHES if batch * row["row_bytes"] <= room]
-            lines[row["cache"]] = Curve(batches, [n * row["row_bytes"] / MIB for n in batches])
+            if batches:
+                mib = [batch * row["row_bytes"] / MIB for batch in batches]
+                lines[row["cache"]] = Curve(batches, mib)
         yield Part(
             words,
             f"Rows of {first['row_tokens']:,} tokens, up to {room / 2**30:.0f} GiB of cache: the "
