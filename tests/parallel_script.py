@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 
 from compressed_cache import CompressedCache
 from compressed_cache.calibration import files
-from compressed_cache.policies import SLOTTED
+from tests.parallel import CASES, RULES
 from tests.statistics import load_or_make_up
 
 warnings.simplefilter("ignore")
@@ -25,9 +25,9 @@ mask = (ids != 0).long()
 results = {}
 compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
 compiled._compile_all_devices = True
-NAMES = (*SLOTTED, "snapkv+chunkkv", "h2o+chunkkv")
-for policy, options in [*((name, {}) for name in NAMES), ("tova", {"compile_config": compiled})]:
-    cache = CompressedCache(policy, 16, interval=3, recent=8, protect_prompt=False)
+for label, (policy, own) in CASES.items():
+    cache = CompressedCache(policy, **RULES | own)
+    options = {"compile_config": compiled} if label.endswith("compiled") else {}
     text = model.generate(
         ids,
         attention_mask=mask,
@@ -36,7 +36,7 @@ for policy, options in [*((name, {}) for name in NAMES), ("tova", {"compile_conf
         do_sample=False,
         **options,
     )
-    results[policy, bool(options)] = text, [layer.positions for layer in cache.layers]
+    results[label] = text, [layer.held().positions for layer in cache.layers]
 torch.save(results, folder / f"rank{distributed.get_rank()}.pt")
 distributed.barrier()
 distributed.destroy_process_group()

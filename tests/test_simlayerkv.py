@@ -1,6 +1,7 @@
 """SimLayerKV: which layers are lazy, what they keep, and what that leaves of the memory."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,7 +169,9 @@ def test_a_protected_prompt_stays_in_lazy_layers_too(model: LlamaForCausalLM) ->
             assert set(range(16)) <= set(head.tolist())
 
 
-def test_turns_rows_and_snapshots_keep_closed_slots_closed(model: LlamaForCausalLM) -> None:
+def test_turns_rows_files_and_snapshots_keep_closed_slots_closed(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
     texts = [distinct_tokens(LENGTH, seed=seed) for seed in (1, 2, 3)]
     shares = [_laziness(model, text)[0] for text in texts]
     threshold = (sorted(shares)[0] + sorted(shares)[1]) / 2
@@ -188,10 +191,17 @@ def test_turns_rows_and_snapshots_keep_closed_slots_closed(model: LlamaForCausal
         model(more, past_key_values=cache)
         assert _counts(cache, 0) == [FEW if row in lazy else BUDGET for row in range(3)]
         cache.restore(held)
+        cache.save(tmp_path / "cache.safetensors")
         cache.batch_select_indices(torch.tensor([lazy[0], lazy[0]]))
         for token in more[0, :5]:
             model(token.expand(2, 1), past_key_values=cache)
         assert _counts(cache, 0) == [FEW, FEW]
+        loaded = CompressedCache.load(tmp_path / "cache.safetensors")
+        for token in more[0, :5]:
+            model(token.expand(3, 1), past_key_values=loaded)
+        assert _counts(loaded, 0) == [FEW if row in lazy else BUDGET for row in range(3)]
+        row = loaded.layers[0].positions[lazy[0]]
+        assert torch.equal(row.sort().values, cache.layers[0].positions[0].sort().values)
         cache.reset()
         model(torch.tensor(texts[:2]), past_key_values=cache)
         assert _counts(cache, 0) == [FEW if row in lazy else BUDGET for row in range(2)]
