@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class _Worker:
 
     def begin(self, cell: Cell) -> Connection:
         """Starts a cell and returns what becomes readable at its end."""
+        if self._process is not None and not self._process.is_alive():
+            self.stop()
         if self._process is None:
             self._pipe, theirs = _CONTEXT.Pipe()
             arguments = (theirs, self._plan, self._number, self._processes)
@@ -60,7 +63,9 @@ class _Worker:
             # Else the pipe would not end with the process.
             theirs.close()
         self._cell, self._partial = cell, self._folder.begin(cell)
-        self._pipe.send((cell, self._partial))
+        # If it ends just now, the pipe ends too.
+        with suppress(BrokenPipeError):
+            self._pipe.send((cell, self._partial))
         return self._pipe
 
     def end(self) -> Cell:
@@ -100,9 +105,12 @@ def _serve(pipe: Connection, plan: Plan, number: int, processes: int) -> None:
     _choose_gpu(number)
 
     import torch
+    from tqdm import tqdm
 
     from compressed_cache.sweep.cell import take
 
+    # Its own is a semaphore of the system, which a process that is killed leaves behind.
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     while True:
         try:
