@@ -22,6 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
         "calibrate", help="collects the statistics of a model that some policies need"
     )
     _add_calibrate_options(calibrate)
+    sweep = commands.add_parser(
+        "sweep", help="lm_eval for many tasks, policies, budgets and seeds; goes on where it was"
+    )
+    _add_sweep_options(sweep)
+    compare = commands.add_parser("compare", help="two policies of a sweep on the same documents")
+    compare.add_argument("results", help="a sweep's folder, or its results.jsonl")
+    compare.add_argument("--policies", type=_names, required=True, help="e.g. h2o,snapkv")
     report = commands.add_parser("report", help="results of any kind as one HTML page")
     _add_report_options(report)
     commands.add_parser("model", help="prints the folder of the shipped model")
@@ -38,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         "demo": _demo,
         "eval": _eval,
         "calibrate": _calibrate,
+        "sweep": _sweep,
+        "compare": _compare,
         "report": _report,
         "model": _model,
         "policies": _catalogue,
@@ -79,6 +88,22 @@ def _calibrate(options: argparse.Namespace, rest: list[str]) -> int:
     from compressed_cache.calibration.command import run
 
     return run(options)
+
+
+def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
+    try:
+        from compressed_cache.sweep.command import run
+    except ModuleNotFoundError as error:
+        return _missing(error, "eval")
+    return run(options)
+
+
+def _compare(options: argparse.Namespace, rest: list[str]) -> int:
+    try:
+        from compressed_cache.results.command import compare
+    except ModuleNotFoundError as error:
+        return _missing(error, "eval")
+    return compare(options)
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
@@ -127,7 +152,7 @@ def _add_report_options(report: argparse.ArgumentParser) -> None:
     report.add_argument("--out", default="report.html", help="the page to write")
     report.add_argument(
         "--layers",
-        type=numbers,
+        type=_numbers,
         help="those of which traces are drawn, e.g. 0,13,27 (default: first, middle and last)",
     )
 
@@ -139,13 +164,51 @@ def _add_catalogue_options(parser: argparse.ArgumentParser) -> None:
     written.add_argument("--markdown", action="store_true", help="as the README has it")
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _add_sweep_options(sweep: argparse.ArgumentParser) -> None:
+    add = sweep.add_argument
+    add("--model", required=True, help="a hub or local model, or shipped")
+    add("--tasks", type=_names, required=True, help="e.g. reasoning_gsm8k,reasoning_logic")
+    add("--policies", type=_names, required=True, help="e.g. full,h2o,snapkv+caote")
+    add("--budgets", type=_numbers, default=[], help="e.g. 128,256; full needs none")
+    add("--seeds", type=int, default=1, help="how many: 3 means 0, 1 and 2")
+    add("--out", required=True, help="the folder of the sweep")
+    add(
+        "--policy-args",
+        action="append",
+        default=[],
+        help="of all policies but full: interval=8,protect_prompt=true; of one: h2o:recent=16; "
+        "may be repeated",
+    )
+    add("--limit", type=int, help="documents per task at most")
+    add("--batch-size", type=int, default=1)
+    add("--gen-kwargs", default="", help="e.g. do_sample=true,max_gen_toks=16384")
+    add("--model-args", default="", help="further ones of lm_eval's hf, e.g. max_length=32768")
+    add("--dtype", help="of the weights, e.g. bfloat16")
+    add("--apply-chat-template", action="store_true")
+    add("--metadata", default="{}", help="of tasks, as JSON, e.g. '{\"repeats\": 16}'")
+    add("--retry-failed", action="store_true", help="also run cells again that have an error")
+    add("--dry-run", action="store_true", help="print the plan and an estimate, and do nothing")
+    where = sweep.add_mutually_exclusive_group()
+    where.add_argument("--processes", type=int, help="one per GPU unless given, or else one")
+    where.add_argument("--ray", metavar="ADDRESS", help="of a Ray cluster; auto for this one")
+    add("--gpus-per-cell", type=float, help="with --ray, e.g. 0.5; 1 unless given, if it has any")
+
+
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--problems", type=int, default=40, help="held-out problems per row")
     demo.add_argument("--seed", type=int, default=0, help="first seed of the problems")
-    demo.add_argument("--budgets", type=numbers, default=None, help="e.g. 180,280")
+    demo.add_argument("--budgets", type=_numbers, default=None, help="e.g. 180,280")
     demo.add_argument(
         "--policies",
-        type=lambda text: text.split(","),
+        type=_names,
         default=None,
         help="e.g. full,random,snapkv+caote; nine of them unless given",
     )
@@ -154,10 +217,6 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--model", help="a hub or local model to generate with instead")
     demo.add_argument("--prompt", help="the text it continues")
     demo.add_argument("--max-new-tokens", type=int, default=256, help="with --model")
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ for (const table of document.querySelectorAll("table")) {
   titles.forEach((title, column) => {
     const words = new Intl.Collator("en", { numeric: true });
     const compare = title.classList.contains("number")
-      ? (a, b) => words.compare(a, b)
+      ? (a, b) => Number(a) - Number(b)
       : words.compare;
     title.firstElementChild.addEventListener("click", () => {
       const ascending = title.getAttribute("aria-sort") !== "ascending";

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,17 @@ def patch(model_class: Any) -> None:
     _patch_response_cache()
 
 
+def change_press(model: Any, press: Press) -> None:
+    """Gives another press to a loaded model that has one, and a record that begins anew.
+
+    Raises:
+        ValueError: a press that cannot serve this model.
+        NotImplementedError: likewise.
+    """
+    press.make_cache(config=model.config)
+    model.compressed_cache = Session(press, model.compressed_cache.arguments)
+
+
 def _wrap(original: Any, wrapper: Any) -> Any:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -84,11 +96,11 @@ def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 def _create_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     session: Session | None = self.compressed_cache
     if session is not None:
-        from compressed_cache.integrations.harness.preflight import check_tasks
+        from compressed_cache.integrations.harness.preflight import check_tasks, running_evaluation
 
         # The config and the tokenizer are there, the weights are not: the moment for all refusals.
         session.press.make_cache(config=self.config)
-        check_tasks(self, session.arguments)
+        check_tasks(self, session.arguments, running_evaluation())
     return original(self, *args, **kwargs)
 
 
@@ -118,6 +130,7 @@ def _model_generate(
 
     if kwargs.get("do_sample"):
         _fill_in_sampling(session, self.model.generation_config, kwargs)
+    started = time.perf_counter()
     cache = session.press.make_cache(config=self.config)
     with _seeded(session, context):
         output = original(self, context, max_length, stop, **cache_argument(cache), **kwargs)
@@ -130,7 +143,8 @@ def _model_generate(
         ends={self.eot_token_id, *(ends if isinstance(ends, list) else [ends])},
         padding=self.tokenizer.pad_token_id,
     )
-    session.meter.measure(records)
+    # The ids were read just now, so the device has finished.
+    session.meter.measure(records, seconds=time.perf_counter() - started)
     return output
 
 

@@ -20,6 +20,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.seconds = 0.0
         self._batch: deque[Record] = deque()
         self._replies: dict[Any, deque[Reply]] = defaultdict(deque)
         self._hook: Any = None
@@ -31,8 +32,9 @@ class Meter:
         self._replies.clear()
         return self
 
-    def measure(self, rows: Sequence[Record]) -> None:
-        """Takes the records of a batch, in the order of its rows."""
+    def measure(self, rows: Sequence[Record], *, seconds: float) -> None:
+        """Takes the records of a batch, in the order of its rows, and how long it took."""
+        self.seconds += seconds
         self._batch.extend(rows)
         self.records.extend(rows)
 

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 
-def check_tasks(lm: Any, arguments: Mapping[str, Any]) -> None:
+def check_tasks(lm: Any, arguments: Mapping[str, Any], run: Mapping[str, Any] | None) -> None:
     """Loads this project's tasks of the run and measures their prompts.
 
     The harness itself loads tasks after the model, so that a missing dataset or a prompt that is
     too long shows only when gigabytes of weights are in memory.
 
     Args:
-        lm: the harness's model, with config and tokenizer but no weights yet.
+        lm: the harness's model, with config and tokenizer; weights are not needed.
         arguments: what the user gave the model, without the ``kv_`` arguments.
+        run: what ``simple_evaluate`` is given, None if nobody called it.
 
     Raises:
         ValueError: a broken row, or a prompt that leaves no room for the reply.
         FileNotFoundError: no local rows where the user said they are.
         RuntimeError: a dataset that the hub does not give.
     """
-    run = _running_evaluation()
     if run is None or run.get("task_manager") is None:
         return
     manager = run["task_manager"]
@@ -34,7 +34,7 @@ def check_tasks(lm: Any, arguments: Mapping[str, Any]) -> None:
         _check_prompts(lm, task, run, limit, _template_arguments(arguments))
 
 
-def _running_evaluation() -> dict[str, Any] | None:
+def running_evaluation() -> dict[str, Any] | None:
     """What the caller passed to ``simple_evaluate``, which gives models no other way to know."""
     frame = sys._getframe()
     while frame is not None:
@@ -70,7 +70,7 @@ def _template_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_prompts(
-    lm: Any, task: Any, run: dict[str, Any], limit: int, template: dict[str, Any]
+    lm: Any, task: Any, run: Mapping[str, Any], limit: int, template: dict[str, Any]
 ) -> None:
     from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -97,7 +97,7 @@ def _check_prompts(
             )
 
 
-def _chosen(task: Any, run: dict[str, Any]) -> Iterable[int]:
+def _chosen(task: Any, run: Mapping[str, Any]) -> Iterable[int]:
     from lm_eval.evaluator_utils import get_sample_size
 
     if run["samples"] is not None:
