@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from compressed_cache.__main__ import main
 from compressed_cache.report import attention, costs, figures, quality
 from compressed_cache.report.benches import Bench
-from compressed_cache.report.comparison import comparisons
+from compressed_cache.report.comparison import comparison
 from compressed_cache.report.figures import Curve
 from compressed_cache.report.inputs import read
 from compressed_cache.report.page import page
@@ -373,27 +373,39 @@ def test_only_random_at_the_same_setting_counts() -> None:
         assert to_random(row, group) == expected
 
 
-def test_comparisons_are_of_the_same_documents(tmp_path: Path) -> None:
-    other = result("h2o", 64, "11", documents=10, correct={"not among them": 1.0})
-    path = write_sweep(tmp_path / "results.jsonl", [*SWEEP, other])
-    (group,) = groups(read([str(path)]).rows)
-    found = {(each.row.policy, each.row.budget, each.against): each for each in comparisons(group)}
-    assert len(list(comparisons(group))) == len(found) == 2 + 2 * 4
-    each = found["knorm", 64, "random"]
-    # Of the first four documents random solves two more, and no other ever does.
-    assert (each.documents, each.difference) == (10, pytest.approx(-0.2))
-    assert each.p == binomtest(0, 2).pvalue
-    assert -0.6 <= each.low < -0.2 < each.high <= 0.0
-    assert found["h2o", 64, "full"].p == binomtest(0, 2).pvalue
-    (part,) = quality.comparison(group)
-    assert texts(part.tables[0], "difference, points")[0] == "-50.0"
+def test_policies_are_compared_on_the_documents_they_share(tmp_path: Path) -> None:
+    protected = {"protect_prompt": True, "recent": 4}
+    rows = [*SWEEP, result("h2o", 64, "0" * 10, options=protected)]
+    inputs = read([str(write_sweep(tmp_path / "results.jsonl", rows))])
+    (part,) = comparison(inputs.results)
+    (table,) = part.tables
+    names = ("policy", "budget", "against", "difference, points", "only this", "only the other")
+    found = list(zip(*(texts(table, name) for name in names), strict=True))
+    assert found == [
+        ("random", "64", "full", "-50.0", "0", "5"),
+        ("random", "128", "full", "-30.0", "0", "3"),
+        ("h2o", "64", "full", "-20.0", "0", "2"),
+        ("h2o", "128", "full", "-10.0", "0", "1"),
+        ("h2o", "64", "random", "+30.0", "3", "0"),
+        ("h2o", "128", "random", "+20.0", "2", "0"),
+        ("knorm", "64", "full", "-70.0", "0", "7"),
+        ("knorm", "128", "full", "-40.0", "0", "4"),
+        ("knorm", "64", "random", "-20.0", "0", "2"),
+        ("knorm", "128", "random", "-10.0", "0", "1"),
+        # With a protected prompt random did not run.
+        ("h2o", "64", "full", "-90.0", "0", "9"),
+    ]
+    assert texts(table, "p")[2] == f"{binomtest(0, 2).pvalue:.2g}"
+    assert part.text == ""
 
 
-def test_the_random_of_the_same_seed_is_compared_with(tmp_path: Path) -> None:
-    rows = [result("random", 64, "1100", seed=0), result("random", 64, "0000", seed=1)]
-    rows += [result("h2o", 64, "1111", seed=seed) for seed in (0, 1)]
-    (group,) = groups(read([str(write_sweep(tmp_path / "results.jsonl", rows))]).rows)
-    assert [each.difference for each in comparisons(group)] == [0.5, 1.0]
+def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
+    rows = [SWEEP[0], result("h2o", 64, "1", correct={"not among them": 1.0})]
+    inputs = read([str(write_sweep(tmp_path / "results.jsonl", rows))])
+    (part,) = comparison(inputs.results)
+    assert part.tables == []
+    assert "Not compared: sums, budget 64: the rows must have documents in common" in part.text
+    assert comparison([]) == comparison(inputs.results[:1]) == []
 
 
 def test_protected_prompts_have_figures_of_their_own() -> None:

@@ -1,63 +1,79 @@
-"""Two policies on the same documents."""
+"""Every policy of some sweeps beside the full cache and `random`, on the same documents."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.stats import binomtest, bootstrap
+from compressed_cache.report.parts import Part, told
+from compressed_cache.report.tables import Column, table
+from compressed_cache.results.comparison import Comparison, compare
+from compressed_cache.results.row import Option, Result
 
-from compressed_cache.report.rows import Row
+PROTECT = "protect_prompt"
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A row beside another on the documents they share."""
+class Beside:
+    """A policy with options of its own, and how it compares."""
 
-    row: Row
+    policy: str
+    options: dict[str, Option]
     against: str
-    documents: int
-    difference: float
-    """In accuracy."""
-    low: float
-    """Lower end of the 95% bootstrap interval over documents."""
-    high: float
-    p: float
-    """McNemar's exact test of no difference."""
+    found: Comparison
 
 
-def comparisons(rows: Sequence[Row]) -> Iterator[Comparison]:
-    """Each row against the full cache, and against `random` at the same setting.
+def comparison(results: Sequence[Result]) -> list[Part]:
+    """All that can be compared, and why the rest cannot."""
+    found: list[Beside] = []
+    refused: list[str] = []
+    of_setting: dict[tuple[str, str], list[Result]] = {}
+    for row in results:
+        setting = row.policy, json.dumps(row.options, sort_keys=True)
+        of_setting.setdefault(setting, []).append(row)
+    for (policy, _), own in of_setting.items():
+        options = own[0].options
+        for against, others in _others(policy, options, results).items():
+            try:
+                compared = compare([*own, *others], policy, against)
+            except ValueError as error:
+                refused.append(str(error))
+                continue
+            found += [Beside(policy, options, against, one) for one in compared]
+    title = "Policies beside full and random"
+    text = f"Not compared: {'; '.join(dict.fromkeys(refused))}" if refused else ""
+    tables = [table(title, _COLUMNS, found)] if found else []
+    return [Part(title, text, tables=tables)] if found or refused else []
 
-    Where two documents at least are shared: of one there is no interval.
-    """
-    for row in rows:
-        if row.is_full:
-            continue
-        others = {
-            "full": [other for other in rows if other.is_full],
-            "random": [r for r in rows if r.policy == "random" and r.setting == row.setting],
-        }
-        for against, candidates in others.items():
-            shared = [r for r in candidates if len(row.correct.keys() & r.correct.keys()) > 1]
-            if shared and row.policy != against:
-                # That of the same seed, if there is one.
-                other = max(shared, key=lambda other: other.seed == row.seed)
-                yield _compare(row, other, against)
+
+def _others(
+    policy: str, options: dict[str, Option], results: Sequence[Result]
+) -> dict[str, list[Result]]:
+    """Rows of the full cache, and of `random` with the prompt as protected, if there are any."""
+    if policy == "full":
+        return {}
+    found = {"full": [row for row in results if row.policy == "full"]}
+    if policy != "random":
+        found["random"] = [
+            row
+            for row in results
+            if row.policy == "random" and row.options.get(PROTECT) == options.get(PROTECT)
+        ]
+    return {name: rows for name, rows in found.items() if rows}
 
 
-def _compare(row: Row, other: Row, against: str) -> Comparison:
-    documents = sorted(row.correct.keys() & other.correct.keys())
-    differences = np.array([row.correct[each] - other.correct[each] for each in documents])
-    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    interval = bootstrap(
-        (differences,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return Comparison(
-        row=row,
-        against=against,
-        documents=len(documents),
-        difference=float(differences.mean()),
-        low=float(interval.low),
-        high=float(interval.high),
-        p=float(binomtest(better, better + worse).pvalue) if better + worse else 1.0,
-    )
+_COLUMNS: list[Column[Beside]] = [
+    Column("policy", lambda each: each.policy),
+    Column("task", lambda each: each.found.task),
+    Column("model", lambda each: each.found.model),
+    Column("budget", lambda each: each.found.budget, ",d"),
+    Column("against", lambda each: each.against),
+    Column("difference, points", lambda each: 100 * each.found.difference, "+.1f"),
+    Column("95% low", lambda each: 100 * each.found.difference_low, "+.1f"),
+    Column("95% high", lambda each: 100 * each.found.difference_high, "+.1f"),
+    Column("p", lambda each: each.found.p, ".2g"),
+    Column("only this", lambda each: each.found.better[0], ",d"),
+    Column("only the other", lambda each: each.found.better[1], ",d"),
+    Column("documents", lambda each: each.found.documents, ",d"),
+    Column("seeds", lambda each: each.found.seeds, "d"),
+    Column("options", lambda each: told(each.options)),
+]

@@ -15,6 +15,7 @@ from compressed_cache.report.benches import Bench
 from compressed_cache.report.rows import Row
 from compressed_cache.report.traces import Losses, Trace
 from compressed_cache.results import row as results
+from compressed_cache.results.row import Result
 
 FORMAT = 1
 EXPECTED = (
@@ -53,6 +54,8 @@ class Inputs:
 
     sources: list[Source] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    """Those of the rows that come from sweeps, with the score of each document."""
     benches: list[Bench] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
@@ -127,6 +130,7 @@ def _read_sweep(inputs: Inputs, path: Path, name: str) -> None:
     machine = _all(result.machine for result in found)
     versions = _all(result.versions for result in found)
     inputs.sources.append(Source(name, "sweep", machine, versions))
+    inputs.results += found
     inputs.rows += [rows.of_result(result, name) for result in found]
 
 

@@ -1,4 +1,4 @@
-"""What policies reach on tasks: accuracy, comparisons, tokens to answer."""
+"""What policies reach on tasks: accuracy and tokens to answer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
@@ -6,7 +6,6 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from compressed_cache.report import figures
-from compressed_cache.report.comparison import Comparison, comparisons
 from compressed_cache.report.figures import Series
 from compressed_cache.report.parts import Part, told
 from compressed_cache.report.rows import Row, series, to_random, with_prompt
@@ -53,26 +52,6 @@ def accuracy(group: Sequence[Row]) -> Part:
 
 def _points(difference: float | None) -> float | None:
     return None if difference is None else 100 * difference
-
-
-def comparison(group: Sequence[Row]) -> list[Part]:
-    """Rows beside those of others on the same documents, if any have scores of each."""
-    found = list(comparisons(group))
-    columns: list[Column[Comparison]] = [
-        Column("policy", lambda each: each.row.policy),
-        Column("budget", lambda each: each.row.budget, ",d"),
-        Column("prompt", lambda each: "kept" if each.row.protect_prompt else None),
-        Column("seed", lambda each: each.row.seed, "d"),
-        column("against"),
-        column("documents", form=",d"),
-        column("difference", "difference, points", "+.1f", 0.01),
-        column("low", "95% low", "+.1f", 0.01),
-        column("high", "95% high", "+.1f", 0.01),
-        column("p", form=".2g"),
-        Column("options", lambda each: told(each.row.options)),
-    ]
-    title = _name(group)
-    return [Part(title, tables=[table(title, columns, found)])] if found else []
 
 
 def tokens(group: Sequence[Row]) -> Part:

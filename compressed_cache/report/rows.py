@@ -11,7 +11,7 @@ _HARNESS = (
     *("task", "policy", "budget", "documents", "accuracy", "accuracy_low", "accuracy_high"),
     *("tokens", "truncated", "held_tokens", "cache_bytes"),
 )
-_RESULT = (*_HARNESS, "model", "seed", "evicted_tokens", "tokens_per_s", "correct")
+_RESULT = (*_HARNESS, "model", "seed", "evicted_tokens", "tokens_per_s")
 SHIPPED = "shipped model"
 
 
@@ -47,8 +47,6 @@ class Row:
     """Mean per reply."""
     tokens_per_s: float | None = None
     """Of all replies together."""
-    correct: dict[str, float] = field(default_factory=dict)
-    """Score of each document, by its id."""
 
     @property
     def is_full(self) -> bool:

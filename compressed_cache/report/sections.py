@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from compressed_cache.report import attention, costs, quality
+from compressed_cache.report.comparison import comparison
 from compressed_cache.report.inputs import Inputs
 from compressed_cache.report.parts import Part
 from compressed_cache.report.rows import groups, to_random
@@ -35,7 +36,7 @@ def sections(inputs: Inputs) -> list[Section]:
             "Paired comparison",
             "The same documents under two policies. The interval is a bootstrap over documents, p "
             "is McNemar's exact test, not corrected for the number of comparisons.",
-            [part for group in tasks for part in quality.comparison(group)],
+            comparison(inputs.results),
         ),
         Section(
             "tokens",
