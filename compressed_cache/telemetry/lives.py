@@ -49,7 +49,7 @@ class Lives:
         self._held = in_slots if layer.policy.evicts else known
         gone = known & ~self._held
         self._evicted.append((step, gone.nonzero().cpu()))
-        self._ends.append(layer.next_position.cpu())
+        self._ends.append(layer.next_position.to("cpu", copy=True))
         self._steps.append(step)
         if weights is None:
             return

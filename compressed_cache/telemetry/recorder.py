@@ -136,18 +136,14 @@ class Recorder(Watcher):
     def _metadata(self) -> dict[str, Any]:
         policy = self._cache.policy
         named = {} if self._model is None else {"model": self._model}
-        packages = {
-            "compressed_cache": compressed_cache,
-            "torch": torch,
-            "transformers": transformers,
-        }
+        packages = [compressed_cache, torch, transformers]
         return {
             "format": FORMAT,
             "policy": policy.label,
             "options": policy.options,
             "rules": asdict(self._cache.rules),
             **named,
-            "versions": {name: str(package.__version__) for name, package in packages.items()},
+            "versions": {package.__name__: str(package.__version__) for package in packages},
             "steps": self._step,
             "prompt_lengths": next(iter(self._lives.values())).prompt_lengths,
         }
