@@ -185,12 +185,12 @@ def test_measure_is_exact_with_any_cache(
         assert timing.cache_bytes == cache.nbytes
     else:
         assert timing.evicted_tokens == 0
-        tokens = PROMPT + NEW - (kind != "static")
         # Keys and values of two layers of two heads, in float32.
-        numbers = sum(
-            timing.cache_bytes == 2 * 2 * ROWS * 2 * tokens * 12 * 4 + more * 8 for more in (0, 2)
-        )
-        assert numbers == 1
+        token = 2 * 2 * 2 * model.config.head_dim * 4
+        if kind == "static":
+            assert timing.cache_bytes >= ROWS * (PROMPT + NEW) * token
+        else:
+            assert timing.cache_bytes == ROWS * (PROMPT + NEW - 1) * token
 
 
 def test_measure_adds_up_runs_and_counts_only_what_was_read(
@@ -209,7 +209,7 @@ def test_measure_adds_up_runs_and_counts_only_what_was_read(
     assert (timing.prefill_s, timing.decode_s, timing.step_s) == (11, 7, (2, 4, 1))
     assert (timing.tokens_in, timing.tokens_out) == (ROWS * (PROMPT + 5), ROWS * 5)
     assert timing.tokens_per_s == pytest.approx(ROWS * 3 / 7)
-    assert timing.evicted_tokens == second.evicted_tokens
+    assert timing.evicted_tokens == cache.evicted_tokens == PROMPT + 8 - BUDGET
     assert timing.cache_bytes == cache.nbytes
 
 
@@ -249,9 +249,9 @@ def test_a_step_compiles_once_under_measure(make_model: Callable[..., Any]) -> N
 
 
 def test_what_measure_cannot_time_is_refused(model: LlamaForCausalLM, ids: Tensor) -> None:
-    with pytest.raises(TypeError, match="model must be a transformers model .* got Linear"):
-        with measure(torch.nn.Linear(1, 1)):
-            pass
+    refused = pytest.raises(TypeError, match=r"model must be a transformers model .* got Linear")
+    with refused, measure(torch.nn.Linear(1, 1)):
+        pass
     with measure(model) as m:
         with pytest.raises(NotImplementedError, match="prompt_lookup_num_tokens must be left out"):
             _generate(model, ids[:1], None, prompt_lookup_num_tokens=3)

@@ -112,7 +112,7 @@ def _timed(
     if not given:
         # Else nobody but generate sees the cache it makes.
         kwargs["return_dict_in_generate"] = True
-    before = int(given[0].get_seq_length()) if given else 0
+    before, evicted = _counts(given[0]) if given else (0, 0)
     peaks.restart()
     marks = _Marks()
     own = kwargs.pop("logits_processor", None) or []
@@ -121,16 +121,23 @@ def _timed(
     sequences = result if isinstance(result, Tensor) else result.sequences
     prefill_s, *step_s = seconds_between(marks.marks, model.device)
     rows, prompt = len(sequences), marks.prompt_length
-    read = prompt if cache is None else int(cache.get_seq_length()) - before - len(step_s)
+    seen, evicted_now = _counts(cache) if cache is not None else (prompt + len(step_s), 0)
     timing = finished(
         cache,
         device=model.device,
         rows=rows,
         prefill_s=prefill_s,
         step_s=step_s,
-        tokens_in=rows * read,
+        # The rest were read as steps.
+        tokens_in=rows * (seen - before - len(step_s)),
         tokens_out=rows * (sequences.shape[1] - prompt),
+        evicted_tokens=evicted_now - evicted,
     )
     if not given and not asked:
         result = result.sequences
     return result, timing
+
+
+def _counts(cache: Any) -> tuple[int, int]:
+    """Tokens seen and evicted so far."""
+    return int(cache.get_seq_length()), getattr(cache, "evicted_tokens", 0)

@@ -67,6 +67,7 @@ class Timer(Watcher):
             rows=rows,
             tokens_in=rows * sum(call.tokens for call in self._calls if not call.is_step),
             tokens_out=rows * sum(call.is_step for call in self._calls),
+            evicted_tokens=cache.evicted_tokens,
             device=device,
         )
 

@@ -33,7 +33,7 @@ class Timing:
     tokens_per_s: float | None
     """Tokens of the steps in :attr:`step_s` in each second of these; None where there is none."""
     evicted_tokens: int
-    """``CompressedCache.evicted_tokens`` at the end; 0 of a cache that keeps everything."""
+    """By how much ``CompressedCache.evicted_tokens`` grew; 0 of a cache that keeps everything."""
     cache_bytes: int
     """Bytes of the cache on the device at the end."""
     peak_allocated_bytes: int | None
@@ -67,6 +67,7 @@ def finished(
     step_s: Sequence[float],
     tokens_in: int,
     tokens_out: int,
+    evicted_tokens: int,
 ) -> Timing:
     """All of it, with what is known of memory now.
 
@@ -78,6 +79,7 @@ def finished(
         step_s: see :class:`Timing`.
         tokens_in: see :class:`Timing`.
         tokens_out: see :class:`Timing`.
+        evicted_tokens: see :class:`Timing`.
     """
     decode_s = sum(step_s)
     peak = peaks(device)
@@ -87,7 +89,7 @@ def finished(
         tokens_in=tokens_in,
         tokens_out=tokens_out,
         tokens_per_s=rows * len(step_s) / decode_s if decode_s else None,
-        evicted_tokens=getattr(cache, "evicted_tokens", 0),
+        evicted_tokens=evicted_tokens,
         cache_bytes=_bytes(cache),
         peak_allocated_bytes=peak.allocated,
         peak_reserved_bytes=peak.reserved,
