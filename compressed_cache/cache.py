@@ -301,7 +301,7 @@ class CompressedCache(LinearLayers):
         # Some releases count on the device.
         self._drafts.take_back(self, -int(tokens_to_remove))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows become copies of the rows ``beam_idx`` ``[B]``, in place; beam search calls it."""
         self._tell("reorder_cache")
         super().reorder_cache(beam_idx)

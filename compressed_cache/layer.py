@@ -130,7 +130,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         )
         if not torch.compiler.is_compiling() and self.listener is not None:
             real = torch.ones(query.shape[::2], dtype=torch.bool, device=query.device)
-            self.listener(self, States(query.detach(), *(x.detach() for x in incoming), real))
+            key, value = incoming
+            states = States(query.detach(), key.detach(), value.detach(), real)
+            self.listener(self, states)
         return output.transpose(1, 2), None if weights is None else weights.flatten(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

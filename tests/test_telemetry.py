@@ -167,8 +167,9 @@ def test_measure_is_exact_with_any_cache(
 ) -> None:
     cache = CACHES[kind](model)
     plain = _generate(model, ids, CACHES[kind](model))
-    # The begin, and the logits of five tokens.
-    set_clock([10, 13, 14, 16, 20, 28])
+    # The begin, and the logits of five tokens; or of the prompt, of four steps, and the end.
+    prompt = [11] if kind == "compressed" else []
+    set_clock([10, *prompt, 13, 14, 16, 20, 28])
     with measure(model) as m:
         text = _generate(model, ids, cache)
     assert torch.equal(text, plain)
@@ -197,7 +198,7 @@ def test_measure_adds_up_runs_and_counts_only_what_was_read(
     model: LlamaForCausalLM, ids: Tensor, set_clock: SetClock
 ) -> None:
     cache = CompressedCache("h2o", BUDGET)
-    set_clock([0, 1, 3, 7, 1000, 1010, 1011])
+    set_clock([0, 0.5, 1, 3, 7, 1000, 1000.5, 1010, 1011])
     with measure(model) as m:
         text = _generate(model, ids, cache, max_new_tokens=3)
         _generate(model, torch.cat([text, ids[:, :4]], dim=1), cache, max_new_tokens=2)

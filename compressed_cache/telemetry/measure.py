@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from compressed_cache.cache import CompressedCache
 from compressed_cache.telemetry import peaks
 from compressed_cache.telemetry.marks import Mark, seconds_between
+from compressed_cache.telemetry.timer import Timer
 from compressed_cache.telemetry.timing import Timing, finished, total
 from compressed_cache.versions import CACHE
 
@@ -45,10 +47,12 @@ def measure(model: Any) -> Iterator[Measurement]:
             model.generate(**inputs, past_key_values=CompressedCache())
         m.timing.tokens_per_s
 
-    The moments are those at which the logits of a token are ready to be chosen from. So the first
-    is the end of the prompt, each step is choosing a token and reading it, and of ``n`` tokens
-    ``n - 1`` steps are seen, all of them whole. On CUDA they are noted in the stream and compared
-    when ``generate`` is through; no step waits for the device.
+    Of ``n`` tokens it sees ``n - 1`` steps, all of them whole. A :class:`CompressedCache` tells when
+    the model begins to read a token, so a step ends where the next one begins, and the last where
+    ``generate`` returns. No other cache tells, so there a step is from the logits of one token to
+    those of the next, noted by a logits processor that changes nothing: as long, a little earlier.
+    On CUDA these moments are noted in the stream and compared when ``generate`` is through; no step
+    waits for the device.
 
     On CUDA, PyTorch's own count of peak memory starts anew with each run.
 
@@ -86,12 +90,9 @@ class _Marks(LogitsProcessor):
     """Notes when there are logits, and leaves them as they are."""
 
     def __init__(self) -> None:
-        self.marks = [Mark()]
-        self.prompt_length = 0
+        self.marks: list[Mark] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if len(self.marks) == 1:
-            self.prompt_length = input_ids.shape[1]
         self.marks.append(Mark())
         return scores
 
@@ -105,23 +106,17 @@ def _timed(
             raise NotImplementedError(
                 f"{name} must be left out while measure is open: drafted tokens are no steps"
             )
-    given = [kwargs[name] for name in _NAMES if kwargs.get(name) is not None]
-    asked = kwargs.get("return_dict_in_generate")
-    if asked is None:
-        asked = bool(getattr(config, "return_dict_in_generate", False))
-    if not given:
-        # Else nobody but generate sees the cache it makes.
-        kwargs["return_dict_in_generate"] = True
-    before, evicted = _counts(given[0]) if given else (0, 0)
+    cache = next((kwargs[name] for name in _NAMES if kwargs.get(name) is not None), None)
+    before, evicted = _counts(cache)
     peaks.restart()
-    marks = _Marks()
-    own = kwargs.pop("logits_processor", None) or []
-    result = original(*args, logits_processor=LogitsProcessorList([*own, marks]), **kwargs)
-    cache = given[0] if given else getattr(result, CACHE, None)
-    sequences = result if isinstance(result, Tensor) else result.sequences
-    prefill_s, *step_s = seconds_between(marks.marks, model.device)
-    rows, prompt = len(sequences), marks.prompt_length
-    seen, evicted_now = _counts(cache) if cache is not None else (prompt + len(step_s), 0)
+    start = Mark()
+    run = _announced if isinstance(cache, CompressedCache) else _processed
+    result, cache, steps = run(original, cache, config, args, kwargs)
+    prefill_s, *step_s = seconds_between([start, *steps], model.device)
+    sequences: Any = getattr(result, "sequences", result)
+    seen, evicted_now = _counts(cache)
+    rows, length = sequences.shape
+    given = _prompt_length(args, kwargs)
     timing = finished(
         cache,
         device=model.device,
@@ -129,15 +124,55 @@ def _timed(
         prefill_s=prefill_s,
         step_s=step_s,
         # The rest were read as steps.
-        tokens_in=rows * (seen - before - len(step_s)),
-        tokens_out=rows * (sequences.shape[1] - prompt),
+        tokens_in=rows * (given if cache is None else seen - before - len(step_s)),
+        tokens_out=rows * (length - given),
         evicted_tokens=evicted_now - evicted,
     )
-    if not given and not asked:
-        result = result.sequences
     return result, timing
+
+
+def _announced(
+    original: Any, cache: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any, list[Mark]]:
+    """The result, the cache, and where each step began and the last ended."""
+    timer = Timer()
+    cache.watchers.append(timer)
+    try:
+        result = original(*args, **kwargs)
+    finally:
+        cache.watchers.remove(timer)
+    # The first call reads what it is given, be it one token.
+    return result, cache, [*(call.mark for call in timer.calls[1:] if call.is_step), Mark()]
+
+
+def _processed(
+    original: Any, cache: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any, list[Mark]]:
+    """The same with a cache that announces nothing, by the logits."""
+    marks = _Marks()
+    kwargs["logits_processor"] = LogitsProcessorList(
+        [*(kwargs.get("logits_processor") or []), marks]
+    )
+    if cache is not None:
+        return original(*args, **kwargs), cache, marks.marks
+    name = "return_dict_in_generate"
+    asked = kwargs.get(name)
+    if asked is None:
+        asked = getattr(config, name, False)
+    # Else nobody but generate sees the cache it makes.
+    result = original(*args, **kwargs | {name: True})
+    return result if asked else result.sequences, getattr(result, CACHE, None), marks.marks
+
+
+def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens of the prompt that are in the result too."""
+    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    # Of embeddings alone only what is new is returned.
+    return 0 if ids is None else ids.shape[1]
 
 
 def _counts(cache: Any) -> tuple[int, int]:
     """Tokens seen and evicted so far."""
+    if cache is None:
+        return 0, 0
     return int(cache.get_seq_length()), getattr(cache, "evicted_tokens", 0)

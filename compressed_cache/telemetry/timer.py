@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
+    """A call of the model that began."""
+
     mark: Mark
     tokens: int
     is_step: bool
@@ -22,18 +24,23 @@ class Timer(Watcher):
 
     A call is over when the next begins. So nothing is known of how long the last one took, nor of
     the last step before a further prompt, which somebody may have waited to write.
+
+    Attributes:
+        calls: all so far.
     """
 
     def __init__(self) -> None:
         self._forget()
 
     def call_begins(self, cache: "CompressedCache", tokens: int) -> None:
-        if not self._calls:
+        """Notes the moment."""
+        if not self.calls:
             peaks.restart()
         if self._progress.begins(cache, tokens):
-            self._calls.append(_Call(Mark(), tokens, cache.takes_step(tokens)))
+            self.calls.append(Call(Mark(), tokens, cache.takes_step(tokens)))
 
     def rearranged(self, cache: "CompressedCache", what: str) -> None:
+        """Begins anew with another text."""
         if what == "activate_past_recording":
             raise NotImplementedError(
                 "telemetry cannot tell drafted tokens from steps. Generate without assisted "
@@ -45,7 +52,7 @@ class Timer(Watcher):
     def timing(self, cache: "CompressedCache") -> Timing:
         """See :meth:`CompressedCache.timing`."""
         first = cache.compressed_layer
-        if first is None or not any(call.is_step for call in self._calls):
+        if first is None or not any(call.is_step for call in self.calls):
             raise ValueError(
                 "timing must be asked for after a decode step, got a cache that has read "
                 f"{cache.get_seq_length()} tokens and taken none. Where only a prompt is read, use "
@@ -54,8 +61,8 @@ class Timer(Watcher):
         self._progress.check(cache)
         device, rows = first.keys.device, first.keys.shape[0]
         prefill_s, step_s = 0.0, []
-        seconds = seconds_between([call.mark for call in self._calls], device)
-        for call, after, passed in zip(self._calls, self._calls[1:], seconds, strict=False):
+        seconds = seconds_between([call.mark for call in self.calls], device)
+        for call, after, passed in zip(self.calls, self.calls[1:], seconds, strict=False):
             if not call.is_step:
                 prefill_s += passed
             elif after.is_step:
@@ -65,12 +72,12 @@ class Timer(Watcher):
             prefill_s=prefill_s,
             step_s=step_s,
             rows=rows,
-            tokens_in=rows * sum(call.tokens for call in self._calls if not call.is_step),
-            tokens_out=rows * sum(call.is_step for call in self._calls),
+            tokens_in=rows * sum(call.tokens for call in self.calls if not call.is_step),
+            tokens_out=rows * sum(call.is_step for call in self.calls),
             evicted_tokens=cache.evicted_tokens,
             device=device,
         )
 
     def _forget(self) -> None:
         self._progress = Progress()
-        self._calls: list[_Call] = []
+        self.calls: list[Call] = []
