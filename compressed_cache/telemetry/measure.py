@@ -47,8 +47,8 @@ def measure(model: Any) -> Iterator[Measurement]:
             model.generate(**inputs, past_key_values=CompressedCache())
         m.timing.tokens_per_s
 
-    Of ``n`` tokens it sees ``n - 1`` steps, all of them whole. A :class:`CompressedCache` tells when
-    the model begins to read a token, so a step ends where the next one begins, and the last where
+    Of ``n`` tokens it sees ``n - 1`` steps, all of them whole. A :class:`CompressedCache` tells
+    when the model begins to read a token, so a step ends where the next one begins, and the last where
     ``generate`` returns. No other cache tells, so there a step is from the logits of one token to
     those of the next, noted by a logits processor that changes nothing: as long, a little earlier.
     On CUDA these moments are noted in the stream and compared when ``generate`` is through; no step
@@ -110,8 +110,10 @@ def _timed(
     before, evicted = _counts(cache)
     peaks.restart()
     start = Mark()
-    run = _announced if isinstance(cache, CompressedCache) else _processed
-    result, cache, steps = run(original, cache, config, args, kwargs)
+    if isinstance(cache, CompressedCache):
+        result, steps = _announced(original, cache, args, kwargs)
+    else:
+        result, cache, steps = _processed(original, cache, config, args, kwargs)
     prefill_s, *step_s = seconds_between([start, *steps], model.device)
     sequences: Any = getattr(result, "sequences", result)
     seen, evicted_now = _counts(cache)
@@ -132,9 +134,9 @@ def _timed(
 
 
 def _announced(
-    original: Any, cache: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Any, list[Mark]]:
-    """The result, the cache, and where each step began and the last ended."""
+    original: Any, cache: CompressedCache, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, list[Mark]]:
+    """The result, and where each step began and the last ended."""
     timer = Timer()
     cache.watchers.append(timer)
     try:
@@ -142,17 +144,16 @@ def _announced(
     finally:
         cache.watchers.remove(timer)
     # The first call reads what it is given, be it one token.
-    return result, cache, [*(call.mark for call in timer.calls[1:] if call.is_step), Mark()]
+    return result, [*(call.mark for call in timer.calls[1:] if call.is_step), Mark()]
 
 
 def _processed(
     original: Any, cache: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Any, list[Mark]]:
-    """The same with a cache that announces nothing, by the logits."""
+    """The result, the cache, and when there were the logits of each token."""
     marks = _Marks()
-    kwargs["logits_processor"] = LogitsProcessorList(
-        [*(kwargs.get("logits_processor") or []), marks]
-    )
+    own = kwargs.get("logits_processor") or []
+    kwargs["logits_processor"] = LogitsProcessorList([*own, marks])
     if cache is not None:
         return original(*args, **kwargs), cache, marks.marks
     name = "return_dict_in_generate"
