@@ -48,11 +48,11 @@ def measure(model: Any) -> Iterator[Measurement]:
         m.timing.tokens_per_s
 
     Of ``n`` tokens it sees ``n - 1`` steps, all of them whole. A :class:`CompressedCache` tells
-    when the model begins to read a token, so a step ends where the next one begins, and the last where
-    ``generate`` returns. No other cache tells, so there a step is from the logits of one token to
-    those of the next, noted by a logits processor that changes nothing: as long, a little earlier.
-    On CUDA these moments are noted in the stream and compared when ``generate`` is through; no step
-    waits for the device.
+    when the model begins to read a token, so a step ends where the next one begins, and the last
+    where ``generate`` returns. No other cache tells, so there a step is from the logits of one
+    token to those of the next, noted by a logits processor that changes nothing. On CUDA these
+    moments are noted in the stream and compared when ``generate`` is through; no step waits for
+    the device.
 
     On CUDA, PyTorch's own count of peak memory starts anew with each run.
 
