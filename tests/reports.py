@@ -75,17 +75,17 @@ def evictions(*, layers: int = 4, heads: int = 2) -> dict[str, np.ndarray]:
 
 def losses(*, layers: int = 4, heads: int = 2) -> dict[str, np.ndarray]:
     rows = [
-        (0, step, layer, head, (step + head) / 20 / (layer + 1))
+        (0, step, layer, head, (step + head) / 20 / (layer + 1), 0.01)
         for step in range(1, STEPS + 1)
         for layer in range(layers)
         for head in range(heads)
     ]
-    names = ("row", "step", "layer", "head", "lost")
+    names = ("row", "step", "layer", "head", "lost", "dropped")
     return dict(zip(names, map(np.array, zip(*rows, strict=True)), strict=True))
 
 
 def write_parquet(path: Path, columns: dict[str, np.ndarray], **about: Any) -> Path:
-    kinds = {"attention": np.float32, "lost": np.float32}
+    kinds = dict.fromkeys(("attention", "lost", "dropped"), np.float32)
     table = pa.table({k: v.astype(kinds.get(k, np.int32)) for k, v in columns.items()})
     told = {"format": "1", "policy": "h2o", "model": "some/model", "steps": STEPS} | about
     pq.write_table(table.replace_schema_metadata({"compressed_cache": json.dumps(told)}), path)

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from scipy.stats import binomtest
+from transformers import LlamaForCausalLM
 
+from compressed_cache import CompressedCache
 from compressed_cache.__main__ import main
 from compressed_cache.report import attention, costs, figures, quality
 from compressed_cache.report.benches import Bench
@@ -25,6 +27,8 @@ from compressed_cache.report.sections import sections
 from compressed_cache.report.svg import Picture
 from compressed_cache.report.tables import MISSING, Table
 from compressed_cache.report.traces import POSITIONS, Head, Losses
+from compressed_cache.telemetry import Recorder, measure
+from tests.conftest import distinct_tokens
 from tests.reports import (
     PROMPT,
     RECORDED,
@@ -99,6 +103,23 @@ def test_each_kind_of_file_has_its_sections(tmp_path: Path) -> None:
     for path, expected in kinds.items():
         found = sections(read([str(path)]))
         assert [section.name for section in found] == expected, path.name
+
+
+def test_what_was_recorded_of_a_run_is_read(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    ids = distinct_tokens(1, 20)
+    cache = CompressedCache("h2o", 8)
+    recorder = Recorder(cache, shadow=True)
+    with measure(model) as measured:
+        model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    recorder.trace().write(tmp_path / "run.parquet")
+    measured.timing.write_json(tmp_path / "run.json")
+    names = ("run.parquet", "run.losses.parquet", "run.json")
+    found = read(str(tmp_path / name) for name in names)
+    kinds = [source.kind for source in found.sources]
+    assert kinds == ["eviction trace", "losses of attention", "timing"]
+    assert [head.held for head in found.traces[0].heads] == [8] * 4
+    assert found.losses[0].steps == 11
+    assert found.timings[0].document["tokens_out"] == 12
 
 
 def test_the_catalogue_and_the_folder_of_a_sweep_are_read_too(tmp_path: Path) -> None:

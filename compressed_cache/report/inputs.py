@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 import pyarrow.parquet as pq
 from pyarrow import ArrowInvalid
 
+from compressed_cache import telemetry
 from compressed_cache.report import rows, traces
 from compressed_cache.report.benches import Bench
 from compressed_cache.report.rows import Row
 from compressed_cache.report.traces import Losses, Trace
 from compressed_cache.results import row as results
 from compressed_cache.results.row import Result
+from compressed_cache.telemetry.trace import KEY, LOSSES, TOKENS
 
 FORMAT = 1
 EXPECTED = (
@@ -25,9 +27,7 @@ EXPECTED = (
 _DEMO = {"versions", "machine", "problems", "rows"}
 _HARNESS = {"versions", "machine", "batch_size", "rows"}
 _BENCH = {"hardware", "device", "tables"}
-_TIMING = {"prefill_s", "decode_s", "step_s", "tokens_in", "tokens_out"}
-_TRACE = {"row", "layer", "head", "position", "inserted", "evicted", "attention"}
-_LOSSES = {"row", "step", "layer", "head", "lost"}
+_TIMING = {field.name for field in fields(telemetry.Timing)}
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,15 @@ def _read_parquet(inputs: Inputs, path: Path, name: str, layers: list[int] | Non
         schema = pq.read_schema(path)
     except ArrowInvalid as error:
         raise ValueError(f"{path} must be a whole Parquet file, got: {error}") from None
-    about = json.loads((schema.metadata or {}).get(b"compressed_cache", b"{}"))
+    about = json.loads((schema.metadata or {}).get(KEY, b"{}"))
     columns = set(schema.names)
-    if not about or not (columns >= _TRACE or columns >= _LOSSES):
+    if not about or not (columns >= TOKENS.keys() or columns >= LOSSES.keys()):
         raise _unexpected(path, f"Parquet with {', '.join(map(repr, schema.names))}")
     _check_format(path, about.get("format", FORMAT))
     told = {key: value for key, value in about.items() if key not in ("format", "versions")}
-    kind = "eviction trace" if columns >= _TRACE else "losses of attention"
+    kind = "eviction trace" if columns >= TOKENS.keys() else "losses of attention"
     inputs.sources.append(Source(name, kind, told, about.get("versions", {})))
-    if columns >= _TRACE:
+    if columns >= TOKENS.keys():
         inputs.traces.append(traces.read_trace(str(path), name, about, layers))
     elif losses := traces.read_losses(str(path), name, about):
         inputs.losses.append(losses)
