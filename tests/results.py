@@ -1,0 +1,32 @@
+"""Made-up rows of results."""
+
+from typing import Any
+
+from compressed_cache.results.row import Result
+
+
+def make_result(**changes: Any) -> Result:
+    """A row of h2o at 64 slots."""
+    values: dict[str, Any] = dict(
+        model="shipped",
+        task="reasoning_shipped_easy",
+        policy="h2o",
+        options={"interval": 1, "sinks": 0, "recent": 32, "protect_prompt": False},
+        budget=64,
+        seed=0,
+        documents=2,
+        accuracy=0.5,
+        accuracy_low=0.1,
+        accuracy_high=0.9,
+        tokens=40.0,
+        truncated=0.0,
+        evicted_tokens=15.0,
+        held_tokens=64.0,
+        cache_bytes=137440.0,
+        tokens_per_s=100.0,
+        seconds=2.0,
+        correct={"0-aa": 1.0, "1-bb": 0.0},
+        versions={"python": "3.11"},
+        machine={"device": "cpu", "threads": 1},
+    )
+    return Result(**values | changes)

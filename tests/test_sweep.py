@@ -1,0 +1,351 @@
+"""Sweeps: the plan, the folder, and what is refused before anything runs."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressed_cache.__main__ import main
+from compressed_cache.results.row import FILE, Result, read
+from compressed_cache.sweep import estimate, tasks
+from compressed_cache.sweep.folder import RESULT, Folder, write_error
+from compressed_cache.sweep.plan import Cell, Plan
+from tests.results import make_result
+
+EASY = "reasoning_shipped_easy"
+PLAN = Plan(model="shipped", tasks=[EASY], policies=["full", "h2o"], budgets=[64, 80], seeds=2)
+
+
+def arguments(out: Path, **changes: str | None) -> list[str]:
+    """A small sweep as typed; None leaves an option out."""
+    options: dict[str, str | None] = {
+        "model": "shipped",
+        "tasks": EASY,
+        "policies": "full,h2o",
+        "budgets": "64,80",
+        "limit": "2",
+        "gen-kwargs": "max_gen_toks=30",
+        "out": str(out),
+    }
+    given = options | {name.replace("_", "-"): value for name, value in changes.items()}
+    return ["sweep", *(f"--{name}={value}" for name, value in given.items() if value is not None)]
+
+
+def row_of(cell: Cell, **changes: Any) -> Result:
+    return make_result(
+        task=cell.task, policy=cell.policy, budget=cell.budget, seed=cell.seed, **changes
+    )
+
+
+def finish(folder: Folder, cell: Cell, result: Result | None = None) -> None:
+    """Publishes a cell, with an error unless there is a result."""
+    partial = folder.begin(cell)
+    if result is None:
+        write_error(partial, "OSError: no")
+    else:
+        (partial / RESULT).write_text(result.to_json() + "\n")
+    folder.publish(cell, partial)
+
+
+def test_full_runs_once_per_task_and_seed_and_all_cells_have_names_of_their_own() -> None:
+    plan = replace(PLAN, tasks=["a", "b"], policies=["full", "snapkv/h2o+caote", "snapkv"])
+    cells = plan.cells()
+    assert len(cells) == 2 * 2 * (1 + 2 * 2)
+    assert {cell.budget for cell in cells if cell.policy == "full"} == {None}
+    names = [cell.name for cell in cells]
+    assert names[:2] == ["a.full.0", "a.snapkv-h2o+caote.64.0"]
+    assert len(set(names)) == len(names)
+    assert not any("/" in name for name in names)
+
+
+def test_the_seed_of_a_cell_is_that_of_a_policy_which_draws() -> None:
+    plan = replace(PLAN, policies=["random", "h2o"], budgets=[64])
+    assert [dict(cell.options) for cell in plan.cells()] == [{"seed": 0}, {}, {"seed": 1}, {}]
+    assert plan.repeating() == ["h2o"]
+    given = replace(plan, options={"random": {"seed": 7}})
+    assert [dict(cell.options) for cell in given.cells()] == [{"seed": 7}, {}] * 2
+    assert given.repeating() == ["random", "h2o"]
+    assert replace(plan, gen_kwargs={"do_sample": True}).repeating() == []
+
+
+def test_options_are_for_all_but_full_or_for_one() -> None:
+    plan = replace(PLAN, seeds=1, policies=["full", "h2o", "snapkv"], budgets=[64])
+    plan = replace(plan, options={"": {"interval": 8}, "snapkv": {"interval": 4, "window": 9}})
+    assert [dict(cell.options) for cell in plan.cells()] == [
+        {},
+        {"interval": 8},
+        {"interval": 4, "window": 9},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["reasoning_shipped"], [EASY, "reasoning_shipped_long"]),
+        ([EASY, "reasoning_shipped", EASY], [EASY, "reasoning_shipped_long"]),
+        (["reasoning_reading"], ["reasoning_drop", "reasoning_reclor"]),
+    ],
+)
+def test_groups_and_tags_are_taken_apart(names: list[str], found: list[str]) -> None:
+    assert tasks.expanded(names) == (found, [])
+    assert len(tasks.expanded(["reasoning"])[0]) == 11
+
+
+def test_the_size_of_a_task_counts_its_limit_and_repeats() -> None:
+    assert tasks.sizes(PLAN) == ({EASY: tasks.Size(100, 100 * 400)}, [])
+    changed = replace(PLAN, limit=3, gen_kwargs={"max_gen_toks": 7}, metadata={"repeats": 2})
+    assert tasks.sizes(changed) == ({EASY: tasks.Size(3, 3 * 2 * 7)}, [])
+
+
+WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
+    "many names at once": (
+        {"tasks": f"reasoning_gsm8,{EASY}", "policies": "h2o,snapvk,full"},
+        [
+            r"--tasks: unknown task 'reasoning_gsm8', .* Did you mean 'reasoning_gsm8k'",
+            r"--policies: unknown policy 'snapvk', .* Did you mean 'snapkv'",
+        ],
+    ),
+    "options and budgets at once": (
+        {"policies": "h2o,snapkv", "policy_args": "windw=4", "budgets": "4"},
+        [r"h2o at 4: unknown option 'windw'", r"snapkv at 4: .*'windw'.* Did you mean 'window'"],
+    ),
+    "budgets too small": (
+        {"policies": "h2o,tova", "policy_args": "sinks=70", "budgets": "64,80"},
+        [r"h2o at 64: budget must be at least .* got 64", r"tova at 64: budget must be"],
+    ),
+    "a policy that is not swept": (
+        {"policy_args": "tova:sinks=1"},
+        [r"--policy-args: 'tova' not among --policies 'full', 'h2o'"],
+    ),
+    "no budgets": ({"budgets": None}, [r"--budgets must be given"]),
+    "no model": ({"model": "/nowhere/at/all"}, [r"--model /nowhere/at/all: "]),
+    "no data": (
+        {"tasks": "reasoning_gsm8k", "metadata": '{"data_dir": "/nowhere"}'},
+        [r"--tasks: no local rows at /nowhere/gsm8k.jsonl"],
+    ),
+    "no JSON": ({"metadata": "{"}, [r"--metadata must be a JSON object, got '\{'"]),
+    "no pair": ({"gen_kwargs": "sample"}, [r"--gen-kwargs must be NAME=VALUE .* got 'sample'"]),
+    "arguments of its own": (
+        {"model_args": "kv_budget=3,max_length=9"},
+        [r"--model-args must not have kv_budget"],
+    ),
+    "no seeds": ({"seeds": "0"}, [r"--seeds must be >= 1, got 0"]),
+    "no limit": ({"limit": "-1"}, [r"--limit must be >= 1, got -1"]),
+    "a share of no cluster": ({"gpus_per_cell": "0.5"}, [r"--gpus-per-cell must come with --ray"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "messages"), WRONG.values(), ids=WRONG.keys())
+def test_all_that_is_wrong_is_said_before_anything_runs(
+    changes: dict[str, str | None],
+    messages: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "sweep"
+    assert main(arguments(out, **changes)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(messages)
+    for line, message in zip(lines, messages, strict=True):
+        pytest.raises(ValueError, _raise, line).match(message)
+    assert not out.exists()
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments(tmp_path / "sweep", seeds="3"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"| {EASY} | full | - | 3 | 3 | 0 | 0 |" in printed
+    assert f"| {EASY} | h2o | 64,80 | 3 | 6 | 0 | 0 |" in printed
+    assert "to do: 9 of 9 cells, 18 documents, at most 540 generated tokens" in printed
+    assert "time: not known before a cell is done" in printed
+    assert "seeds after the first repeat the rows of full, h2o" in printed
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_estimate_goes_by_cells_of_the_task_and_else_by_tokens() -> None:
+    plan = replace(PLAN, tasks=["a", "b"], policies=["h2o"], seeds=1)
+    sizes = {"a": tasks.Size(10, 1000), "b": tasks.Size(5, 3000)}
+    first, second, *others = plan.cells()
+    outcomes: dict[str, Result | str | None] = {cell.name: None for cell in plan.cells()}
+    assert estimate.seconds([second, *others], outcomes, sizes) is None
+    outcomes[first.name] = row_of(first, seconds=50.0)
+    assert estimate.seconds([second, *others], outcomes, sizes) == 50 + 2 * 150
+    page = estimate.page(plan, [second, *others], outcomes, sizes, processes=2)
+    assert "to do: 3 of 4 cells, 20 documents, at most 7,000 generated tokens" in page
+    assert "about 2 min 55 s with 2 processes" in page
+
+
+def test_a_folder_remembers_what_is_done(tmp_path: Path) -> None:
+    folder, (first, second, third, *_) = Folder(tmp_path), PLAN.cells()
+    with folder.open(PLAN):
+        finish(folder, first, row_of(first))
+        finish(folder, second)
+        folder.begin(third)
+    assert folder.outcome(first) == row_of(first)
+    assert folder.outcome(second) == "OSError: no"
+    assert folder.outcome(third) is None
+    assert read(tmp_path) == [row_of(first)]
+    with folder.open(PLAN):
+        folder.forget(second)
+        finish(folder, second, row_of(second))
+    assert sorted(path.name for path in folder.cells.iterdir()) == [first.name, second.name]
+    assert read(tmp_path) == [row_of(first), row_of(second)]
+
+
+def _half(lines: list[str]) -> str:
+    return lines[1] + "\n" + lines[0][:300]
+
+
+MOMENTS: dict[str, Callable[[list[str]], str]] = {
+    "before the row was appended": lambda lines: lines[1] + "\n",
+    "while it was": _half,
+    "before the end of its line": lambda lines: lines[1] + "\n" + lines[0],
+    "before there were rows": lambda lines: "",
+}
+
+
+@pytest.mark.parametrize("left", MOMENTS.values(), ids=MOMENTS.keys())
+def test_rows_are_whole_again_whenever_a_sweep_was_killed(
+    left: Callable[[list[str]], str], tmp_path: Path
+) -> None:
+    folder, (first, second, *_) = Folder(tmp_path), PLAN.cells()
+    with folder.open(PLAN):
+        for cell in (second, first):
+            finish(folder, cell, row_of(cell))
+    path = tmp_path / FILE
+    lines = [row_of(cell).to_json() for cell in (first, second)]
+    path.write_text(left(lines))
+    with folder.open(PLAN):
+        pass
+    assert sorted(path.read_text().splitlines()) == sorted(lines)
+    # What was there stays in front, and nothing is written without need.
+    if left(lines):
+        assert path.read_text().startswith(lines[1])
+    before = path.stat().st_mtime_ns
+    with folder.open(PLAN):
+        pass
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_cell_whose_folder_is_gone_is_to_do_again(tmp_path: Path) -> None:
+    folder, (first, second, *_) = Folder(tmp_path), PLAN.cells()
+    with folder.open(PLAN):
+        for cell in (first, second):
+            finish(folder, cell, row_of(cell))
+    folder.forget(first)
+    with folder.open(PLAN):
+        assert read(tmp_path) == [row_of(second)]
+
+
+def _spoil(name: str, text: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return spoil
+
+
+NEWER = make_result().to_json().replace('"format": 1', '"format": 2')
+CELL = f"cells/{PLAN.cells()[0].name}/{RESULT}"
+SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a plan of a newer version": (
+        _spoil("sweep.json", '{"format": 2}'),
+        r"sweep\.json: format must be 1, got 2\. .*: update, or use another --out",
+    ),
+    "no plan": (_spoil("sweep.json", "[]"), r"sweep\.json is no plan of a sweep"),
+    "rows of a newer version": (_spoil(FILE, NEWER + "\n"), r"line 1: format must be 1, got 2"),
+    "rows of something else": (_spoil(FILE, "my notes"), r"results\.jsonl, line 1: .*half of one"),
+    "half a result": (_spoil(CELL, NEWER[:90]), rf"{RESULT}: .*Remove .* to run this cell again"),
+    "no result": (lambda folder: (folder / CELL).unlink(), r"Remove .* to run this cell again"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILT.values(), ids=SPOILT.keys())
+def test_files_that_are_not_its_own_are_named_and_left_alone(
+    spoil: Callable[[Path], None],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = replace(PLAN, seeds=1, limit=2, gen_kwargs={"max_gen_toks": 30})
+    folder, (first, *_) = Folder(tmp_path), plan.cells()
+    with folder.open(plan):
+        finish(folder, first, row_of(first))
+    spoil(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json*")}
+    assert main(arguments(tmp_path)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    pytest.raises(ValueError, _raise, line).match(message)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json*")} == before
+
+
+def test_a_folder_of_another_plan_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Folder(tmp_path).open(replace(PLAN, seeds=1, limit=3)):
+        pass
+    for arguments_ in (arguments(tmp_path), [*arguments(tmp_path), "--dry-run"]):
+        assert main(arguments_) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "holds another plan: " in line
+        assert "limit 3 there, 2 here; gen_kwargs {} there, {'max_gen_toks': 30} here" in line
+    assert json.loads((tmp_path / "sweep.json").read_text())["limit"] == 3
+
+
+def test_two_sweeps_at_once_in_one_folder_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Folder(tmp_path).open(PLAN):
+        assert main(arguments(tmp_path)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"another sweep is at work in {tmp_path}" in line
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(arguments(tmp_path / "file" / "sweep")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"--out {tmp_path}/file/sweep: ")
+    assert "Not a directory" in line
+
+
+@pytest.mark.slow
+def test_a_bad_cell_is_recorded_with_its_error_and_the_rest_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The prompts of the longer problems leave no room.
+    short = arguments(tmp_path, tasks="reasoning_shipped_long," + EASY, policies="full")
+    short.append("--model-args=max_length=100")
+    assert main(short) == 1
+    captured = capsys.readouterr()
+    (row,) = read(tmp_path)
+    assert (row.task, row.model, row.documents) == (EASY, "shipped", 2)
+    assert (row.tokens, row.truncated, row.evicted_tokens) == (30, 1, 0)
+    assert row.tokens_per_s > 0 and row.cache_bytes > 0 and row.machine["threads"]
+    assert "1 of 2 cells failed" in captured.err
+    assert "reasoning_shipped_long.full.0: failed, ValueError: " in captured.out
+    failed = tmp_path / "cells" / "reasoning_shipped_long.full.0"
+    assert "the prompt of document 0 has" in json.loads((failed / "error.json").read_text())["error"]
+    assert "Traceback" in (failed / "log.txt").read_text()
+    samples = (tmp_path / "cells" / f"{EASY}.full.0" / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 2 and "resps" in json.loads(samples[0])
+    # A recorded error is not tried again unless asked for.
+    before = os.stat(failed).st_mtime_ns
+    started = time.time()
+    assert main(short) == 1
+    assert os.stat(failed).st_mtime_ns == before
+    assert main([*short, "--retry-failed", "--dry-run"]) == 0
+    assert "to do: 1 of 2 cells" in capsys.readouterr().out
+    assert os.stat(failed).st_mtime < started
