@@ -1,8 +1,7 @@
 """Sweeps: the plan, the folder, and what is refused before anything runs."""
 
 import json
-import os
-import time
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -152,12 +151,8 @@ def test_all_that_is_wrong_is_said_before_anything_runs(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(messages)
     for line, message in zip(lines, messages, strict=True):
-        pytest.raises(ValueError, _raise, line).match(message)
+        assert re.search(message, line), line
     assert not out.exists()
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(
@@ -285,7 +280,7 @@ def test_files_that_are_not_its_own_are_named_and_left_alone(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json*")}
     assert main(arguments(tmp_path)) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    pytest.raises(ValueError, _raise, line).match(message)
+    assert re.search(message, line), line
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.json*")} == before
 
 
@@ -325,27 +320,34 @@ def test_a_folder_that_cannot_be_written_is_refused(
 def test_a_bad_cell_is_recorded_with_its_error_and_the_rest_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The prompts of the longer problems leave no room.
-    short = arguments(tmp_path, tasks="reasoning_shipped_long," + EASY, policies="full")
-    short.append("--model-args=max_length=100")
-    assert main(short) == 1
+    # Its prompt leaves no room, which only a look at the tokens tells.
+    row = {"question": "tax 9 goods 6 fig 6p 3 " * 40, "answer": "#### 5"}
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps(row))
+    typed = arguments(
+        tmp_path / "sweep",
+        tasks=f"reasoning_gsm8k,{EASY}",
+        policies="full",
+        model_args="max_length=200",
+        metadata=json.dumps({"data_dir": str(tmp_path)}),
+    )
+    assert main(typed) == 1
     captured = capsys.readouterr()
-    (row,) = read(tmp_path)
-    assert (row.task, row.model, row.documents) == (EASY, "shipped", 2)
-    assert (row.tokens, row.truncated, row.evicted_tokens) == (30, 1, 0)
-    assert row.tokens_per_s > 0 and row.cache_bytes > 0 and row.machine["threads"]
+    (found,) = read(tmp_path / "sweep")
+    assert (found.task, found.model, found.documents) == (EASY, "shipped", 2)
+    assert (found.tokens, found.truncated, found.evicted_tokens) == (30, 1, 0)
+    assert found.tokens_per_s > 0 and found.cache_bytes > 0 and found.machine["threads"]
     assert "1 of 2 cells failed" in captured.err
-    assert "reasoning_shipped_long.full.0: failed, ValueError: " in captured.out
-    failed = tmp_path / "cells" / "reasoning_shipped_long.full.0"
-    assert "the prompt of document 0 has" in json.loads((failed / "error.json").read_text())["error"]
+    assert "reasoning_gsm8k.full.0: failed, ValueError: " in captured.out
+    failed = tmp_path / "sweep" / "cells" / "reasoning_gsm8k.full.0"
+    error = json.loads((failed / "error.json").read_text())["error"]
+    assert "the prompt of document 0 has" in error
     assert "Traceback" in (failed / "log.txt").read_text()
-    samples = (tmp_path / "cells" / f"{EASY}.full.0" / "samples.jsonl").read_text().splitlines()
+    samples = (failed.parent / f"{EASY}.full.0" / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 2 and "resps" in json.loads(samples[0])
     # A recorded error is not tried again unless asked for.
-    before = os.stat(failed).st_mtime_ns
-    started = time.time()
-    assert main(short) == 1
-    assert os.stat(failed).st_mtime_ns == before
-    assert main([*short, "--retry-failed", "--dry-run"]) == 0
+    before = failed.stat().st_mtime_ns
+    assert main(typed) == 1
+    assert failed.stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert main([*typed, "--retry-failed", "--dry-run"]) == 0
     assert "to do: 1 of 2 cells" in capsys.readouterr().out
-    assert os.stat(failed).st_mtime < started

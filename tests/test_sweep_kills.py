@@ -1,0 +1,176 @@
+"""Sweeps whose processes and machines are killed for real."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from compressed_cache.results.row import FILE, Result, read
+from compressed_cache.sweep.cell import take
+from compressed_cache.sweep.folder import RESULT, Folder
+from compressed_cache.sweep.plan import Plan
+
+PLAN = Plan(
+    model="shipped",
+    tasks=["reasoning_shipped_easy"],
+    policies=["full", "h2o"],
+    budgets=[64, 80],
+    seeds=1,
+    limit=2,
+    gen_kwargs={"max_gen_toks": 30},
+)
+NAMES = [cell.name for cell in PLAN.cells()]
+ROOT = Path(__file__).parent.parent
+PATIENCE = 180
+
+
+@contextmanager
+def started(out: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """The command for :data:`PLAN` in a process group of its own, which ends with the block."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "compressed_cache", "sweep", "--model=shipped"),
+            *(f"--tasks={PLAN.tasks[0]}", "--policies=full,h2o", "--budgets=64,80"),
+            *("--limit=2", "--gen-kwargs=max_gen_toks=30", f"--out={out}", *more),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def finished(out: Path, *more: str) -> str:
+    """Runs the command to its end and returns what it said on stdout."""
+    with started(out, *more) as process:
+        said, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, errors
+        return said
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """What the condition gives, once it is true."""
+    end = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def num_rows(out: Path) -> int:
+    return (out / FILE).read_bytes().count(b"\n") if (out / FILE).exists() else 0
+
+
+def essence(rows: list[Result]) -> dict[Any, Any]:
+    """What must not depend on when, where and how often a sweep was killed."""
+    return {
+        (row.policy, row.budget): (row.accuracy, row.correct, row.tokens, row.evicted_tokens)
+        for row in rows
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """The rows of all cells, each run in this process."""
+    rows = []
+    for cell in PLAN.cells():
+        folder = tmp_path_factory.mktemp(cell.policy)
+        assert take(PLAN, cell, folder)
+        rows += [Result.from_json((folder / RESULT).read_text())]
+    return essence(rows)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, unbroken: dict[Any, Any]) -> None:
+    with started(tmp_path) as process:
+        wait_for(lambda: num_rows(tmp_path), process)
+        os.killpg(process.pid, signal.SIGKILL)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob(f"cells/*/{RESULT}")}
+    assert kept
+    first = (tmp_path / FILE).read_bytes().splitlines()[0]
+
+    said = finished(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert (tmp_path / FILE).read_bytes().splitlines()[0] == first
+    rows = read(tmp_path)
+    assert len(rows) == len(NAMES)
+    assert essence(rows) == unbroken
+    assert sorted(os.listdir(tmp_path / "cells")) == sorted(NAMES)
+    # Those that were done did not run again.
+    assert len(said.splitlines()) == len(NAMES) - len(kept) + 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_the_error_of_its_cell_and_none_outlives_the_sweep(
+    tmp_path: Path, unbroken: dict[Any, Any]
+) -> None:
+    def worker() -> psutil.Process | None:
+        children = psutil.Process(process.pid).children()
+        return next((c for c in children if "spawn_main" in " ".join(c.cmdline())), None)
+
+    folder = Folder(tmp_path)
+    first = PLAN.cells()[0]
+    with started(tmp_path) as process:
+        wait_for(worker, process).kill()
+        wait_for(lambda: folder.outcome(first), process)
+        # Another process has the next cell; it is alone once the sweep is gone.
+        orphan = wait_for(worker, process)
+        os.kill(process.pid, signal.SIGKILL)
+        orphan.wait(timeout=PATIENCE)
+    outcome = folder.outcome(first)
+    assert outcome == "its process was ended by SIGKILL, as the system does when memory runs out"
+    finished(tmp_path, "--retry-failed")
+    assert essence(read(tmp_path)) == unbroken
+
+
+@pytest.mark.slow
+def test_a_cell_whose_machine_is_killed_is_sent_to_another(
+    tmp_path: Path, unbroken: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        doomed, _ = (cluster.add_node(num_cpus=1) for _ in range(2))
+        raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
+        servants = psutil.Process().children(recursive=True)
+
+        def has_cell() -> bool:
+            return any(child.name().startswith("ray::_files") for child in raylet.children())
+
+        with started(tmp_path, f"--ray={cluster.address}") as process:
+            wait_for(has_cell, process)
+            cluster.remove_node(doomed, allow_graceful=False)
+            said, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, errors
+    finally:
+        cluster.shutdown()
+    # Ray tells of the machine in between.
+    told = [line.split(":")[0] for line in said.splitlines()]
+    assert sorted(name for name in told if name in NAMES) == sorted(NAMES)
+    rows = read(tmp_path)
+    assert len(rows) == len(NAMES)
+    assert essence(rows) == unbroken
+    _, alive = psutil.wait_procs(servants, timeout=PATIENCE)
+    assert not alive
