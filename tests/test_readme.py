@@ -12,6 +12,7 @@ from lm_eval.utils import simple_parse_args_string
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache, policies
+from compressed_cache.__main__ import main
 from compressed_cache.bench import readme
 from compressed_cache.integrations.harness.arguments import take_press
 from tests.conftest import distinct_tokens
@@ -73,6 +74,16 @@ def test_a_combination_is_the_same_in_python_and_in_arguments() -> None:
     (written,) = re.findall(r"`(InPhases\(.*?)`", section)
     made = eval(written.replace("MyPolicy", "KNorm"), vars(policies))
     assert made == policies.make_policy("knorm/h2o")
+
+
+def test_the_plan_of_a_sweep_is_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = TEXT[TEXT.index("## Sweeps") : TEXT.index("## Speed")]
+    command, printed, _ = re.findall(r"```\n(.*?)```", section, re.S)
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split()[3:], "--dry-run"]) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_accuracy_beside_chance_is_computed(tmp_path: Path) -> None:

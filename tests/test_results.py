@@ -25,7 +25,10 @@ def _without(name: str) -> str:
 
 BROKEN = {
     "half a line": (LINE[:200], "half of one"),
-    "a newer format": (LINE.replace('"format": 1', '"format": 2'), "format must be 1, got 2.*updat"),
+    "a newer format": (
+        LINE.replace('"format": 1', '"format": 2'),
+        "format must be 1, got 2.*update",
+    ),
     "another file": ('{"results": {}}', "a file of another kind"),
     "no JSON": ("task,accuracy", "half of one or something else"),
     "a list": ("[1]", "a file of another kind"),

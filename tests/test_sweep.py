@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -314,6 +315,27 @@ def test_a_folder_that_cannot_be_written_is_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"--out {tmp_path}/file/sweep: ")
     assert "Not a directory" in line
+
+
+def test_a_cluster_that_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main([*arguments(tmp_path), "--ray=auto"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--ray auto: ")
+    assert list((tmp_path / "cells").iterdir()) == []
+
+
+def test_ray_is_asked_for_where_it_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main([*arguments(tmp_path / "sweep"), "--ray=auto"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "ray is missing: pip install 'compressed-cache[cluster]'"
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 A task returns its files and the sweep writes them, so that the machines need no common folder.
 """
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ def run(
     Raises:
         ConnectionError: there is no such cluster.
     """
-    ray.init(address=address, log_to_driver=False, logging_level="error")
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         if gpus is None:
             gpus = 1 if ray.cluster_resources().get("GPU") else 0

@@ -48,7 +48,10 @@ def run(options: argparse.Namespace) -> int:
             return 0
         with folder.open(asked):
             return _work(asked, folder, options, count)
-    except (ConnectionError, OSError, ValueError) as error:
+    except ConnectionError as error:
+        print(f"--ray {options.ray}: {error}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
         print(f"--out {options.out}: {error}", file=sys.stderr)
         return 1
 

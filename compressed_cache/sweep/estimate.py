@@ -46,12 +46,12 @@ def page(
         processes: how many cells run at a time, None if that is not known.
     """
     cells = plan.cells()
-    table = [
-        [task, policy, ",".join(map(str, _budgets(plan, policy))) or "-", str(plan.seeds)]
-        + _counts([outcomes[c.name] for c in cells if (c.task, c.policy) == (task, policy)])
-        for task in plan.tasks
-        for policy in plan.policies
-    ]
+    table = []
+    for task in plan.tasks:
+        for policy in plan.policies:
+            budgets = "-" if policy == "full" else ",".join(map(str, plan.budgets))
+            own = [outcomes[c.name] for c in cells if (c.task, c.policy) == (task, policy)]
+            table.append([task, policy, budgets, str(plan.seeds), *_counts(own)])
     tokens = sum(sizes[cell.task].tokens for cell in todo)
     documents = sum(sizes[cell.task].documents for cell in todo)
     lines = [
@@ -67,10 +67,6 @@ def page(
             f"{', '.join(repeating)}. --seeds 1 does, or sample by --gen-kwargs do_sample=true"
         )
     return "\n".join(lines)
-
-
-def _budgets(plan: Plan, policy: str) -> list[int]:
-    return [] if policy == "full" else plan.budgets
 
 
 def _counts(outcomes: list[Result | str | None]) -> list[str]:
