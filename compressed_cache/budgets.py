@@ -52,7 +52,8 @@ def share_out(total: int, weights: Sequence[Fraction]) -> list[int]:
 
     By the method of the largest remainder, the first of equals first.
     """
-    exact = [total * weight / sum(weights) for weight in weights]
+    whole = sum(weights)
+    exact = [total * weight / whole for weight in weights]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda index: shares[index] - exact[index])
     for index in by_remainder[: total - sum(shares)]:

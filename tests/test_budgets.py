@@ -164,6 +164,7 @@ def test_the_harness_takes_a_list_with_slashes() -> None:
 
 ATTENTION = {
     "h2o": {},
+    "observed_attention": {},
     "snapkv": {"window": 6, "kernel_size": 3},
     "h2o+caote": {},
 }

@@ -253,6 +253,28 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
         make_policy("triattention", calibration=path)
 
 
+def test_a_file_is_read_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    opened = files.opened
+
+    def counted(path: Path, *, what: str) -> Any:
+        reads.append(path.name)
+        return opened(path, what=what)
+
+    monkeypatch.setattr(files, "opened", counted)
+    model = make_model()
+    path = calibrated(tmp_path / "it.safetensors", "qfilter", model, 40)
+    generate(model, "qfilter", path)
+    generate(model, "qfilter", path)
+    assert reads == ["it.safetensors"]
+    calibrated(Path(path), "qfilter", make_model(seed=1), 40)
+    with pytest.raises(ValueError, match="but with other weights"):
+        generate(model, "qfilter", path)
+    assert reads == ["it.safetensors"] * 2
+
+
 def test_a_model_without_statistics_is_told_the_command() -> None:
     command = "python -m compressed_cache calibrate --model MODEL --policy qfilter --out FILE"
     with pytest.raises(ValueError, match=command):

@@ -77,6 +77,23 @@ def test_state_is_what_a_cache_allocates(entry: Entry, model: LlamaForCausalLM) 
     assert entry.bytes_per_query_head == window * (entries.HEAD_DIM * 2 + 8)
 
 
+# What think leaves out of a key depends on the length of the key, which here is another.
+@pytest.mark.parametrize("name", [name for name in MODIFIERS if name != "think"])
+def test_state_of_a_modifier_is_what_a_cache_allocates(name: str, model: LlamaForCausalLM) -> None:
+    entry = ENTRIES[name]
+    base = entry.works_on[0]
+
+    def nbytes(policy: str, budget: int) -> int:
+        options = statistics(policy, model)
+        cache = CompressedCache(policy, budget, interval=1, protect_prompt=False, **options)
+        model(distinct_tokens(1, 20), past_key_values=cache)
+        return cache.nbytes
+
+    few, many = (nbytes(f"{base}+{name}", b) - nbytes(base, b) for b in (128, 192))
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    assert many - few == layers * heads * 64 * entry.bytes_per_slot
+
+
 def test_a_docstring_falls_into_its_parts() -> None:
     class Example(Policy):
         """Keeps ``few``

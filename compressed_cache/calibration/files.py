@@ -7,11 +7,12 @@ a tolerance: a model in another dtype passes, and so does a close relative, such
 it was fine-tuned from, whose statistics are nearly the same.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -36,6 +37,13 @@ _ROPE = ("rope_type", "rope_theta", "factor")
 _WEIGHTS = "weights"
 _SAMPLED = 64
 _SIMILAR = 0.9
+
+
+class _File(NamedTuple):
+    """What a file says about itself, and of each layer its tensors by name."""
+
+    metadata: dict[str, str]
+    layers: dict[int, dict[str, Tensor]]
 
 
 def model_hash(config: Any) -> str:
@@ -100,14 +108,7 @@ def describe(path: str | Path) -> dict[str, str]:
         FileNotFoundError: no such file.
         ValueError: a file of something else.
     """
-    with opened(path, what="calibration file") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{str(path)!r} must be written by 'python -m compressed_cache calibrate' in format "
-            f"{FORMAT!r}, got {metadata.get('format')!r}"
-        )
-    return metadata
+    return _read(path).metadata
 
 
 def check_policy(path: str | Path, policy: str) -> None:
@@ -137,10 +138,7 @@ def load(policy: str, path: str | None, site: Site) -> dict[str, Tensor]:
         ValueError: a file for another policy or of another model, or no file for this one.
     """
     found, metadata = find(policy, path, site.config)
-    with opened(found) as file:
-        prefix = f"{site.layer}."
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    tensors = dict(_read(found).layers.get(site.layer, {}))
     if not tensors:
         raise ValueError(f"{str(found)!r} has no statistics of layer {site.layer}")
     _check_weights(tensors.pop(_WEIGHTS), site, f"{str(found)!r} (model {metadata['model']!r})")
@@ -151,9 +149,8 @@ def load(policy: str, path: str | None, site: Site) -> dict[str, Tensor]:
 def load_layers(policy: str, path: str | None, config: Any, name: str) -> dict[int, Tensor]:
     """One statistic of all layers; arguments and errors as those of :func:`load`."""
     found, _ = find(policy, path, config)
-    with opened(found) as file:
-        split = [key.split(".", 1) for key in file.keys()]  # noqa: SIM118
-        return {int(i): file.get_tensor(f"{i}.{rest}") for i, rest in split if rest == name}
+    layers = _read(found).layers
+    return {index: tensors[name] for index, tensors in layers.items() if name in tensors}
 
 
 def find(policy: str, path: str | None, config: Any) -> tuple[str | Path, dict[str, str]]:
@@ -174,6 +171,31 @@ def find(policy: str, path: str | None, config: Any) -> tuple[str | Path, dict[s
             f"(hash {metadata['model_hash']}), not of this one (hash {expected})"
         )
     return found, metadata
+
+
+def _read(path: str | Path) -> _File:
+    """What is in a file, read once and again when it has changed; raises as :func:`describe`."""
+    path = Path(path)
+    state = path.stat() if path.is_file() else None
+    return _read_once(path, state and (state.st_mtime_ns, state.st_size))
+
+
+@functools.lru_cache(maxsize=2)
+# Tensors born in inference mode could not be used outside of it later.
+@torch.inference_mode(False)
+def _read_once(path: Path, state: tuple[int, int] | None) -> _File:
+    with opened(path, what="calibration file") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{str(path)!r} must be written by 'python -m compressed_cache calibrate' in "
+                f"format {FORMAT!r}, got {metadata.get('format')!r}"
+            )
+        layers: dict[int, dict[str, Tensor]] = {}
+        for key in file.keys():  # noqa: SIM118
+            index, name = key.split(".", 1)
+            layers.setdefault(int(index), {})[name] = file.get_tensor(key)
+    return _File(metadata, layers)
 
 
 def _check_weights(known: Tensor, site: Site, file: str) -> None:

@@ -42,7 +42,8 @@ class Step(NamedTuple):
     values: Tensor
     positions: Tensor
     memory: Tensor
-    """``[B, H, S]`` float32, zeroed at the slot; no slots where nothing is remembered."""
+    """``[B, H, S]`` float32, zeroed at the slot; no slots where nothing is remembered, as where
+    nothing is recorded."""
     next_position: Tensor
     protected_prefix: Tensor
     slot: Tensor | None
@@ -97,10 +98,7 @@ def _remember(
     """Notes the position of the new token, and what the policy asked for of the attention."""
     tl.store(positions + head * capacity + slot, next_position)
     group = tl.arange(0, GROUPS_PAD)
-    if RECORD == "nothing":
-        if REMEMBERS:
-            tl.store(memory + head * capacity + slot, 0.0)
-    else:
+    if RECORD != "nothing":
         for start in range(0, capacity, BLOCK):
             slots = start + tl.arange(0, BLOCK)
             exists = slots < capacity

@@ -22,6 +22,7 @@ class ObservedAttention(Policy):
 
     name: ClassVar[str] = "observed_attention"
     observes_attention: ClassVar = True
+    scores_attention: ClassVar = True
 
     def scores(self, slots: Slots) -> Tensor:
         return slots.attention / (slots.next_position[:, None, None] - slots.positions)

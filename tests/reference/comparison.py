@@ -41,6 +41,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tova": {},
     "h2o+caote": {},
     "snapkv+caote": {"window": 6, "kernel_size": 3},
+    "observed_attention+caote": {},
+    "observed_attention+criticalkv": {"first_stage_ratio": 0.3},
     "vase": {"window": 6, "seed": 5},
     "vase_dkv": {"rank": 6, "seed": 7},
     "triattention": {"num_offsets": 5},
