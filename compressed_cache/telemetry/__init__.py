@@ -1,0 +1,1 @@
+"""What a run took and what it evicted, told without a word inside a decode step."""

@@ -1,0 +1,84 @@
+"""What one run took: seconds, tokens and bytes."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds, tokens and memory of a run.
+
+    Tokens are those of all rows of the batch, padding included: the device works on them all.
+    """
+
+    prefill_s: float
+    """Seconds from the start to the first decode step, all chunks of a prompt included."""
+    decode_s: float
+    """Seconds of the decode steps, the sum of :attr:`step_s`."""
+    tokens_in: int
+    """Tokens of the prompts."""
+    tokens_out: int
+    """Tokens generated."""
+    tokens_per_s: float | None
+    """Tokens of the steps in :attr:`step_s` in each second of these; None where there is none."""
+    evicted_tokens: int
+    """``CompressedCache.evicted_tokens`` at the end; 0 of a cache that keeps everything."""
+    cache_bytes: int
+    """Bytes of the cache on the device at the end."""
+    peak_allocated_bytes: int | None
+    """Most bytes of tensors on the CUDA devices since the start, None on a CPU."""
+    peak_reserved_bytes: int | None
+    """Most bytes PyTorch had of the CUDA devices since the start, None on a CPU."""
+    peak_rss_bytes: int | None
+    """Most bytes of host memory this process ever had, None where the system does not say."""
+    step_s: tuple[float, ...]
+    """Seconds of each decode step, from one token to the next: choosing it is included."""
+
+    def write_json(self, path: str | Path) -> None:
+        """Writes one JSON object: ``format`` and every field."""
+        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+
+    def write_csv(self, path: str | Path) -> None:
+        """Writes a header and one row; ``step_s`` is one cell, its numbers apart by spaces."""
+        row = asdict(self) | {"step_s": " ".join(map(repr, self.step_s))}
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerow(row)
+
+
+def total(timings: Sequence[Timing]) -> Timing:
+    """One after the other: seconds and tokens add up, of bytes the most counts.
+
+    Raises:
+        ValueError: none at all.
+    """
+    if not timings:
+        raise ValueError("timings must not be empty: nothing was generated")
+    steps = tuple(seconds for timing in timings for seconds in timing.step_s)
+    decode_s = sum(steps)
+    # A token of every row is generated in each step.
+    tokens = sum((one.tokens_per_s or 0.0) * one.decode_s for one in timings)
+
+    def most(name: str) -> int | None:
+        known = [bytes_ for one in timings if (bytes_ := getattr(one, name)) is not None]
+        return max(known, default=None)
+
+    return Timing(
+        prefill_s=sum(one.prefill_s for one in timings),
+        decode_s=decode_s,
+        tokens_in=sum(one.tokens_in for one in timings),
+        tokens_out=sum(one.tokens_out for one in timings),
+        tokens_per_s=tokens / decode_s if decode_s else None,
+        evicted_tokens=sum(one.evicted_tokens for one in timings),
+        cache_bytes=max(one.cache_bytes for one in timings),
+        peak_allocated_bytes=most("peak_allocated_bytes"),
+        peak_reserved_bytes=most("peak_reserved_bytes"),
+        peak_rss_bytes=most("peak_rss_bytes"),
+        step_s=steps,
+    )
