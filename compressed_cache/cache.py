@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from compressed_cache.policies import Policy, make_policy
 from compressed_cache.pool import PoolLayer
 from compressed_cache.rules import Rules, resolve_rules
 from compressed_cache.snapshot import Snapshot
+from compressed_cache.watching import Listener, Watcher
+
+if TYPE_CHECKING:
+    from compressed_cache.telemetry import Timing
 
 _LAYERS = {
     "slots": CompressedLayer,
@@ -56,6 +60,7 @@ class CompressedCache(LinearLayers):
         protect_prompt: never evict a token of the prompt. None: the policy's default.
         config: the model's config, to refuse a model that cannot work before any work is done
             (otherwise the first forward does).
+        telemetry: whether :meth:`timing` can tell what a run took.
         policy_options: fields of the policy, with a policy given by name.
 
     Attributes:
@@ -83,6 +88,7 @@ class CompressedCache(LinearLayers):
         recent: int | None = None,
         protect_prompt: bool | None = None,
         config: PreTrainedConfig | None = None,
+        telemetry: bool = False,
         **policy_options: Any,
     ) -> None:
         self.policy = _policy(policy, policy_options)
@@ -100,9 +106,17 @@ class CompressedCache(LinearLayers):
                 budgets.resolve(self.rules, self.policy, config.get_text_config())
         super().__init__(layers=[])
         self.clock = Clock(self.rules.interval)
+        self.watchers: list[Watcher] = []
+        self._timer: Any = None
+        if telemetry:
+            from compressed_cache.telemetry.timer import Timer
+
+            self._timer = Timer()
+            self.watchers.append(self._timer)
         self._drafts = Drafts()
         # Any: None before the first call, and the type checker would ask at each use.
         self._first: Any = None
+        self.listener: Listener | None = None
         hook.install()
 
     def update(
@@ -122,14 +136,15 @@ class CompressedCache(LinearLayers):
         Which slots are visible is decided by the layers, so the mask is as small as can be. This is
         also where the host counts steps, because transformers asks for it between two of them.
         """
-        if torch.compiler.is_compiling() or self._first is None:
+        if torch.compiler.is_compiling():
             return query_length, 0
         for layer in self._attention_layers():
             layer.check_attended()
-        if not self._is_filled:
-            return query_length, 0
-        self._tick(query_length)
-        return query_length, self.clock.tokens_seen
+        if self._is_filled:
+            self._tick(query_length)
+        for watcher in self.watchers:
+            watcher.call_begins(self, query_length)
+        return query_length, self.get_seq_length()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, padding included, whether they are still held or not."""
@@ -149,9 +164,10 @@ class CompressedCache(LinearLayers):
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the decode step, as it does for its own static cache.
 
-        Not while it drafts: another number of drafted tokens would be another graph each time.
+        Not while it drafts: another number of drafted tokens would be another graph each time. Nor
+        while somebody is told what each layer reads, which compiled code does not do.
         """
-        return not self._drafts.active
+        return not self._drafts.active and self.listener is None
 
     @property
     def compressed_layer(self) -> CompressedLayer | None:
@@ -181,8 +197,24 @@ class CompressedCache(LinearLayers):
         """Bytes held off the device (policies of the layout ``offloaded``; 0 for the others)."""
         return sum(layer.offloaded_bytes for layer in self._attention_layers())
 
+    def timing(self) -> "Timing":
+        """What it took so far, or since :meth:`reset` or :meth:`restore`, with ``telemetry=True``.
+
+        A cache sees steps begin. So the last step of a text counts as one of ``tokens_out`` but
+        not in seconds, and the last token, which it is never given, not at all;
+        :func:`compressed_cache.telemetry.measure` sees the end too.
+
+        Raises:
+            ValueError: without telemetry, or before the first decode step.
+            NotImplementedError: a model compiled by hand.
+        """
+        if self._timer is None:
+            raise ValueError("telemetry must be True for timing, got False")
+        return self._timer.timing(self)
+
     def reset(self) -> None:
         """Makes the cache as new, in place: buffers are kept for the next prompt."""
+        self._tell("reset")
         self.clock.reset()
         self._drafts.stop()
         self._first = None
@@ -203,6 +235,7 @@ class CompressedCache(LinearLayers):
                 f"snapshot must be of a cache like this one ({self.policy}, {self.rules}), got one "
                 f"with {snapshot.policy}, {snapshot.rules}"
             )
+        self._tell("restore")
         self._drafts.stop()
         snapshot.put(self)
 
@@ -236,6 +269,7 @@ class CompressedCache(LinearLayers):
 
     def activate_past_recording(self) -> None:
         """From the next call on :meth:`crop` can take tokens back; assisted decoding calls it."""
+        self._tell("activate_past_recording")
         self._drafts.start()
         super().activate_past_recording()
 
@@ -267,6 +301,11 @@ class CompressedCache(LinearLayers):
         # Some releases count on the device.
         self._drafts.take_back(self, -int(tokens_to_remove))
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows become copies of the rows ``beam_idx`` ``[B]``, in place; beam search calls it."""
+        self._tell("reorder_cache")
+        super().reorder_cache(beam_idx)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times, one copy beside the other, in new memory."""
         first = self._filled_layer("batch_repeat_interleave")
@@ -276,6 +315,7 @@ class CompressedCache(LinearLayers):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows ``indices``, in new memory where their number is another."""
         self._filled_layer("batch_select_indices")
+        self._tell("batch_select_indices")
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
                 layer.select(indices)
@@ -287,7 +327,13 @@ class CompressedCache(LinearLayers):
         seen = self.get_seq_length()
         return f"CompressedCache(policy={self.policy.label!r}, {rules}, tokens_seen={seen})"
 
-    # What the parts of a cache call.
+    # What the parts of a cache call, and those who watch it.
+
+    def listen(self, listener: Listener | None) -> None:
+        """Lets every layer tell what it reads, or no longer."""
+        self.listener = listener
+        for layer in self._attention_layers():
+            layer.listener = listener
 
     def attention_layer(self, index: int) -> CompressedLayer:
         """The layer of this index, made where there is none yet."""
@@ -316,6 +362,7 @@ class CompressedCache(LinearLayers):
         """Makes layers up to this number; one that never asks for a cache stays empty."""
         for index in range(len(self.layers), count):
             layer = _LAYERS[self.layout](self.policy, self.rules, self.clock, index)
+            layer.listener = self.listener
             self.layers.append(layer)
 
     @property
@@ -330,6 +377,10 @@ class CompressedCache(LinearLayers):
 
     def _attention_layers(self) -> Iterator[CompressedLayer]:
         return (layer for layer in self.layers if isinstance(layer, CompressedLayer))
+
+    def _tell(self, what: str) -> None:
+        for watcher in self.watchers:
+            watcher.rearranged(self, what)
 
     def _filled_layer(self, method: str) -> CompressedLayer:
         if not self._is_filled:

@@ -20,6 +20,7 @@ from compressed_cache.reading import States, read
 from compressed_cache.rules import Rules
 from compressed_cache.shards import Shard
 from compressed_cache.stepping import step
+from compressed_cache.watching import Listener
 
 
 class LayerState(NamedTuple):
@@ -70,6 +71,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.awaits_attention = False
         self.incoming: tuple[Tensor, Tensor] | None = None
         self.last_call: Call | None = None
+        self.listener: Listener | None = None
 
     # What transformers calls.
 
@@ -126,6 +128,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         output, weights = self.step(
             query, *incoming, ranks=self.clock.ranks, weighs=implementation == "eager"
         )
+        if not torch.compiler.is_compiling() and self.listener is not None:
+            real = torch.ones(query.shape[::2], dtype=torch.bool, device=query.device)
+            self.listener(self, States(query.detach(), *(x.detach() for x in incoming), real))
         return output.transpose(1, 2), None if weights is None else weights.flatten(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -270,6 +275,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.module_id = id(module)
         self.last_call = Call(states, count) if self.clock.records else None
         self.calls += 1
+        if self.listener is not None:
+            self.listener(self, states)
         return result
 
     def _adopt(

@@ -2,9 +2,15 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressed_cache.telemetry.peaks import peaks
 
 FORMAT = 1
 
@@ -50,6 +56,65 @@ class Timing:
             writer = csv.DictWriter(file, list(row), lineterminator="\n")
             writer.writeheader()
             writer.writerow(row)
+
+
+def finished(
+    cache: Any,
+    *,
+    device: torch.device,
+    rows: int,
+    prefill_s: float,
+    step_s: Sequence[float],
+    tokens_in: int,
+    tokens_out: int,
+) -> Timing:
+    """All of it, with what is known of memory now.
+
+    Args:
+        cache: a cache, or None where there was none.
+        device: where the model is.
+        rows: of the batch.
+        prefill_s: see :class:`Timing`.
+        step_s: see :class:`Timing`.
+        tokens_in: see :class:`Timing`.
+        tokens_out: see :class:`Timing`.
+    """
+    decode_s = sum(step_s)
+    peak = peaks(device)
+    return Timing(
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        tokens_in=tokens_in,
+        tokens_out=tokens_out,
+        tokens_per_s=rows * len(step_s) / decode_s if decode_s else None,
+        evicted_tokens=getattr(cache, "evicted_tokens", 0),
+        cache_bytes=_bytes(cache),
+        peak_allocated_bytes=peak.allocated,
+        peak_reserved_bytes=peak.reserved,
+        peak_rss_bytes=peak.rss,
+        step_s=tuple(step_s),
+    )
+
+
+def _bytes(cache: Any) -> int:
+    own = getattr(cache, "nbytes", None)
+    if own is not None:
+        return own
+    # A cache of an encoder and a decoder is two.
+    parts = [
+        cache,
+        *(getattr(cache, f"{name}_attention_cache", None) for name in ("self", "cross")),
+    ]
+    layers = [layer for part in parts for layer in getattr(part, "layers", ())]
+    return sum(tensor.nbytes for layer in layers for tensor in _tensors(vars(layer)))
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    for value in held.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value)
 
 
 def total(timings: Sequence[Timing]) -> Timing:

@@ -1,0 +1,159 @@
+"""Watches a cache and keeps what it evicts."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import compressed_cache
+from compressed_cache.cache import CompressedCache
+from compressed_cache.layer import CompressedLayer
+from compressed_cache.reading import States
+from compressed_cache.telemetry.lives import Lives
+from compressed_cache.telemetry.shadow import Shadow
+from compressed_cache.telemetry.trace import FORMAT, LOSSES, TOKENS, Columns, Trace
+from compressed_cache.watching import Progress, Watcher
+
+
+class Recorder(Watcher):
+    """Notes which token leaves which head of a cache when::
+
+        cache = CompressedCache("h2o", 256)
+        recorder = Recorder(cache)
+        model.generate(**inputs, past_key_values=cache)
+        recorder.trace().write("run.parquet")
+
+    The positions of two consecutive steps are compared between them, so a decode step is the same
+    with a recorder as without, compiled or not, but the host waits for the device after each.
+
+    With ``shadow`` every key is kept besides, on the device of its layer, and each step's query is
+    put to all of them. What each layer reads is only told by eager steps, so ``generate`` does not
+    compile them.
+
+    Layers with a sliding window and of linear attention are left out.
+
+    Args:
+        cache: a cache that has read nothing yet.
+        shadow: whether to tell what attention was lost.
+        model: the name of the model, for the file.
+
+    Raises:
+        ValueError: a cache that holds something.
+        NotImplementedError: from the cache, as soon as rows are exchanged, tokens are taken back or
+            something else is restored.
+    """
+
+    def __init__(
+        self, cache: CompressedCache, *, shadow: bool = False, model: str | None = None
+    ) -> None:
+        if cache.get_seq_length():
+            raise ValueError(
+                f"cache must be empty, got one that has read {cache.get_seq_length()} tokens. Use "
+                "a new one or reset it."
+            )
+        self._cache = cache
+        self._model = model
+        self._progress = Progress()
+        self._step = 0
+        self._is_step: bool | None = None
+        """Whether the call that began last is a decode step; None once it is settled."""
+        self._lives: dict[int, Lives] = {}
+        self._shadows: dict[int, Shadow] = {}
+        cache.watchers.append(self)
+        if shadow:
+            cache.listen(self._listen)
+
+    def stop(self) -> None:
+        """Watches no longer; what was recorded stays."""
+        self._settle()
+        self._cache.watchers.remove(self)
+        if self._cache.listener == self._listen:
+            self._cache.listen(None)
+
+    def trace(self) -> Trace:
+        """What was recorded so far.
+
+        Raises:
+            ValueError: nothing was read.
+            NotImplementedError: a model compiled by hand.
+        """
+        if self in self._cache.watchers:
+            self._progress.check(self._cache)
+            self._settle()
+        if not self._lives:
+            raise ValueError(
+                "trace must be asked for after the prompt, got a cache that has read nothing, or "
+                "whose layers all have a sliding window"
+            )
+        lives = self._lives.values()
+        tokens = [one.tokens() for one in lives]
+        losses = [one.losses() for one in lives]
+        return Trace(
+            _table(tokens, TOKENS, "row", "layer", "head", "position"),
+            _table(losses, LOSSES, "row", "step", "layer", "head"),
+            self._metadata(),
+        )
+
+    # What the cache tells.
+
+    def call_begins(self, cache: CompressedCache, tokens: int) -> None:
+        """Settles the call before."""
+        if self._progress.begins(cache, tokens):
+            self._settle()
+        self._is_step = cache.takes_step(tokens)
+
+    def rearranged(self, cache: CompressedCache, what: str) -> None:
+        """Refuses what it cannot follow."""
+        drafts = what == "activate_past_recording"
+        if drafts or self._lives or self._is_step is not None:
+            raise NotImplementedError(
+                f"{what} cannot be recorded: it changes what is held other than by reading. Take "
+                "the trace and call stop() before, then use a new Recorder."
+            )
+
+    def _listen(self, layer: CompressedLayer, states: States) -> None:
+        if not layer.is_sliding:
+            self._shadows.setdefault(layer.index, Shadow()).read(layer, states)
+
+    # What becomes of it.
+
+    def _settle(self) -> None:
+        if self._is_step is None:
+            return
+        # All chunks of the first prompt are step 0.
+        self._step += self._is_step or self._step > 0
+        self._is_step = None
+        for layer in self._cache.layers:
+            if isinstance(layer, CompressedLayer) and layer.is_filled and not layer.is_sliding:
+                if layer.index not in self._lives:
+                    self._lives[layer.index] = Lives(layer)
+                shadow = self._shadows.get(layer.index)
+                weights = None if shadow is None else shadow.weights
+                self._lives[layer.index].settle(layer, self._step, weights)
+
+    def _metadata(self) -> dict[str, Any]:
+        policy = self._cache.policy
+        named = {} if self._model is None else {"model": self._model}
+        packages = {
+            "compressed_cache": compressed_cache,
+            "torch": torch,
+            "transformers": transformers,
+        }
+        return {
+            "format": FORMAT,
+            "policy": policy.label,
+            "options": policy.options,
+            "rules": asdict(self._cache.rules),
+            **named,
+            "versions": {name: str(package.__version__) for name, package in packages.items()},
+            "steps": self._step,
+            "prompt_lengths": next(iter(self._lives.values())).prompt_lengths,
+        }
+
+
+def _table(parts: list[Columns], schema: dict[str, str], *order: str) -> Columns:
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in schema}
+    index = np.lexsort([columns[name] for name in reversed(order)])
+    return {name: columns[name][index].astype(dtype) for name, dtype in schema.items()}

@@ -1,0 +1,75 @@
+"""What a cache itself can tell of the time a run takes."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from compressed_cache.telemetry import peaks
+from compressed_cache.telemetry.marks import Mark, seconds_between
+from compressed_cache.telemetry.timing import Timing, finished
+from compressed_cache.watching import Progress, Watcher
+
+if TYPE_CHECKING:
+    from compressed_cache.cache import CompressedCache
+
+
+class _Call(NamedTuple):
+    mark: Mark
+    tokens: int
+    is_step: bool
+
+
+class Timer(Watcher):
+    """Notes when each call begins.
+
+    A call is over when the next begins. So nothing is known of how long the last one took, nor of
+    the last step before a further prompt, which somebody may have waited to write.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def call_begins(self, cache: "CompressedCache", tokens: int) -> None:
+        if not self._calls:
+            peaks.restart()
+        if self._progress.begins(cache, tokens):
+            self._calls.append(_Call(Mark(), tokens, cache.takes_step(tokens)))
+
+    def rearranged(self, cache: "CompressedCache", what: str) -> None:
+        if what == "activate_past_recording":
+            raise NotImplementedError(
+                "telemetry cannot tell drafted tokens from steps. Generate without assisted "
+                "decoding or prompt lookup, or with telemetry=False."
+            )
+        if what in ("reset", "restore"):
+            self._forget()
+
+    def timing(self, cache: "CompressedCache") -> Timing:
+        """See :meth:`CompressedCache.timing`."""
+        first = cache.compressed_layer
+        if first is None or not any(call.is_step for call in self._calls):
+            raise ValueError(
+                "timing must be asked for after a decode step, got a cache that has read "
+                f"{cache.get_seq_length()} tokens and taken none. Where only a prompt is read, use "
+                "compressed_cache.telemetry.measure."
+            )
+        self._progress.check(cache)
+        device, rows = first.keys.device, first.keys.shape[0]
+        prefill_s, step_s = 0.0, []
+        seconds = seconds_between([call.mark for call in self._calls], device)
+        for call, after, passed in zip(self._calls, self._calls[1:], seconds, strict=False):
+            if not call.is_step:
+                prefill_s += passed
+            elif after.is_step:
+                step_s.append(passed)
+        return finished(
+            cache,
+            prefill_s=prefill_s,
+            step_s=step_s,
+            rows=rows,
+            tokens_in=rows * sum(call.tokens for call in self._calls if not call.is_step),
+            tokens_out=rows * sum(call.is_step for call in self._calls),
+            device=device,
+        )
+
+    def _forget(self) -> None:
+        self._progress = Progress()
+        self._calls: list[_Call] = []
