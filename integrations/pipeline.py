@@ -118,7 +118,9 @@ class CompressedTextGenerationPipeline(Pipeline):
             rows = [row for row, each in enumerate(prompts) if number < len(each.questions)]
             if len(rows) < len(prompts):
                 cache.batch_select_indices(torch.tensor(rows, device=contexts.device))
-            questions, mask = self._padded([prompts[row].questions[number] for row in rows])
+            # A single token would count as a decode step, and in a longer batch as a prompt.
+            asked = [prompts[row].questions[number] for row in rows]
+            questions, mask = self._padded(asked, least=2)
             text = torch.cat([contexts[rows], questions], dim=1)
             mask = torch.cat([context_mask[rows], mask], dim=1)
             output: Any = self._generate(text, mask, request)
@@ -167,9 +169,9 @@ class CompressedTextGenerationPipeline(Pipeline):
             input_ids=text, attention_mask=mask, **cache_argument(request.cache), **more
         )
 
-    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask ``[B, L]`` int64, padded on the left."""
-        width = max(map(len, rows))
+    def _padded(self, rows: list[list[int]], *, least: int = 1) -> tuple[Tensor, Tensor]:
+        """Token ids and mask ``[B, L]`` int64, padded on the left to ``least`` or more."""
+        width = max(least, *map(len, rows))
         pad = self.tokenizer.pad_token_id or 0
         device = self.model.device
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)

@@ -37,22 +37,26 @@ def pair(
         raise ValueError("question and questions must not both be given. Leave one of them out.")
     if questions is None:
         questions = ["" if question is None else question]
-    if isinstance(questions, str) or not isinstance(questions, Sequence):
+    elif not _is_list(questions):
         raise TypeError(
             f"questions must be a list of texts, got {questions!r}. Pass one text as question."
         )
-    if all(isinstance(each, str) for each in questions):
-        lists = [list(questions)] * len(contexts)
-    else:
-        lists = [[each] if isinstance(each, str) else list(each) for each in questions]
+    if any(map(_is_list, questions)):
+        lists = [list(each) if _is_list(each) else [each] for each in questions]
         if len(lists) != len(contexts):
             raise ValueError(
                 f"questions must have one list for each of {len(contexts)} contexts, got "
                 f"{len(lists)}. Pass a list of texts to ask all of them about every context."
             )
+    else:
+        lists = [list(questions)] * len(contexts)
     if not all(lists):
         raise ValueError("questions must have at least one text for each context, got none")
     return list(zip(contexts, lists, strict=True))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def make_prompt(
