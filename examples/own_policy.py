@@ -22,16 +22,16 @@ from compressed_cache.versions import cache_argument
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peak(Policy):
-    """Keeps the tokens that some query once attended to strongly, however long ago it was."""
+class Breadth(Policy):
+    """Keeps the tokens that many queries attended to, be it ever so little."""
 
     observes_attention: ClassVar = True
 
-    power: float = 2.0
-    """How much a strong look counts for more than many weak ones; 1 is ``h2o``."""
+    power: float = 0.5
+    """Of each query's attention: below 1 many weak looks count for more than one strong one."""
 
     def defaults(self, budget: int) -> Defaults:
-        return Defaults(recent=budget // 4)
+        return Defaults(recent=budget // 2)
 
     def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
         return attention + rows.weights.mean(dim=2).pow(self.power).sum(dim=2)
@@ -46,14 +46,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for own_policy.png")
     parser.add_argument("--problems", type=int, default=12)
     parser.add_argument("--steps", type=int, default=16, help="of each walk, at most 99")
-    parser.add_argument("--budget", type=int, default=150)
+    parser.add_argument("--budget", type=int, default=170)
     options = parser.parse_args()
 
     problems = [make_problem(seed, options.steps) for seed in range(options.problems)]
     texts = [problem.prompt.partition(" start") for problem in problems]
     pipe: Any = pipeline("kv-press-text-generation", model=str(MODEL_PATH))
     maps = {}
-    for press in ("random", "h2o", Peak()):
+    for press in ("random", "h2o", Breadth()):
         name = press if isinstance(press, str) else press.label
         replies = pipe(
             [context for context, _, _ in texts],

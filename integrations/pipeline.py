@@ -1,7 +1,8 @@
 """``pipeline("kv-press-text-generation")``: one context, held once, and questions about it."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from transformers.pipelines.base import Pipeline
 
 from compressed_cache.integrations.prompt import Prompt, make_prompt, pair
 from compressed_cache.integrations.request import Request, make_request
+
+if TYPE_CHECKING:
+    from compressed_cache.telemetry.timing import Timing
 
 TASK = "kv-press-text-generation"
 _PROMPT = ("answer_prefix", "max_context_length", "enable_thinking")
@@ -64,8 +68,9 @@ class CompressedTextGenerationPipeline(Pipeline):
 
         Returns:
             For a text a dictionary with ``answer``, or ``answers`` where ``questions`` are given,
-            without the prefix; for several texts a list of these. A cache that was given
-            holds the last contexts afterwards.
+            without the prefix, and ``timing``, a :class:`~compressed_cache.telemetry.timing.Timing`
+            of all that was done for its batch. For several texts a list of these. A cache that was
+            given holds the last contexts afterwards.
 
         Raises:
             ValueError: an empty context, more tokens than the model can see, both ``question`` and
@@ -105,11 +110,14 @@ class CompressedTextGenerationPipeline(Pipeline):
 
     def _forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, prompts: list[Prompt], *, request: Request
-    ) -> list[list[str]]:
+    ) -> tuple[list[list[str]], "Timing"]:
+        from compressed_cache.telemetry.measure import measure
+        from compressed_cache.telemetry.timing import total
+
         cache = request.cache
         cache.reset()
         contexts, context_mask = self._padded([prompt.context for prompt in prompts])
-        self._read(contexts, context_mask, request)
+        runs = [self._read(contexts, context_mask, request)]
         rounds = max(len(prompt.questions) for prompt in prompts)
         # A copy of all that is held, so only where it is needed.
         snapshot = cache.snapshot() if rounds > 1 or request.is_lent else None
@@ -123,23 +131,34 @@ class CompressedTextGenerationPipeline(Pipeline):
             questions, mask = self._padded(asked, least=2)
             text = torch.cat([contexts[rows], questions], dim=1)
             mask = torch.cat([context_mask[rows], mask], dim=1)
-            output: Any = self._generate(text, mask, request)
+            with measure(self.model) as measured:
+                output = self._generate(text, mask, request)
+            runs.append(replace(measured.timing, tokens_in=questions.numel()))
             new = output[:, text.shape[1] :]
             decoded = self.tokenizer.batch_decode(new, skip_special_tokens=True)
             for row, answer in zip(rows, decoded, strict=True):
                 answers[row].append(answer)
             if snapshot is not None:
                 cache.restore(snapshot)
-        return answers
+        # Each of them counted what was evicted of the context.
+        evicted = max(run.evicted_tokens for run in runs)
+        return answers, replace(total(runs), evicted_tokens=evicted)
 
     def postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, answers: list[list[str]], *, is_single: bool
+        self, output: tuple[list[list[str]], "Timing"], *, is_single: bool
     ) -> list[dict[str, Any]]:
         """What a user gets of each context."""
-        return [{"answer": each[0]} if is_single else {"answers": each} for each in answers]
+        answers, timing = output
+        return [
+            {**({"answer": each[0]} if is_single else {"answers": each}), "timing": timing}
+            for each in answers
+        ]
 
-    def _read(self, contexts: Tensor, mask: Tensor, request: Request) -> None:
+    def _read(self, contexts: Tensor, mask: Tensor, request: Request) -> "Timing":
         """Fills the cache."""
+        from compressed_cache.telemetry import peaks
+        from compressed_cache.telemetry.marks import Mark, seconds_between
+        from compressed_cache.telemetry.timing import finished
         from compressed_cache.versions import cache_argument
 
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -147,7 +166,8 @@ class CompressedTextGenerationPipeline(Pipeline):
         chunk = request.generate.get("prefill_chunk_size") or getattr(
             config, "prefill_chunk_size", None
         )
-        end = 0
+        peaks.restart()
+        began, end = Mark(), 0
         for ids in contexts.split(chunk or contexts.shape[1], dim=1):
             start, end = end, end + ids.shape[1]
             self.model(
@@ -158,6 +178,16 @@ class CompressedTextGenerationPipeline(Pipeline):
                 logits_to_keep=1,
                 **cache_argument(request.cache),
             )
+        (seconds,) = seconds_between([began, Mark()], self.model.device)
+        return finished(
+            request.cache,
+            device=self.model.device,
+            rows=len(contexts),
+            prefill_s=seconds,
+            step_s=(),
+            tokens_in=contexts.numel(),
+            tokens_out=0,
+        )
 
     def _generate(self, text: Tensor, mask: Tensor, request: Request) -> Any:
         from compressed_cache.versions import cache_argument

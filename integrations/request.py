@@ -11,8 +11,14 @@ if TYPE_CHECKING:
 
 _PRESSES = "`python -m compressed_cache presses` tells what to type here for a press of kvpress."
 _FILLED_IN = ("attention_mask", "input_ids", "inputs", "kwargs", "past_key_values", "self")
-# Each answer is one text that goes on from one row of the cache.
-_ONE_ANSWER = ("num_beams", "num_return_sequences", "return_dict_in_generate")
+# What the pipeline cannot serve, with the value that asks for nothing.
+_NOT_SERVED = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "assistant_model": None,
+    "prompt_lookup_num_tokens": None,
+}
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,11 @@ def _check_generate(model: Any, press: Any, own: list[str], given: dict[str, Any
                 f"{listing(['press', 'cache', *own])} or an argument of model.generate"
                 f"{nearest(name, names)}"
             )
-    for name in _ONE_ANSWER:
-        if int(given.get(name) or 0) > (name != "return_dict_in_generate"):
+    for name, nothing in _NOT_SERVED.items():
+        if given.get(name) not in (None, nothing):
             raise NotImplementedError(
-                f"{name}={given[name]!r} is not served by this pipeline, which gives one text for "
-                "each question. Call model.generate with a CompressedCache instead."
+                f"{name} is not served by this pipeline, which gives one text for each question, "
+                "token by token. Call model.generate with a CompressedCache instead."
             )
     if given.get("generation_config") is None:
         given.setdefault("do_sample", False)

@@ -203,8 +203,9 @@ def test_steps_may_be_compiled(make_model: Callable[..., LlamaForCausalLM]) -> N
     model, backend = make_model(vocab_size=len(VOCABULARY)), CountingBackend()
     pipe: Any = pipeline(TASK, model=model, tokenizer=build_tokenizer(), device="cpu")
     config: CompileConfig = compiled(backend)
-    eager = pipe(CONTEXT, questions=QUESTIONS, **H2O_24)
-    assert pipe(CONTEXT, questions=QUESTIONS, compile_config=config, **H2O_24) == eager
+    eager = pipe(CONTEXT, questions=QUESTIONS, **H2O_24)["answers"]
+    got = pipe(CONTEXT, questions=QUESTIONS, compile_config=config, **H2O_24)
+    assert got["answers"] == eager
     assert backend.graphs == 1
     torch._dynamo.reset()
 
@@ -224,10 +225,20 @@ def test_what_a_pipeline_is_made_with_holds_for_every_call(model: Any, pipe: Any
     made: Any = pipeline(
         TASK, model=model, tokenizer=build_tokenizer(), device="cpu", answer_prefix="is", **H2O_24
     )
-    expected = pipe(CONTEXT, question=QUESTIONS[0], answer_prefix="is", **H2O_24)
-    assert made(CONTEXT, question=QUESTIONS[0]) == expected
+    expected = pipe(CONTEXT, question=QUESTIONS[0], answer_prefix="is", **H2O_24)["answer"]
+    assert made(CONTEXT, question=QUESTIONS[0])["answer"] == expected
     shorter = made(CONTEXT, question=QUESTIONS[0], max_new_tokens=3)["answer"]
-    assert expected["answer"].startswith(shorter) and len(shorter.split()) == 3
+    assert expected.startswith(shorter) and len(shorter.split()) == 3
+
+
+def test_timing_is_of_the_context_and_all_questions(pipe: Any) -> None:
+    cache = CompressedCache("h2o", 24)
+    found = pipe(CONTEXT, questions=QUESTIONS, cache=cache, max_new_tokens=12)["timing"]
+    assert (found.tokens_in, found.tokens_out) == (61 + 5 + 2 + 30, 3 * 12)
+    assert len(found.step_s) == 3 * 11
+    assert found.evicted_tokens == 61 + 30 + 11 - 24
+    assert found.cache_bytes == cache.nbytes
+    assert found.prefill_s > 0 and found.decode_s == sum(found.step_s)
 
 
 def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
@@ -268,8 +279,9 @@ def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
         ("1", dict(press="h2o", window=4), TypeError, r"unknown argument 'window' for press='h2o'"),
         ("1", dict(max_new_token=4), TypeError, r"Did you mean 'max_new_tokens'"),
         ("1", dict(budget=64), ValueError, r"'budget' given without a press"),
-        ("1", dict(num_beams=4), NotImplementedError, r"num_beams=4 is not served"),
-        ("1", dict(return_dict_in_generate=True), NotImplementedError, r"is not served"),
+        ("1", dict(num_beams=4), NotImplementedError, r"num_beams is not served"),
+        ("1", dict(return_dict_in_generate=True), NotImplementedError, r"generate is not served"),
+        ("1", dict(prompt_lookup_num_tokens=9), NotImplementedError, r"is not served by"),
         ("1", dict(cache={}), TypeError, r"cache must be a CompressedCache, got dict"),
         ("1", dict(cache=CompressedCache(), press="h2o"), ValueError, r"alone, got 'press' beside"),
         ("1", dict(cache=CompressedCache(), sinks=1), ValueError, r"alone, got 'sinks' beside"),
