@@ -9,7 +9,6 @@ other model is asked about lighthouses.txt, some 1,500 words.
 """
 
 import argparse
-import random
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +29,29 @@ ABOUT_LIGHTHOUSES = {
 
 
 def main() -> None:
-    """Asks, prints what was answered, and draws it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for long_text.png")
     parser.add_argument("--model", help="a hub or local model (default: the shipped one)")
-    parser.add_argument("--presses", default="random,snapkv,h2o")
-    parser.add_argument("--budgets", default=None, help="default: 150,230; with --model 256,768")
-    parser.add_argument("--questions", type=int, default=5)
+    parser.add_argument("--presses", default="random,h2o")
+    parser.add_argument("--budgets", default="150,230", help="tokens that each head may hold")
+    parser.add_argument("--questions", type=int, default=5, help="5 at most")
     parser.add_argument("--max-new-tokens", type=int, default=400)
     options = parser.parse_args()
 
-    context, asked = walks(options.questions)
+    context, asked = walks()
     if options.model:
-        context = Path(__file__).with_name("lighthouses.txt").read_text()
-        asked = dict(list(ABOUT_LIGHTHOUSES.items())[: options.questions])
-    budgets = options.budgets or ("256,768" if options.model else "150,230")
-    settings: list[dict[str, Any]] = [{}] + [
-        dict(press=press, budget=int(budget))
-        for budget in budgets.split(",")
-        for press in options.presses.split(",")
-    ]
+        context, asked = Path(__file__).with_name("lighthouses.txt").read_text(), ABOUT_LIGHTHOUSES
+    questions = list(asked)[: options.questions]
+    settings: list[dict[str, Any]] = [{}]
+    for budget in options.budgets.split(","):
+        settings += [dict(press=p, budget=int(budget)) for p in options.presses.split(",")]
     pipe: Any = pipeline("kv-press-text-generation", model=options.model or str(MODEL_PATH))
     rows = []
     for setting in settings:
-        found = pipe(
-            context, questions=list(asked), max_new_tokens=options.max_new_tokens, **setting
-        )
-        right = [
-            expected in reply if options.model else extract_answer(reply) == expected
-            for reply, expected in zip(found["answers"], asked.values(), strict=True)
-        ]
+        limit = options.max_new_tokens
+        found = pipe(context, questions=questions, max_new_tokens=limit, **setting)
+        replies = found["answers"] if options.model else map(extract_answer, found["answers"])
+        right = [asked[q] in (reply or "") for q, reply in zip(questions, replies, strict=True)]
         name = f"{setting['press']}, {setting['budget']}" if setting else "full cache"
         kib = found["timing"].cache_bytes / 1024
         print(f"{name:>18}: {sum(right)} of {len(right)} right, {kib:,.0f} KiB")
@@ -68,44 +60,40 @@ def main() -> None:
     draw(rows, options.out / "long_text.png")
 
 
-def walks(count: int) -> tuple[str, dict[str, str]]:
+def walks() -> tuple[str, dict[str, str]]:
     """One market, and walks through it with their answers."""
-    context = make_problem(seed=1, steps=9).prompt.partition(" start")[0]
-    words = context.split()
-    tax, goods = int(words[1]), words[3:]
-    costs = {
-        int(place): (int(price[0]) + tax) % 10
-        for place, price in zip(goods[::3], goods[2::3], strict=True)
-    }
-    asked = {}
-    for start in random.Random(0).sample(range(10), count):
-        total = start
-        for left in range(12, 0, -1):
-            total = (total + costs[total] + left) % 10
-        asked[f"start {start} steps 1 2 solve"] = str(total)
-    return context, asked
+    market = make_problem(seed=1, steps=12).prompt.partition(" start")[0]
+    return market, {f"start {start} steps 1 2 solve": walk(market, start) for start in range(5)}
+
+
+def walk(market: str, start: int) -> str:
+    """Where twelve steps lead."""
+    _, tax, _, *goods = market.split()
+    prices = dict(zip(goods[::3], goods[2::3], strict=True))
+    total = start
+    for left in range(12, 0, -1):
+        total = (total + int(prices[str(total)][0]) + int(tax) + left) % 10
+    return str(total)
 
 
 def draw(rows: list[tuple[str, list[bool], float]], path: Path) -> None:
     """Which questions were answered, and what the cache took."""
     figure = Figure(figsize=(8, 1.2 + 0.42 * len(rows)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.3))
+    left, right = figure.subplots(1, 2, sharey=True)
     names, answered, kib = zip(*rows, strict=True)
-    left.pcolormesh(answered, cmap="RdYlGn", vmin=-0.25, vmax=1.25, edgecolor="white", linewidth=3)
-    left.set_yticks([row + 0.5 for row in range(len(rows))], names)
-    left.set_xticks([column + 0.5 for column in range(len(answered[0]))])
-    left.set_xticklabels(range(1, len(answered[0]) + 1))
-    left.set_xlabel("question")
-    left.set_title("right (green) or wrong")
-    left.invert_yaxis()
-    left.tick_params(length=0)
-    bars = right.barh([row + 0.5 for row in range(len(rows))], kib, height=0.6, color="#4a7fb0")
-    right.bar_label(bars, [f"{size:,.0f}" for size in kib], padding=3)
-    right.set_title("KiB of cache at the end")
+    left.imshow(answered, cmap="RdYlBu", vmin=-0.6, vmax=1.6, aspect="auto")
+    for row, cells in enumerate(answered):
+        for column, is_right in enumerate(cells):
+            left.text(column, row, "right" if is_right else "wrong", ha="center", va="center")
+    left.set_yticks(range(len(rows)), names)
+    left.set_xticks(range(len(cells)), [f"question {n + 1}" for n in range(len(cells))], size=8)
+    right.bar_label(right.barh(names, kib, height=0.6), [f"{size:,.0f}" for size in kib], padding=3)
+    right.set_title("KiB of cache at the end", size=10)
     right.margins(x=0.15)
+    right.set_xticks([])
     for panel in (left, right):
         panel.spines[:].set_visible(False)
-    right.set_xticks([])
+        panel.tick_params(length=0)
     figure.savefig(path, dpi=130)
 
 

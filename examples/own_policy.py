@@ -1,6 +1,6 @@
 """A policy of one's own beside others: how often its answers are right, and what it holds.
 
-    python examples/own_policy.py --out pictures
+python examples/own_policy.py --out pictures
 """
 
 import argparse
@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import compressed_cache.integrations  # noqa: F401
 from compressed_cache import CompressedCache, Defaults, Policy, Slots
 from compressed_cache.policies.base import Rows
 from compressed_cache.reasoner import MODEL_PATH
@@ -41,7 +40,6 @@ class Breadth(Policy):
 
 
 def main() -> None:
-    """Solves held-out problems of the shipped model under each policy."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for own_policy.png")
     parser.add_argument("--problems", type=int, default=12)
@@ -50,49 +48,42 @@ def main() -> None:
     options = parser.parse_args()
 
     problems = [make_problem(seed, options.steps) for seed in range(options.problems)]
-    texts = [problem.prompt.partition(" start") for problem in problems]
-    pipe: Any = pipeline("kv-press-text-generation", model=str(MODEL_PATH))
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
+    prompts = [problem.prompt for problem in problems]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     maps = {}
-    for press in ("random", "h2o", Breadth()):
-        name = press if isinstance(press, str) else press.label
-        replies = pipe(
-            [context for context, _, _ in texts],
-            questions=[[start + rest] for _, start, rest in texts],
-            batch_size=len(texts),
-            press=press,
-            budget=options.budget,
-            max_new_tokens=(tokens := 200 + 20 * options.steps),
+    for policy in ("random", "h2o", Breadth()):
+        cache = CompressedCache(policy, options.budget)
+        tokens = 200 + 20 * options.steps
+        output = model.generate(
+            **inputs, **cache_argument(cache), max_new_tokens=tokens, do_sample=False
         )
-        right = sum(
-            extract_answer(reply["answers"][0]) == problem.answer
-            for reply, problem in zip(replies, problems, strict=True)
-        )
-        print(f"{name:>8}: {right} of {len(problems)} right")
-        maps[f"{name}: {right} of {len(problems)} right"] = held(
-            pipe, problems[0].prompt, tokens, CompressedCache(press, options.budget)
-        )
+        found = [extract_answer(text) for text in tokenizer.batch_decode(output)]
+        right = sum(f == p.answer for f, p in zip(found, problems, strict=True))
+        title = f"{cache.policy.label}: {right} of {len(found)} right"
+        print(title)
+        maps[title] = shares(cache)
     options.out.mkdir(parents=True, exist_ok=True)
     draw(maps, options.out / "own_policy.png")
 
 
-def held(pipe: Any, prompt: str, tokens: int, cache: CompressedCache) -> Tensor:
-    """The share of all heads that hold each position at the end of a text."""
-    inputs = pipe.tokenizer(prompt, return_tensors="pt").to(pipe.model.device)
-    pipe.model.generate(**inputs, **cache_argument(cache), max_new_tokens=tokens, do_sample=False)
-    positions = torch.cat([layer.positions[0] for layer in cache.layers]).cpu()
+def shares(cache: CompressedCache) -> Any:
+    """``[1, T]`` of the first text: the share of all heads that hold each position at the end."""
+    positions = torch.cat([layer.positions[0] for layer in cache.layers])
     counts = torch.bincount(positions[positions >= 0], minlength=cache.get_seq_length())
-    return counts / len(positions)
+    return (counts[None] / len(positions)).numpy()
 
 
-def draw(maps: dict[str, Tensor], path: Path) -> None:
+def draw(maps: dict[str, Any], path: Path) -> None:
     """A strip for each policy, dark where most heads still hold a token."""
     figure = Figure(figsize=(9, 0.7 + len(maps)), layout="constrained")
     panels = figure.subplots(len(maps), 1, sharex=True)
-    for panel, (title, shares) in zip(panels, maps.items(), strict=True):
-        image = panel.imshow(shares[None], aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    for panel, (title, held) in zip(panels, maps.items(), strict=True):
+        image = panel.imshow(held, aspect="auto", cmap="Blues", vmin=0, vmax=1)
         panel.set_title(title, loc="left", fontsize=10)
         panel.set_yticks([])
-    panels[-1].set_xlabel("position in the text of the first problem")
+    panels[-1].set_xlabel("position in the text of the first problem, prompt included")
     figure.colorbar(image, ax=panels, label="share of heads\nthat hold it at the end")
     figure.savefig(path, dpi=130)
 

@@ -24,7 +24,6 @@ FULL = "transformers' DynamicCache"
 
 
 def main() -> None:
-    """Generates after prompts of growing length, prints what it took, and draws it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for speed_and_memory.png")
     parser.add_argument("--model", help="a hub or local model (default: random weights)")

@@ -215,7 +215,5 @@ def _check_budget(request: Request, prompts: list[Prompt]) -> None:
 
     rules = request.cache.rules
     if prompts and isinstance(rules.budget, int) and not request.cache.policy.shares_budget:
-        lengths = [
-            len(prompt.context) + max(map(len, prompt.questions)) for prompt in prompts
-        ]
+        lengths = [len(prompt.context) + max(map(len, prompt.questions)) for prompt in prompts]
         check_prompt(torch.tensor(lengths), rules, rules.budget)

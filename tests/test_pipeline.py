@@ -100,9 +100,7 @@ def test_an_answer_is_that_of_generate_by_hand(
     assert got["answer"] == _by_hand(pipe, f"<bos> {CONTEXT}", QUESTIONS[0], expected())
 
 
-def test_every_question_is_answered_as_if_it_were_the_only_one(
-    pipe: Any, calls: list[int]
-) -> None:
+def test_every_question_is_answered_as_if_it_were_the_only_one(pipe: Any, calls: list[int]) -> None:
     together = pipe(CONTEXT, questions=QUESTIONS, **H2O_24)["answers"]
     # The context once, then each question and eleven steps. A question of one token is padded, so
     # that it is read as it would be in a batch.
@@ -140,7 +138,10 @@ def test_a_chat_template_surrounds_context_and_question(pipe: Any) -> None:
     pipe.tokenizer.chat_template = TEMPLATE
     for thinking in (False, True):
         got = pipe(
-            CONTEXT, question=QUESTIONS[0], answer_prefix=" total", enable_thinking=thinking,
+            CONTEXT,
+            question=QUESTIONS[0],
+            answer_prefix=" total",
+            enable_thinking=thinking,
             **H2O_24,
         )
         suffix = " solve jam answer total" if thinking else " solve answer total"
@@ -191,7 +192,11 @@ def test_chunks_hold_for_contexts(pipe: Any, calls: list[int]) -> None:
     whole = pipe(CONTEXT, question=QUESTIONS[0], press="h2o", budget=200, max_new_tokens=12)
     calls.clear()
     parts = pipe(
-        CONTEXT, question=QUESTIONS[0], press="h2o", budget=200, max_new_tokens=12,
+        CONTEXT,
+        question=QUESTIONS[0],
+        press="h2o",
+        budget=200,
+        max_new_tokens=12,
         prefill_chunk_size=20,
     )
     assert calls[:4] == [20, 20, 20, 1]
@@ -242,8 +247,9 @@ def test_timing_is_of_the_context_and_all_questions(pipe: Any) -> None:
 
 
 def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
-    names = {name for kind in (POLICIES, MODIFIERS) for one in kind.values()
-             for name in own_options(one)}
+    names = {
+        name for kind in (POLICIES, MODIFIERS) for one in kind.values() for name in own_options(one)
+    }
     assert not names & set(vars(GenerationConfig()))
     assert not names & {"press", "cache", "question", "questions", "batch_size", "answer_prefix"}
 
