@@ -29,7 +29,7 @@ ABOUT_LIGHTHOUSES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Questions about one text that is read once.")
     parser.add_argument("--out", type=Path, required=True, help="folder for long_text.png")
     parser.add_argument("--model", help="a hub or local model (default: the shipped one)")
     parser.add_argument("--presses", default="random,h2o")
@@ -43,8 +43,8 @@ def main() -> None:
         context, asked = Path(__file__).with_name("lighthouses.txt").read_text(), ABOUT_LIGHTHOUSES
     questions = list(asked)[: options.questions]
     settings: list[dict[str, Any]] = [{}]
-    for budget in options.budgets.split(","):
-        settings += [dict(press=p, budget=int(budget)) for p in options.presses.split(",")]
+    for b in options.budgets.split(","):
+        settings += [dict(press=press, budget=int(b)) for press in options.presses.split(",")]
     pipe: Any = pipeline("kv-press-text-generation", model=options.model or str(MODEL_PATH))
     rows = []
     for setting in settings:
@@ -86,7 +86,8 @@ def draw(rows: list[tuple[str, list[bool], float]], path: Path) -> None:
         for column, is_right in enumerate(cells):
             left.text(column, row, "right" if is_right else "wrong", ha="center", va="center")
     left.set_yticks(range(len(rows)), names)
-    left.set_xticks(range(len(cells)), [f"question {n + 1}" for n in range(len(cells))], size=8)
+    numbers = range(len(answered[0]))
+    left.set_xticks(numbers, [f"question {number + 1}" for number in numbers], size=8)
     right.bar_label(right.barh(names, kib, height=0.6), [f"{size:,.0f}" for size in kib], padding=3)
     right.set_title("KiB of cache at the end", size=10)
     right.margins(x=0.15)

@@ -40,7 +40,7 @@ class Breadth(Policy):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="A policy of one's own beside others.")
     parser.add_argument("--out", type=Path, required=True, help="folder for own_policy.png")
     parser.add_argument("--problems", type=int, default=12)
     parser.add_argument("--steps", type=int, default=16, help="of each walk, at most 99")
@@ -80,11 +80,13 @@ def draw(maps: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 0.7 + len(maps)), layout="constrained")
     panels = figure.subplots(len(maps), 1, sharex=True)
     for panel, (title, held) in zip(panels, maps.items(), strict=True):
-        image = panel.imshow(held, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        panel.imshow(held, aspect="auto", cmap="Blues", vmin=0, vmax=1)
         panel.set_title(title, loc="left", fontsize=10)
         panel.set_yticks([])
     panels[-1].set_xlabel("position in the text of the first problem, prompt included")
-    figure.colorbar(image, ax=panels, label="share of heads\nthat hold it at the end")
+    figure.colorbar(
+        panels[-1].images[0], ax=panels, label="share of heads\nthat hold it at the end"
+    )
     figure.savefig(path, dpi=130)
 
 

@@ -24,7 +24,9 @@ FULL = "transformers' DynamicCache"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="What a token takes after texts of growing length."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for speed_and_memory.png")
     parser.add_argument("--model", help="a hub or local model (default: random weights)")
     parser.add_argument("--presses", default="streaming_llm,h2o,snapkv")
