@@ -15,6 +15,8 @@ import os
 import sys
 from typing import Any
 
+from compressed_cache.integrations import when_imported
+
 _REGISTRY = "lm_eval.api.registry"
 _MODELS = "lm_eval.models.huggingface"
 
@@ -27,34 +29,10 @@ def install() -> None:
         model_class = getattr(sys.modules.get(_MODELS), "HFLM", None)
         if model_class is not None:
             _patch(model_class)
-        elif _REGISTRY in sys.modules:
-            _watch(sys.modules[_REGISTRY])
-        elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder())
+        else:
+            when_imported(_REGISTRY, _watch)
     except Exception as error:
         _report(error)
-
-
-class _Finder:
-    """Stands aside as soon as the registry was found once."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _REGISTRY:
-            return None
-        sys.meta_path.remove(self)  # pyright: ignore[reportArgumentType]
-        from importlib.util import find_spec
-
-        spec = find_spec(name)
-        loader: Any = spec and spec.loader
-        if loader is not None:
-            execute = loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                execute(module)
-                _watch(module)
-
-            loader.exec_module = exec_module
-        return spec
 
 
 def _watch(registry: Any) -> None:

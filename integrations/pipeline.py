@@ -1,0 +1,219 @@
+"""``pipeline("kv-press-text-generation")``: one context, held once, and questions about it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.pipelines.base import Pipeline
+
+from compressed_cache.integrations.prompt import Prompt, make_prompt, pair
+from compressed_cache.integrations.request import Request, make_request
+
+if TYPE_CHECKING:
+    from compressed_cache.telemetry.timing import Timing
+
+TASK = "kv-press-text-generation"
+_PROMPT = ("answer_prefix", "max_context_length", "enable_thinking")
+
+
+def register(registry: Any) -> None:
+    """Makes the task known to transformers' registry of pipelines."""
+    registry.register_pipeline(
+        TASK, pipeline_class=CompressedTextGenerationPipeline, pt_model=AutoModelForCausalLM
+    )
+
+
+class CompressedTextGenerationPipeline(Pipeline):
+    """Answers questions about contexts that are read once and held in a fixed budget::
+
+        pipe = pipeline("kv-press-text-generation", model="Qwen/Qwen3-4B")
+        pipe(context, question="Who built it?", press="snapkv", budget=512)["answer"]
+
+    Whatever :meth:`__call__` takes by keyword may also be given to ``pipeline``, for all calls.
+    """
+
+    _load_tokenizer = True
+    _load_processor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        context: str | Iterable[str],
+        *,
+        question: str | None = None,
+        questions: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        batch_size: int | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Answers, and what they cost.
+
+        Args:
+            context: a text, or several.
+            question: what to ask about each; by default its continuation.
+            questions: several, each asked as if it were the only one; or a list of them for each
+                context.
+            batch_size: contexts read at a time, 1 by default.
+            arguments: ``press``, a name or a policy object, with ``budget`` and whatever else
+                :class:`~compressed_cache.CompressedCache` takes; or ``cache``, an empty one; or
+                neither for a full cache. ``answer_prefix``, a text that each answer begins with.
+                ``max_context_length``, tokens of a context that are read. ``enable_thinking``,
+                passed on to the chat template, False by default. All else goes to
+                ``model.generate``: greedy decoding of 50 tokens unless told otherwise.
+                ``prefill_chunk_size`` holds for contexts too.
+
+        Returns:
+            For a text a dictionary with ``answer``, or ``answers`` where ``questions`` are given,
+            without the prefix, and ``timing``, a :class:`~compressed_cache.telemetry.timing.Timing`
+            of all that was done for its batch. For several texts a list of these. A cache that was
+            given holds the last contexts afterwards.
+
+        Raises:
+            ValueError: an empty context, more tokens than the model can see, both ``question`` and
+                ``questions``, an unknown press, or a budget too small for what is protected.
+            TypeError: an unknown argument, or a value of the wrong type.
+            NotImplementedError: a model that cannot be served, or several answers per question.
+        """
+        contexts = [context] if isinstance(context, str) else list(context)
+        size = batch_size or self._batch_size or 1
+        if size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {size}")
+        arguments = {**self._forward_params, **arguments}
+        prompting = {name: arguments.pop(name) for name in _PROMPT if name in arguments}
+        request = make_request(self.model, arguments)
+        asked = pair(contexts, question, questions)
+        # All before the first is read, so that nothing is lost to an error in the last.
+        prompts = [self.preprocess(each, **prompting) for each in asked]
+        _check_budget(request, prompts)
+        results: list[dict[str, Any]] = []
+        for start in range(0, len(prompts), size):
+            output = self.forward(prompts[start : start + size], request=request)
+            results += self.postprocess(output, is_single=questions is None)
+        return results[0] if isinstance(context, str) else results
+
+    def _sanitize_parameters(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, **arguments: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        # Sorted when the call has added its own.
+        return {}, arguments, {}
+
+    def preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_: tuple[str, list[str]], **prompting: Any
+    ) -> Prompt:
+        """The tokens of a context and its questions."""
+        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return make_prompt(self.tokenizer, *input_, **prompting, model_length=length)
+
+    def _forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, prompts: list[Prompt], *, request: Request
+    ) -> tuple[list[list[str]], "Timing"]:
+        from compressed_cache.telemetry.measure import measure
+        from compressed_cache.telemetry.timing import total
+
+        cache = request.cache
+        cache.reset()
+        contexts, context_mask = self._padded([prompt.context for prompt in prompts])
+        runs = [self._read(contexts, context_mask, request)]
+        rounds = max(len(prompt.questions) for prompt in prompts)
+        # A copy of all that is held, so only where it is needed.
+        snapshot = cache.snapshot() if rounds > 1 or request.is_lent else None
+        answers: list[list[str]] = [[] for _ in prompts]
+        for number in range(rounds):
+            rows = [row for row, each in enumerate(prompts) if number < len(each.questions)]
+            if len(rows) < len(prompts):
+                cache.batch_select_indices(torch.tensor(rows, device=contexts.device))
+            # A single token would count as a decode step, and in a longer batch as a prompt.
+            asked = [prompts[row].questions[number] for row in rows]
+            questions, mask = self._padded(asked, least=2)
+            text = torch.cat([contexts[rows], questions], dim=1)
+            mask = torch.cat([context_mask[rows], mask], dim=1)
+            with measure(self.model) as measured:
+                output = self._generate(text, mask, request)
+            runs.append(replace(measured.timing, tokens_in=questions.numel()))
+            new = output[:, text.shape[1] :]
+            decoded = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for row, answer in zip(rows, decoded, strict=True):
+                answers[row].append(answer)
+            if snapshot is not None:
+                cache.restore(snapshot)
+        # Each of them counted what was evicted of the context.
+        evicted = max(run.evicted_tokens for run in runs)
+        return answers, replace(total(runs), evicted_tokens=evicted)
+
+    def postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, output: tuple[list[list[str]], "Timing"], *, is_single: bool
+    ) -> list[dict[str, Any]]:
+        """What a user gets of each context."""
+        answers, timing = output
+        return [
+            {**({"answer": each[0]} if is_single else {"answers": each}), "timing": timing}
+            for each in answers
+        ]
+
+    def _read(self, contexts: Tensor, mask: Tensor, request: Request) -> "Timing":
+        """Fills the cache."""
+        from compressed_cache.telemetry import peaks
+        from compressed_cache.telemetry.marks import Mark, seconds_between
+        from compressed_cache.telemetry.timing import finished
+        from compressed_cache.versions import cache_argument
+
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        config = request.generate.get("generation_config")
+        chunk = request.generate.get("prefill_chunk_size") or getattr(
+            config, "prefill_chunk_size", None
+        )
+        peaks.restart()
+        began, end = Mark(), 0
+        for ids in contexts.split(chunk or contexts.shape[1], dim=1):
+            start, end = end, end + ids.shape[1]
+            self.model(
+                input_ids=ids,
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                use_cache=True,
+                logits_to_keep=1,
+                **cache_argument(request.cache),
+            )
+        (seconds,) = seconds_between([began, Mark()], self.model.device)
+        return finished(
+            request.cache,
+            device=self.model.device,
+            rows=len(contexts),
+            prefill_s=seconds,
+            step_s=(),
+            tokens_in=contexts.numel(),
+            tokens_out=0,
+        )
+
+    def _generate(self, text: Tensor, mask: Tensor, request: Request) -> Any:
+        from compressed_cache.versions import cache_argument
+
+        more = dict(request.generate)
+        if more.get("generation_config") is None and self.tokenizer.pad_token_id is not None:
+            more.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        return self.model.generate(
+            input_ids=text, attention_mask=mask, **cache_argument(request.cache), **more
+        )
+
+    def _padded(self, rows: list[list[int]], *, least: int = 1) -> tuple[Tensor, Tensor]:
+        """Token ids and mask ``[B, L]`` int64, padded on the left to ``least`` or more."""
+        width = max(least, *map(len, rows))
+        pad = self.tokenizer.pad_token_id or 0
+        device = self.model.device
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return ids, mask.to(device)
+
+
+def _check_budget(request: Request, prompts: list[Prompt]) -> None:
+    """Refuses what a later batch would be refused for."""
+    from compressed_cache.checks import check_prompt
+
+    rules = request.cache.rules
+    if prompts and isinstance(rules.budget, int) and not request.cache.policy.shares_budget:
+        lengths = [len(prompt.context) + max(map(len, prompt.questions)) for prompt in prompts]
+        check_prompt(torch.tensor(lengths), rules, rules.budget)

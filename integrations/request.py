@@ -1,0 +1,140 @@
+"""The keyword arguments of one call of the pipeline, sorted and checked."""
+
+import inspect
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from compressed_cache.names import listing, nearest
+
+if TYPE_CHECKING:
+    from compressed_cache.cache import CompressedCache
+
+_PRESSES = "`python -m compressed_cache presses` tells what to type here for a press of kvpress."
+_FILLED_IN = ("attention_mask", "input_ids", "inputs", "kwargs", "past_key_values", "self")
+# What the pipeline cannot serve, with the value that asks for nothing.
+_NOT_SERVED = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "assistant_model": None,
+    "prompt_lookup_num_tokens": None,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to hold a context in, and how to answer."""
+
+    cache: "CompressedCache"
+    is_lent: bool
+    """Whether the user made the cache, and may want to see what it held of the context."""
+    generate: dict[str, Any]
+    """Arguments of ``model.generate``."""
+
+
+def make_request(model: Any, arguments: dict[str, Any]) -> Request:
+    """Sorts arguments into those of the cache and those of ``generate``.
+
+    Args:
+        model: the model that is to answer.
+        arguments: ``press`` with rules and options of its own, or ``cache``; all else is for
+            ``generate``. Greedy decoding of at most 50 tokens unless they say otherwise.
+
+    Raises:
+        ValueError: an unknown press, a value out of range, a budget too small for what is
+            protected, a cache that holds something, or arguments that exclude each other.
+        TypeError: an unknown argument, or a value of the wrong type.
+        NotImplementedError: a model or an argument of ``generate`` that cannot be served.
+    """
+    given = dict(arguments)
+    press, cache = given.pop("press", None), given.pop("cache", None)
+    if "compression_ratio" in given:
+        raise TypeError(
+            "compression_ratio is not known here, because a cache has a fixed number of slots "
+            f"however long its text gets. Pass budget, the tokens to keep. {_PRESSES}"
+        )
+    own = _own_names(press)
+    rules = {name: given.pop(name) for name in own if name in given}
+    _check_generate(model, press, own, given)
+    if cache is not None:
+        _check_cache(cache, press, rules)
+    elif press is None and rules:
+        raise ValueError(
+            f"{listing(rules)} given without a press. Add e.g. press='snapkv', or leave them out "
+            "for a full cache."
+        )
+    made = _make_cache(model, "full" if press is None else press, rules) if cache is None else cache
+    return Request(made, cache is not None, given)
+
+
+def _own_names(press: Any) -> list[str]:
+    from compressed_cache.policies import Policy, option_names
+    from compressed_cache.rules import Rules
+
+    rules = [field.name for field in fields(Rules)]
+    if press is None or isinstance(press, Policy):
+        return rules
+    if not isinstance(press, str):
+        raise TypeError(
+            f"press must be a name or a Policy object, got {press!r} ({type(press).__name__}). "
+            f"{_PRESSES}"
+        )
+    try:
+        return rules + option_names(press)
+    except ValueError as error:
+        hint = f" {_PRESSES}" if press.endswith("Press") else ""
+        raise ValueError(f"press={press!r}: {error}{hint}") from None
+
+
+def _make_cache(model: Any, press: Any, rules: dict[str, Any]) -> "CompressedCache":
+    from compressed_cache.cache import CompressedCache
+
+    try:
+        return CompressedCache(press, config=model.config, **rules)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"press={press!r}: {error}") from None
+
+
+def _check_cache(cache: Any, press: Any, rules: dict[str, Any]) -> None:
+    from compressed_cache.cache import CompressedCache
+
+    if not isinstance(cache, CompressedCache):
+        raise TypeError(
+            f"cache must be a CompressedCache, got {type(cache).__name__}. Leave out cache and "
+            "press for a full cache."
+        )
+    if press is not None or rules:
+        also = listing([*(["press"] if press is not None else []), *rules])
+        raise ValueError(f"cache must be given alone, got {also} beside it. They are the cache's.")
+    if cache.get_seq_length():
+        raise ValueError(
+            f"cache must be empty, got one that holds a text of {cache.get_seq_length()} tokens. "
+            "Call cache.reset() if that is no longer needed."
+        )
+
+
+def _check_generate(model: Any, press: Any, own: list[str], given: dict[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    settings = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    known = {*settings, *inspect.signature(model.generate).parameters} - {*_FILLED_IN}
+    for name in given:
+        if name not in known:
+            names = {*own, *known, "press", "cache", "question", "questions", "answer_prefix"}
+            raise TypeError(
+                f"unknown argument {name!r} for press={press!r}, expected one of "
+                f"{listing(['press', 'cache', *own])} or an argument of model.generate"
+                f"{nearest(name, names)}"
+            )
+    for name, nothing in _NOT_SERVED.items():
+        if given.get(name) not in (None, nothing):
+            raise NotImplementedError(
+                f"{name} is not served by this pipeline, which gives one text for each question, "
+                "token by token. Call model.generate with a CompressedCache instead."
+            )
+    if given.get("generation_config") is None:
+        given.setdefault("do_sample", False)
+        if given.get("max_length") is None:
+            given.setdefault("max_new_tokens", 50)
+    if given.get("max_new_tokens", 1) < 1:
+        raise ValueError(f"max_new_tokens must be >= 1, got {given['max_new_tokens']}")

@@ -1,0 +1,340 @@
+"""``pipeline("kv-press-text-generation")``: contexts that are read once, and questions."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CompileConfig, GenerationConfig, LlamaForCausalLM, pipeline
+
+import compressed_cache.integrations  # noqa: F401
+from compressed_cache import CompressedCache, decode
+from compressed_cache.integrations.pipeline import TASK
+from compressed_cache.policies import MODIFIERS, POLICIES, own_options
+from compressed_cache.policies.h2o import H2O
+from compressed_cache.reasoner.problems import VOCABULARY
+from compressed_cache.reasoner.tokenizer import build_tokenizer
+from tests.compiling import CountingBackend, compiled
+
+H2O_24: dict[str, Any] = dict(press="h2o", budget=24, max_new_tokens=12)
+TEMPLATE = (
+    "{{ bos_token }} tax {{ messages[0]['content'] }} solve"
+    "{{ ' jam' if enable_thinking else '' }}{{ ' answer' if add_generation_prompt else '' }}"
+)
+
+
+def _text(words: int, seed: int = 0) -> str:
+    return " ".join(random.Random(seed).choices(VOCABULARY[4:], k=words))
+
+
+CONTEXT, QUESTIONS = _text(60), [_text(n, seed=n) for n in (5, 1, 30)]
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., LlamaForCausalLM]) -> Any:
+    made = make_model(vocab_size=len(VOCABULARY), max_position_embeddings=300)
+    # So that every token that is generated is a word of the answer.
+    made.generation_config.suppress_tokens = [0, 1, 2, 3]
+    return made.double()
+
+
+@pytest.fixture
+def pipe(model: Any) -> Any:
+    return pipeline(TASK, model=model, tokenizer=build_tokenizer(), device="cpu")
+
+
+@pytest.fixture
+def calls(model: Any) -> Iterator[list[int]]:
+    """How many tokens each call of the model had."""
+    lengths: list[int] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        lengths.append(kwargs["input_ids"].shape[1])
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    yield lengths
+    handle.remove()
+
+
+def _by_hand(pipe: Any, context: str, question: str, cache: Any, new: int = 12, **more: Any) -> str:
+    """The answer as a user of ``generate`` would get it."""
+
+    def tokens(text: str) -> torch.Tensor:
+        return pipe.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+
+    first = tokens(context)
+    pipe.model(first, past_key_values=cache)
+    text = torch.cat([first, tokens(question)], dim=1)
+    more = {"do_sample": False, **more}
+    output = pipe.model.generate(text, past_key_values=cache, max_new_tokens=new, **more)
+    return pipe.tokenizer.decode(output[0, text.shape[1] :])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, lambda: CompressedCache("full")),
+        (dict(press="snapkv", budget=24), lambda: CompressedCache("snapkv", 24)),
+        (
+            dict(press="h2o+caote", budget=20, sinks=2, recent=4, interval=3),
+            lambda: CompressedCache("h2o+caote", 20, sinks=2, recent=4, interval=3),
+        ),
+        (
+            dict(press="snapkv", budget=24, window=4, kernel_size=1),
+            lambda: CompressedCache("snapkv", 24, window=4, kernel_size=1),
+        ),
+        (dict(press=H2O(), budget=24), lambda: CompressedCache(H2O(), 24)),
+        (dict(cache=CompressedCache("tova", 24)), lambda: CompressedCache("tova", 24)),
+        (dict(press="h2o", budget=[24, 16]), lambda: CompressedCache("h2o", [24, 16])),
+    ],
+)
+def test_an_answer_is_that_of_generate_by_hand(
+    pipe: Any, given: dict[str, Any], expected: Callable[[], CompressedCache]
+) -> None:
+    got = pipe(CONTEXT, question=QUESTIONS[0], max_new_tokens=12, **given)
+    assert got["answer"] == _by_hand(pipe, f"<bos> {CONTEXT}", QUESTIONS[0], expected())
+
+
+def test_every_question_is_answered_as_if_it_were_the_only_one(pipe: Any, calls: list[int]) -> None:
+    together = pipe(CONTEXT, questions=QUESTIONS, **H2O_24)["answers"]
+    # The context once, then each question and eleven steps. A question of one token is padded, so
+    # that it is read as it would be in a batch.
+    assert [length for length in calls if length > 1] == [61, 5, 2, 30]
+    assert len(calls) == 1 + 3 * 12
+    alone = [pipe(CONTEXT, question=question, **H2O_24)["answer"] for question in QUESTIONS]
+    assert together == alone
+    assert len(set(together)) == 3
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+@pytest.mark.parametrize("press", ["h2o", "snapkv", None])
+def test_contexts_in_a_batch_are_answered_as_alone(
+    pipe: Any, press: str | None, batch_size: int
+) -> None:
+    budget = {} if press is None else dict(press=press, budget=24)
+    contexts = [_text(n, seed=n) for n in (60, 23, 41)]
+    questions = [QUESTIONS, QUESTIONS[1:2], QUESTIONS[::-1]]
+    arguments = dict(max_new_tokens=12, **budget)
+    got = pipe(contexts, questions=questions, batch_size=batch_size, **arguments)
+    for context, asked, answers in zip(contexts, questions, got, strict=True):
+        assert answers["answers"] == pipe(context, questions=asked, **arguments)["answers"]
+
+
+def test_one_question_or_list_is_for_all_contexts(pipe: Any) -> None:
+    contexts = [_text(40, seed=n) for n in range(2)]
+    one = pipe((text for text in contexts), question=QUESTIONS[0], batch_size=2, **H2O_24)
+    many = pipe(contexts, questions=QUESTIONS[:2], batch_size=2, **H2O_24)
+    assert [each["answer"] for each in one] == [each["answers"][0] for each in many]
+    assert [len(each["answers"]) for each in many] == [2, 2]
+    assert pipe([], question="1", **H2O_24) == []
+
+
+def test_a_chat_template_surrounds_context_and_question(pipe: Any) -> None:
+    pipe.tokenizer.chat_template = TEMPLATE
+    for thinking in (False, True):
+        got = pipe(
+            CONTEXT,
+            question=QUESTIONS[0],
+            answer_prefix=" total",
+            enable_thinking=thinking,
+            **H2O_24,
+        )
+        suffix = " solve jam answer total" if thinking else " solve answer total"
+        first, then = f"<bos> tax {CONTEXT}", QUESTIONS[0] + suffix
+        assert got["answer"] == _by_hand(pipe, first, then, CompressedCache("h2o", 24))
+
+
+def test_an_answer_begins_after_its_prefix(pipe: Any) -> None:
+    got = pipe(CONTEXT, question=QUESTIONS[0], answer_prefix="answer is", **H2O_24)["answer"]
+    cache = CompressedCache("h2o", 24)
+    assert got == _by_hand(pipe, f"<bos> {CONTEXT}", f"{QUESTIONS[0]} answer is", cache)
+    assert len(got.split()) == 12
+
+
+def test_a_context_is_cut_at_its_end(pipe: Any, calls: list[int], caplog: Any) -> None:
+    cut = pipe(CONTEXT, question=QUESTIONS[0], max_context_length=31, **H2O_24)
+    assert calls[0] == 31
+    assert "cut from 61 to 31" in caplog.text
+    words = " ".join(CONTEXT.split()[:30])
+    assert cut["answer"] == pipe(words, question=QUESTIONS[0], **H2O_24)["answer"]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        dict(do_sample=True, temperature=3.0, top_k=20),
+        dict(repetition_penalty=1.5),
+        dict(custom_generate=decode),
+    ],
+)
+def test_arguments_of_generate_are_those_of_generate(pipe: Any, sampling: dict[str, Any]) -> None:
+    cache, question = CompressedCache("h2o", 24), QUESTIONS[0]
+    torch.manual_seed(0)
+    expected = _by_hand(pipe, f"<bos> {CONTEXT}", question, cache, **sampling)
+    torch.manual_seed(0)
+    assert pipe(CONTEXT, question=question, **H2O_24, **sampling)["answer"] == expected
+
+
+def test_a_generation_config_takes_the_place_of_the_defaults(pipe: Any) -> None:
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, suppress_tokens=[0, 1, 2, 3])
+    got = pipe(CONTEXT, question=QUESTIONS[0], press="h2o", budget=24, generation_config=config)
+    assert len(got["answer"].split()) == 5
+    whole = pipe(CONTEXT, question=QUESTIONS[0], press="h2o", budget=24)["answer"].split()
+    assert len(whole) == 50 and whole[:5] == got["answer"].split()
+
+
+def test_chunks_hold_for_contexts(pipe: Any, calls: list[int]) -> None:
+    whole = pipe(CONTEXT, question=QUESTIONS[0], press="h2o", budget=200, max_new_tokens=12)
+    calls.clear()
+    parts = pipe(
+        CONTEXT,
+        question=QUESTIONS[0],
+        press="h2o",
+        budget=200,
+        max_new_tokens=12,
+        prefill_chunk_size=20,
+    )
+    assert calls[:4] == [20, 20, 20, 1]
+    assert parts["answer"] == whole["answer"]
+
+
+def test_steps_may_be_compiled(make_model: Callable[..., LlamaForCausalLM]) -> None:
+    torch._dynamo.reset()
+    model, backend = make_model(vocab_size=len(VOCABULARY)), CountingBackend()
+    pipe: Any = pipeline(TASK, model=model, tokenizer=build_tokenizer(), device="cpu")
+    config: CompileConfig = compiled(backend)
+    eager = pipe(CONTEXT, questions=QUESTIONS, **H2O_24)["answers"]
+    got = pipe(CONTEXT, questions=QUESTIONS, compile_config=config, **H2O_24)
+    assert got["answers"] == eager
+    assert backend.graphs == 1
+    torch._dynamo.reset()
+
+
+def test_a_cache_of_the_user_holds_the_context_afterwards(pipe: Any) -> None:
+    cache = CompressedCache("h2o", 24)
+    answer = pipe(CONTEXT, question=QUESTIONS[0], cache=cache, max_new_tokens=12)["answer"]
+    assert cache.get_seq_length() == 61 and cache.evicted_tokens == 61 - 24
+    with pytest.raises(ValueError, match="cache must be empty, got one that holds a text of 61"):
+        pipe(CONTEXT, question=QUESTIONS[0], cache=cache)
+    cache.reset()
+    again = pipe([CONTEXT, CONTEXT], question=QUESTIONS[0], cache=cache, max_new_tokens=12)
+    assert [each["answer"] for each in again] == [answer, answer]
+
+
+def test_what_a_pipeline_is_made_with_holds_for_every_call(model: Any, pipe: Any) -> None:
+    made: Any = pipeline(
+        TASK, model=model, tokenizer=build_tokenizer(), device="cpu", answer_prefix="is", **H2O_24
+    )
+    expected = pipe(CONTEXT, question=QUESTIONS[0], answer_prefix="is", **H2O_24)["answer"]
+    assert made(CONTEXT, question=QUESTIONS[0])["answer"] == expected
+    shorter = made(CONTEXT, question=QUESTIONS[0], max_new_tokens=3)["answer"]
+    assert expected.startswith(shorter) and len(shorter.split()) == 3
+
+
+def test_timing_is_of_the_context_and_all_questions(pipe: Any) -> None:
+    cache = CompressedCache("h2o", 24)
+    found = pipe(CONTEXT, questions=QUESTIONS, cache=cache, max_new_tokens=12)["timing"]
+    assert (found.tokens_in, found.tokens_out) == (61 + 5 + 2 + 30, 3 * 12)
+    assert len(found.step_s) == 3 * 11
+    assert found.evicted_tokens == 61 + 30 + 11 - 24
+    assert found.cache_bytes == cache.nbytes
+    assert found.prefill_s > 0 and found.decode_s == sum(found.step_s)
+
+
+def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
+    names = {
+        name for kind in (POLICIES, MODIFIERS) for one in kind.values() for name in own_options(one)
+    }
+    assert not names & set(vars(GenerationConfig()))
+    assert not names & {"press", "cache", "question", "questions", "batch_size", "answer_prefix"}
+
+
+@pytest.mark.parametrize(
+    ("context", "arguments", "error", "message"),
+    [
+        ("", {}, ValueError, r"context must not be empty, got ''"),
+        (" \n", {}, ValueError, r"context must not be empty, got ' \\n'"),
+        (["1", ""], {}, ValueError, r"context must not be empty"),
+        ([3], {}, TypeError, r"context must be a text, got 3 \(int\)"),
+        ("1", dict(questions=["1"]), ValueError, r"question and questions must not both be given"),
+        ("1", dict(question=None, questions=[]), ValueError, r"questions must have at least one"),
+        ("1", dict(question=None, questions="1 2"), TypeError, r"questions must be a list of text"),
+        ("1", dict(question=None), ValueError, r"question must have at least one token"),
+        ("1", dict(question=3), TypeError, r"question must be a text, got 3"),
+        (["1"] * 3, dict(question=None, questions=[["1"]] * 2), ValueError, r"one list for each"),
+        (["1"] * 2, dict(question=None, questions=[["1"], []]), ValueError, r"at least one text"),
+        ("1", dict(question=_text(300)), ValueError,
+         r"question must be shorter than the 300 tokens the model can see, got 300"),
+        (_text(295), dict(question=_text(9)), ValueError,
+         r"must fit into the 300 tokens.* got 296 \+ 9. Pass max_context_length=291"),
+        ("1", dict(max_context_length=0), ValueError, r"max_context_length must be >= 1, got 0"),
+        ("1", dict(max_new_tokens=0), ValueError, r"max_new_tokens must be >= 1, got 0"),
+        ("1", dict(batch_size=-1), ValueError, r"batch_size must be >= 1, got -1"),
+        ("1", dict(press="snapvk"), ValueError, r"press='snapvk': unknown .* mean 'snapkv'"),
+        ("1", dict(press="SnapKVPress"), ValueError, r"`python -m compressed_cache presses` tells"),
+        ("1", dict(press=object()), TypeError, r"press must be a name or a Policy object"),
+        ("1", dict(press="h2o", compression_ratio=0.5), TypeError, r"Pass budget, the tokens to"),
+        ("1", dict(press="h2o", budget=0), ValueError, r"press='h2o': budget must be"),
+        ("1", dict(press="h2o", budget=4, sinks=4), ValueError, r"press='h2o': budget must be"),
+        ("1", dict(press="h2o", bugdet=4), TypeError, r"unknown argument 'bugdet'.*mean 'budget'"),
+        ("1", dict(press="h2o", window=4), TypeError, r"unknown argument 'window' for press='h2o'"),
+        ("1", dict(max_new_token=4), TypeError, r"Did you mean 'max_new_tokens'"),
+        ("1", dict(budget=64), ValueError, r"'budget' given without a press"),
+        ("1", dict(num_beams=4), NotImplementedError, r"num_beams is not served"),
+        ("1", dict(return_dict_in_generate=True), NotImplementedError, r"generate is not served"),
+        ("1", dict(prompt_lookup_num_tokens=9), NotImplementedError, r"is not served by"),
+        ("1", dict(cache={}), TypeError, r"cache must be a CompressedCache, got dict"),
+        ("1", dict(cache=CompressedCache(), press="h2o"), ValueError, r"alone, got 'press' beside"),
+        ("1", dict(cache=CompressedCache(), sinks=1), ValueError, r"alone, got 'sinks' beside"),
+        (["1", _text(60)], dict(press="h2o", budget=50, protect_prompt=True, recent=4), ValueError,
+         r"budget must be at least prompt \+ recent \+ 1 .*\(62 \+ 4 \+ 1 = 67\), got 50"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_anything_is_read(
+    pipe: Any, calls: list[int], context: Any, arguments: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        pipe(context, **{"question": "1", **arguments})
+    assert not calls
+
+
+def test_a_template_that_alters_the_text_is_refused(pipe: Any) -> None:
+    pipe.tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
+    with pytest.raises(ValueError, match="chat_template must write the text of the user once"):
+        pipe(CONTEXT, question="1")
+
+
+PROGRAM = f"""
+from transformers import pipeline
+import compressed_cache.integrations, sys
+from transformers.pipelines import PIPELINE_REGISTRY
+print(PIPELINE_REGISTRY.check_task({TASK!r})[1]["impl"].__name__)
+print("compressed_cache.cache" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("autoload", ["0", "1"])
+def test_the_task_is_known_where_the_pipelines_come_first(autoload: str) -> None:
+    # With torch's entry points transformers' pipelines are half executed when we are.
+    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["CompressedTextGenerationPipeline", "False"], done.stderr
+
+
+def test_pipelines_that_have_changed_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "transformers/pipelines").mkdir(parents=True)
+    for name in ("__init__", "pipelines/__init__", "pipelines/base"):
+        (tmp_path / f"transformers/{name}.py").write_text("")
+    program = "import compressed_cache.integrations, transformers.pipelines.base; print('alive')"
+    path = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[1])))
+    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == "alive\n", done.stderr
+    assert "the pipeline is not available with this transformers" in done.stderr
