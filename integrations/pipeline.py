@@ -140,9 +140,7 @@ class CompressedTextGenerationPipeline(Pipeline):
                 answers[row].append(answer)
             if snapshot is not None:
                 cache.restore(snapshot)
-        # Each of them counted what was evicted of the context.
-        evicted = max(run.evicted_tokens for run in runs)
-        return answers, replace(total(runs), evicted_tokens=evicted)
+        return answers, total(runs)
 
     def postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, output: tuple[list[list[str]], "Timing"], *, is_single: bool
@@ -187,6 +185,7 @@ class CompressedTextGenerationPipeline(Pipeline):
             step_s=(),
             tokens_in=contexts.numel(),
             tokens_out=0,
+            evicted_tokens=request.cache.evicted_tokens,
         )
 
     def _generate(self, text: Tensor, mask: Tensor, request: Request) -> Any:
