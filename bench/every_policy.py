@@ -27,7 +27,7 @@ COMBINATIONS = (
 EVERY = (*POLICIES, *COMBINATIONS)
 
 
-def statistics(name: str, model: Any) -> dict[str, str]:
+def statistics(name: str, model: Any) -> dict[str, Any]:
     """Options of a policy that name the statistics it needs, collected on random tokens."""
     scorers, modifiers = split_name(name)
     options = {}

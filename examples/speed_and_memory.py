@@ -64,11 +64,19 @@ def load(name: str | None) -> Any:
     """A model of the user's, or a small one with random weights."""
     if name is None:
         torch.manual_seed(0)
-        sizes = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=4, vocab_size=2048)
-        heads = dict(num_attention_heads=8, num_key_value_heads=4)
-        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=2**17)).eval()
+        config = LlamaConfig(
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=2048,
+            max_position_embeddings=1 << 17,
+        )
+        return LlamaForCausalLM(config).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    return model.to(device).eval()
 
 
 def draw(lines: dict[str, list[tuple[int, float, float]]], budget: int, path: Path) -> None:

@@ -35,6 +35,9 @@ class CompressedTextGenerationPipeline(Pipeline):
     Whatever :meth:`__call__` takes by keyword may also be given to ``pipeline``, for all calls.
     """
 
+    # Any: transformers says they may be None, or tensors, which those of this task are not.
+    tokenizer: Any
+    model: Any
     _load_tokenizer = True
     _load_processor = False
     _load_image_processor = False
@@ -91,7 +94,7 @@ class CompressedTextGenerationPipeline(Pipeline):
         _check_budget(request, prompts)
         results: list[dict[str, Any]] = []
         for start in range(0, len(prompts), size):
-            output = self.forward(prompts[start : start + size], request=request)
+            output: Any = self.forward(prompts[start : start + size], request=request)
             results += self.postprocess(output, is_single=questions is None)
         return results[0] if isinstance(context, str) else results
 
