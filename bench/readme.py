@@ -178,6 +178,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "harness": harness,
     "decode": bench_report.decode,
     "speeds": bench_report.policies,
+    "telemetry": bench_report.telemetry,
     "seen": bench_report.tokens_seen,
     "budget": bench_report.budget,
     "prefill": bench_report.prefill,

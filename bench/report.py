@@ -32,6 +32,11 @@ def policies() -> str:
     return table("policies", _policies)
 
 
+def telemetry() -> str:
+    """What watching a cache costs."""
+    return table("telemetry", _telemetry)
+
+
 def tokens_seen() -> str:
     """How long a token takes after texts of several lengths."""
     return table("tokens seen", _tokens_seen)
@@ -157,6 +162,32 @@ def _policies(results: Results) -> str:
             + markdown(["policy", *header], lines)
         )
     return "\n\n".join(parts)
+
+
+def _telemetry(results: Results) -> str:
+    inside = {row["contender"]: row for row in results.rows("share of timing")}
+    outside = {row["contender"]: row for row in results.rows("telemetry")}
+    first = next(iter(outside.values()))
+    lines = []
+    for watched in dict.fromkeys([*outside, *inside]):
+        ratio, part = outside.get(watched), inside.get(watched)
+        lines.append(
+            [
+                f"`{watched}`",
+                f"{part['us_per_token']:.1f}" if part else "-",
+                f"{part['share']:.2%}" if part else "-",
+                f"{ratio['ratio']:.3f} [{ratio['ratio_low']:.2f}, {ratio['ratio_high']:.2f}]"
+                if ratio
+                else "-",
+            ]
+        )
+    return (
+        f"{_machine(results, 'telemetry')}; {first['model']}, `{first['policy']}`, batch "
+        f"{first['batch']}, budget {first['budget']}, eager. Time inside the watcher, its share of "
+        "the step, and how many times as long a step takes as one that nobody watches: the row of "
+        "`nothing` says how well this can be told.\n\n"
+        + markdown(["watched by", "us per token", "share of a step", "times as long"], lines)
+    )
 
 
 def _grid(
