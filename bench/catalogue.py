@@ -6,33 +6,50 @@ Writes ``bench/results/catalogue.json``, of which the README makes a table.
 """
 
 import argparse
+import json
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from compressed_cache.bench.every_policy import EVERY
 from compressed_cache.cache import CompressedCache
 from compressed_cache.demo import report
-from compressed_cache.demo.measure import BUDGETS, Exam, Setting, rows, settings
+from compressed_cache.demo.measure import BUDGETS, Exam, Row, Setting, rows, settings
 
 RESULTS = Path(__file__).resolve().parent / "results" / "catalogue.json"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Takes all rows and writes them."""
+    """Takes all rows, or those that a file of the same conditions lacks, and writes them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", type=int, default=40, help="held-out problems per row")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--missing", action="store_true", help="keep the rows that --out has")
     options = parser.parse_args(arguments)
     exam = Exam(problems=options.problems, seed=0)
     threads = max(1, (os.cpu_count() or 1) // options.workers)
-    found = []
+    document = partial(report.document, exam, workers=options.workers, threads=threads)
     planned = [s for s in settings(list(EVERY), list(BUDGETS)) if not _is_refused(s)]
-    for row in rows(exam, planned, workers=options.workers, threads=threads):
-        found.append(row)
-        print(f"{len(found)}/{len(planned)} {row.policy} {row.budget} {row.accuracy:.0%}")
-    document = report.document(exam, found, workers=options.workers, threads=threads)
-    report.write_json(document, options.out)
+    found = _known(options.out, document([])) if options.missing else {}
+    missing = [setting for setting in planned if setting not in found]
+    measured = rows(exam, missing, workers=options.workers, threads=threads)
+    for number, (setting, row) in enumerate(zip(missing, measured, strict=True), start=1):
+        found[setting] = row
+        print(f"{number}/{len(missing)} {setting}: {row.accuracy:.0%}")
+    report.write_json(document([found[setting] for setting in planned]), options.out)
+
+
+def _known(path: Path, conditions: dict[str, Any]) -> dict[Setting, Row]:
+    """The rows of a file, if they were taken under the same conditions."""
+    if not path.exists():
+        return {}
+    kept = json.loads(path.read_text())
+    taken = [Row(**row) for row in kept.pop("rows")]
+    if kept != {name: part for name, part in conditions.items() if name != "rows"}:
+        return {}
+    return {Setting(row.policy, row.budget, row.protect_prompt): row for row in taken}
 
 
 def _is_refused(setting: Setting) -> bool:
