@@ -149,12 +149,14 @@ def test_a_cell_whose_machine_is_killed_is_sent_to_another(
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # Other tests of this process may have left helpers of Python that live as long as it does.
+    before = set(psutil.Process().children(recursive=True))
     head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         doomed, _ = (cluster.add_node(num_cpus=1) for _ in range(2))
         raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
-        servants = psutil.Process().children(recursive=True)
+        servants = set(psutil.Process().children(recursive=True)) - before
 
         def has_cell() -> bool:
             return any(child.name().startswith("ray::_files") for child in raylet.children())
