@@ -1,6 +1,5 @@
 """The policies and combinations that appear in tables of all of them."""
 
-import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ def statistics(name: str, model: Any) -> dict[str, Any]:
     return options
 
 
-@functools.cache
 def _collected(policy: str, model: Any) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="statistics"))
     generator = torch.Generator().manual_seed(2)

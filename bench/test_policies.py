@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from transformers.cache_utils import Cache
 
 from compressed_cache import CompressedCache
-from compressed_cache.bench import contenders
 from compressed_cache.bench.contenders import BUDGET, EACH_PLACE, Place, compressed
 from compressed_cache.bench.every_policy import EVERY, statistics
-from compressed_cache.bench.test_decode import FEW_ROUNDS, measure
+from compressed_cache.bench.test_decode import FEW_ROUNDS, make_model, measure
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +19,6 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-# Beside the model itself, which the benchmarks before this one kept.
-make_model = lru_cache(maxsize=1)(contenders.make_model)
 
 
 @EACH_PLACE
