@@ -273,6 +273,14 @@ class CompressedCache(LinearLayers):
         self._drafts.start()
         super().activate_past_recording()
 
+    def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
+        """Says what a call is like that begins: called before the first layer, unless compiled.
+
+        Raises:
+            NotImplementedError: a model this cache cannot serve.
+        """
+        checks.check_config(config)
+
     def expect_prompt(self, tokens: int) -> None:
         """Says how long the text is that the next call begins with, what it held included.
 

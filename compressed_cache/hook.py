@@ -11,8 +11,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, masking_utils
 from transformers.modeling_utils import AttentionInterface
 
 _TAG = "_compressed_layer"
@@ -64,7 +65,7 @@ def takes_all_arguments(loop: Loop) -> Loop:
 
 
 def install() -> None:
-    """Wraps attention and two details of ``generate``; the second call does nothing."""
+    """Wraps attention, masks and two details of ``generate``; the second call does nothing."""
     original = AttentionInterface.get_interface
     if getattr(original, _TAG, False):
         return
@@ -77,8 +78,30 @@ def install() -> None:
 
     setattr(get_interface, _TAG, True)
     AttentionInterface.get_interface = get_interface
+    _announce_calls()
     _announce_prompts()
     _hand_over_arguments()
+
+
+def _announce_calls() -> None:
+    """Lets a compressed cache see the config of a model and the mask of a call before any layer.
+
+    What is handed to attention later says nothing of tokens that were read before.
+    """
+    utils: Any = masking_utils
+    original = utils._preprocess_mask_arguments
+
+    @functools.wraps(original)
+    def preprocess(
+        config: Any, inputs_embeds: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not torch.compiler.is_compiling():
+            cache = args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
+            if hasattr(cache, "expect_call"):
+                cache.expect_call(config, attention_mask, inputs_embeds.shape[1])
+        return original(config, inputs_embeds, attention_mask, *args, **kwargs)
+
+    utils._preprocess_mask_arguments = preprocess
 
 
 def _announce_prompts() -> None:
