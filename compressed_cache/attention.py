@@ -1,6 +1,6 @@
 """Attention over slots and over prompts, with the weights that policies ask for, in float32."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -78,7 +78,12 @@ def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, form: Form
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    form: Form,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One new token per row attends over the slots of its layer.
 
@@ -91,6 +96,7 @@ def attend(
         values: ``[B, H, S, D]``.
         visible: ``[B, H, S]`` bool, slots that hold a token, or ``[B, H, G, S]``.
         form: how logits become weights.
+        bias: added to the logits, shaped as ``[B, H, G, S]`` or so that it can be expanded to it.
 
     Returns:
         The output ``[B, H * G, 1, D]`` in the dtype of ``values`` and the attention weights
@@ -99,7 +105,10 @@ def attend(
     grouped = queries.reshape(*keys.shape[:2], -1, queries.shape[-1])
     if visible.dim() == 3:
         visible = visible.unsqueeze(2)
-    logits = form.logits(grouped, keys).masked_fill(~visible, -torch.inf)
+    logits = form.logits(grouped, keys)
+    if bias is not None:
+        logits = logits + bias
+    logits = logits.masked_fill(~visible, -torch.inf)
     weights = _softmax(logits, form.sink_logits(logits))
     output = weights.to(values.dtype) @ values
     return output.reshape(*queries.shape[:3], values.shape[-1]), weights.unsqueeze(3).float()
@@ -114,6 +123,7 @@ def attention_rows(
     form: Form,
     last: int | None = None,
     window: int | None = None,
+    see: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Causal attention weights of many queries, in blocks so that memory is linear in ``S``.
 
@@ -125,6 +135,9 @@ def attention_rows(
         form: how logits become weights.
         last: only the last so many queries; None for all.
         window: how many tokens a query sees at most, its own included; None for all before it.
+        see: what queries see in place of that, and what is added to their logits: given
+            ``[B, H | 1, Q, S]`` bool what they would see, what there is to see, and the index of
+            the first of them, it returns ``[B, H | 1, G | 1, Q, S]``, bool and float32 or None.
 
     Yields:
         ``[B, H, G, Q, S]`` float32 for consecutive blocks of ``Q`` queries, oldest first, and the
@@ -141,5 +154,10 @@ def attention_rows(
         if window is not None:
             visible = visible & (held > own - window)
         logits = form.logits(grouped[:, :, :, start : start + block], keys.unsqueeze(2))
-        weights = masked_softmax(logits, visible[:, :, None], form.sink_logits(logits))
+        if see is None:
+            visible = visible.unsqueeze(2)
+        else:
+            visible, bias = see(visible, (held >= 0) & (own >= 0), start)
+            logits = logits if bias is None else logits + bias
+        weights = masked_softmax(logits, visible, form.sink_logits(logits))
         yield weights, block_positions

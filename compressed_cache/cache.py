@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from compressed_cache import budgets, checks, hook
 from compressed_cache.clock import Clock
+from compressed_cache.columns import Columns, positions_without
 from compressed_cache.drafts import Drafts
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.lazy import LazyLayer
@@ -106,6 +107,7 @@ class CompressedCache(LinearLayers):
                 budgets.resolve(self.rules, self.policy, config.get_text_config())
         super().__init__(layers=[])
         self.clock = Clock(self.rules.interval)
+        self.columns = Columns()
         self.watchers: list[Watcher] = []
         self._timer: Any = None
         if telemetry:
@@ -127,6 +129,7 @@ class CompressedCache(LinearLayers):
         if not torch.compiler.is_compiling():
             self._check(layer, key_states, value_states)
         if layer_idx == self._first:
+            self.columns.begin_call()
             self._begin(key_states.shape[2])
         return layer.update(key_states, value_states)
 
@@ -137,7 +140,11 @@ class CompressedCache(LinearLayers):
         also where the host counts steps, because transformers asks for it between two of them.
         """
         if torch.compiler.is_compiling():
-            return query_length, 0
+            # The mask of a step is not read then: as an int the offset would be compiled in.
+            is_step = self.takes_step(query_length)
+            self.columns.is_asked = not is_step
+            return query_length, 0 if is_step else self.get_seq_length()
+        self.columns.is_asked = True
         for layer in self._attention_layers():
             layer.check_attended()
         if self._is_filled:
@@ -216,6 +223,7 @@ class CompressedCache(LinearLayers):
         """Makes the cache as new, in place: buffers are kept for the next prompt."""
         self._tell("reset")
         self.clock.reset()
+        self.columns.reset()
         self._drafts.stop()
         self._first = None
         super().reset()
@@ -276,10 +284,53 @@ class CompressedCache(LinearLayers):
     def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
         """Says what a call is like that begins: called before the first layer, unless compiled.
 
+        What a 2-D mask shows as padding from now on is dropped, as if it had never been read. That
+        is not looked at for the single token of a decode step on another device than the CPU,
+        which would have to be waited for.
+
+        Args:
+            config: of the model.
+            attention_mask: as the model was given it.
+            tokens: of each row in this call.
+
         Raises:
-            NotImplementedError: a model this cache cannot serve.
+            NotImplementedError: a model this cache cannot serve, or a prompt off the device of
+                which something would be dropped.
+            ValueError: a mask that is not of the text held.
         """
         checks.check_config(config)
+        if not self._is_filled:
+            return
+        seen = self.clock.tokens_seen
+        self.columns.truncate(seen)
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            return
+        if self.columns.is_asked and attention_mask.shape[1] == tokens:
+            # Built before, for attention that wants it like that.
+            return
+        checks.check_mask(attention_mask, seen, tokens)
+        if tokens == 1 and attention_mask.device.type != "cpu":
+            return
+        self._drop_padding(attention_mask[:, : seen + tokens].bool(), seen)
+
+    def _drop_padding(self, real: Tensor, seen: int) -> None:
+        """Takes columns ``[B, T + L]`` bool for real or not, ``seen`` of which were read."""
+        known, past = self.columns.known, real[:, :seen]
+        if known is None or known.shape != past.shape or not torch.equal(known, past):
+            first = self.layers[self._first]
+            known = self.columns.until(seen, first.next_position)
+            past = past.to(known.device)
+            checks.check_shown(known, past)
+            hidden = known & ~past
+            if bool(hidden.any()):
+                moved = positions_without(hidden, known)
+                layers = [layer for layer in self._attention_layers() if layer.is_filled]
+                for layer in layers:
+                    layer.check_renumber(moved)
+                self._tell("attention_mask")
+                for layer in layers:
+                    layer.renumber(moved)
+        self.columns.known = real
 
     def expect_prompt(self, tokens: int) -> None:
         """Says how long the text is that the next call begins with, what it held included.
@@ -312,6 +363,7 @@ class CompressedCache(LinearLayers):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows become copies of the rows ``beam_idx`` ``[B]``, in place; beam search calls it."""
         self._tell("reorder_cache")
+        self.columns.select(beam_idx)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -324,6 +376,7 @@ class CompressedCache(LinearLayers):
         """Keeps the rows ``indices``, in new memory where their number is another."""
         self._filled_layer("batch_select_indices")
         self._tell("batch_select_indices")
+        self.columns.select(indices)
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
                 layer.select(indices)
@@ -369,7 +422,7 @@ class CompressedCache(LinearLayers):
     def make_layers(self, count: int) -> None:
         """Makes layers up to this number; one that never asks for a cache stays empty."""
         for index in range(len(self.layers), count):
-            layer = _LAYERS[self.layout](self.policy, self.rules, self.clock, index)
+            layer = _LAYERS[self.layout](self.policy, self.rules, self.clock, self.columns, index)
             layer.listener = self.listener
             self.layers.append(layer)
 

@@ -65,6 +65,27 @@ def check_prompt(lengths: Tensor, rules: Rules, budget: int) -> None:
         )
 
 
+def check_mask(attention_mask: Tensor, seen: int, tokens: int) -> None:
+    """Raises ``ValueError`` if a 2-D mask is shorter than the text, as that of another text is."""
+    width = attention_mask.shape[1]
+    if width < seen + tokens:
+        raise ValueError(
+            f"attention_mask must cover the {seen} tokens the cache has seen (padding included) "
+            f"and {tokens} new ones, got {width} columns. For a new text: {_RESET}"
+        )
+
+
+def check_shown(known: Tensor, shown: Tensor) -> None:
+    """Raises ``ValueError`` if a mask shows as tokens what was read as padding, ``[B, T]`` bool."""
+    more = (shown & ~known).sum(dim=1)
+    if bool(more.any()):
+        row = int(more.argmax())
+        raise ValueError(
+            f"attention_mask must hide what was read as padding or hidden by an earlier mask, and "
+            f"is not held any more; it shows {int(more[row])} such tokens of row {row}"
+        )
+
+
 def check_attention(layer: int, module: Any, arguments: dict[str, Any]) -> None:
     """Raises ``NotImplementedError`` for an attention layer that slots cannot serve."""
     config = getattr(module, "config", None)

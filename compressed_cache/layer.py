@@ -1,19 +1,21 @@
 """One attention layer: choose a victim, write, attend, let the policy observe."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from compressed_cache import budgets, checks, hook, reading, slots
+from compressed_cache import budgets, checks, gradients, hook, masks, reading, slots
 from compressed_cache.attention import Form
 from compressed_cache.clock import Clock
+from compressed_cache.columns import Columns
 from compressed_cache.contiguous import closed_up
 from compressed_cache.kernels import ops
+from compressed_cache.masks import Mask
 from compressed_cache.memory import Sizes, SlotMemory
-from compressed_cache.padding import check_left, first_tokens, real_tokens
 from compressed_cache.policies import Policy, Rows, Site, Slots
 from compressed_cache.policies.streaming_llm import StreamingLLM
 from compressed_cache.reading import States, read
@@ -54,11 +56,14 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, policy: Policy, rules: Rules, clock: Clock, index: int) -> None:
+    def __init__(
+        self, policy: Policy, rules: Rules, clock: Clock, columns: Columns, index: int
+    ) -> None:
         CacheLayerMixin.__init__(self)
         SlotMemory.__init__(self, policy, rules)
         self.settings = policy, rules
         self.clock = clock
+        self.columns = columns
         self.index = index
         self.form = Form(1.0)
         self.window: int | None = None
@@ -68,6 +73,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.calls = 0
         self.is_filled = False
         self.is_fused = False
+        self.has_gradients = False
+        """Whether a token was read with gradients, which then end at it."""
         self.awaits_attention = False
         self.incoming: tuple[Tensor, Tensor] | None = None
         self.last_call: Call | None = None
@@ -81,6 +88,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """Takes new keys and values ``[B, H, L, D]``; returns tensors tagged for :meth:`attend`."""
         if not torch.compiler.is_compiling():
             self.awaits_attention = True
+        if not torch.compiler.is_compiling() and self.is_filled:
+            self._widen(key_states.dtype, value_states.dtype)
         if self.is_filled and key_states.shape[2] == 1:
             # Written when the query is at hand, so that one kernel can do both.
             self.incoming = key_states, value_states
@@ -108,14 +117,19 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             query: ``[B, H * G, L, D]``.
             key: what :meth:`update` returned.
             value: likewise.
-            attention_mask: the model's mask, read for prompts only.
+            attention_mask: the model's mask. Of a decode step it is read where it says more than
+                whether the token itself is padding only outside of compiled graphs.
             scaling: factor of the logits, ``D ** -0.5`` if None.
             kwargs: passed on to ``function``.
 
         Returns:
-            The output ``[B, L, H * G, D]`` and the attention weights, if at hand.
+            The output ``[B, L, H * G, D]`` and the attention weights, if at hand: of a first prompt
+            those of ``function``; later, with ``attn_implementation="eager"``, ``[B, H * G, L, S]``
+            float32 over the slots of a decode step, or ``[B, H * G, L, S + L]`` over the slots as
+            they were and then the new tokens where several come at once.
         """
-        if not (self.is_filled and query.shape[2] == 1):
+        is_step = self.is_filled and query.shape[2] == 1 and not masks.is_wide(attention_mask)
+        if not is_step:
             return self._read(function, module, query, key, value, attention_mask, scaling, kwargs)
         if not torch.compiler.is_compiling():
             self.awaits_attention = False
@@ -123,16 +137,20 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             self.calls += 1
             self.last_call = None
         assert self.incoming is not None
-        incoming, self.incoming = self.incoming, None
-        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        output, weights = self.step(
-            query, *incoming, ranks=self.clock.ranks, weighs=implementation == "eager"
-        )
+        (key, value), self.incoming = self.incoming, None
+        real = self.columns.real_of_step(attention_mask, len(query))
+        with _exact(query.device):
+            output, weights = self.step(
+                query, key, value, ranks=self.clock.ranks, weighs=_weighs(module), real=real
+            )
+        output = output.to(value.dtype)
+        if gradients.wants_gradient(key, value):
+            self.has_gradients = True
         if not torch.compiler.is_compiling() and self.listener is not None:
-            real = torch.ones(query.shape[::2], dtype=torch.bool, device=query.device)
-            key, value = incoming
-            states = States(query.detach(), key.detach(), value.detach(), real)
-            self.listener(self, states)
+            if real is None:
+                real = torch.ones(len(query), dtype=torch.bool, device=query.device)
+            states = States(query, key, value, real[:, None])
+            self.listener(self, states.detached())
         return output.transpose(1, 2), None if weights is None else weights.flatten(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -193,13 +211,13 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.load(state.tensors, state.sizes)
         self.calls = 0
         self.is_filled = self.is_initialized = True
-        self.awaits_attention = False
+        self.awaits_attention = self.has_gradients = False
         self.last_call = None
 
     def empty(self) -> None:
         """Holds nothing."""
         self.calls = 0
-        self.is_filled = self.awaits_attention = False
+        self.is_filled = self.awaits_attention = self.has_gradients = False
         self.incoming = self.last_call = None
         self.clear()
 
@@ -211,18 +229,26 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     # How tokens come in: what another layout does in its own way.
 
     def step(
-        self, query: Tensor, key: Tensor, value: Tensor, *, ranks: bool, weighs: bool = False
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        ranks: bool,
+        weighs: bool = False,
+        real: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See :func:`compressed_cache.stepping.step`."""
-        return step(self, query, key, value, ranks=ranks, weighs=weighs)
+        return step(self, query, key, value, ranks=ranks, weighs=weighs, real=real, mask=mask)
 
     def fill(self, states: States) -> None:
         """See :func:`compressed_cache.reading.fill`."""
-        reading.fill(self, *states)
+        reading.fill(self, states)
 
-    def read_block(self, states: States) -> Tensor:
+    def read_block(self, states: States, *, weighs: bool = False) -> tuple[Tensor, Tensor | None]:
         """See :func:`compressed_cache.reading.read_block`."""
-        return reading.read_block(self, *states)
+        return reading.read_block(self, states, weighs=weighs)
 
     def keep_best(
         self,
@@ -254,31 +280,41 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         self.awaits_attention = False
-        real = real_tokens(attention_mask, key)
-        states = States(query.detach(), key.detach(), value.detach(), real)
+        if self.incoming is not None:
+            (key, value), self.incoming = self.incoming, None
+        seen = self.clock.tokens_seen - key.shape[2]
+        real = masks.real_tokens(attention_mask, key)
+        mask = masks.read_mask(attention_mask, key, seen=seen, is_built=self.columns.is_built)
+        states = States(query, key, value, real, mask)
         count = self.clock.prompt_tokens
         if self.is_filled:
             checks.check_module(self.module_id, module)
-            output = read(self, states, count)
+            self.columns.extend(real, seen=seen, next_position=self.next_position)
+            with _exact(query.device):
+                output, weights = read(self, states, count, weighs=_weighs(module))
             assert output is not None
-            result = output, None
+            result = output.to(value.dtype), weights
         else:
-            check_left(real)
+            masks.check_left(real)
             checks.check_attention(self.index, module, kwargs)
             self._adopt(module, query, key, value, scaling, kwargs)
             if self.policy.evicts:
                 checks.check_prompt(real[:, :count].sum(dim=1), self.rules, self.budget)
+            self.columns.extend(real, seen=0, next_position=real.sum(dim=1))
             prompt = (tensor[:, :, :count] for tensor in (query, key, value))
-            mask = first_tokens(attention_mask, count, of=key.shape[2])
-            result = function(module, *prompt, mask, scaling=scaling, **kwargs)
-            drafted = read(self, states, count)
+            own = masks.first_tokens(attention_mask, count, of=key.shape[2])
+            result = function(module, *prompt, own, scaling=scaling, **kwargs)
+            with _exact(query.device):
+                drafted, _ = read(self, states, count)
             if drafted is not None:
                 result = torch.cat([result[0], drafted], dim=1), None
         self.module_id = id(module)
-        self.last_call = Call(states, count) if self.clock.records else None
+        self.last_call = Call(states.detached(), count) if self.clock.records else None
         self.calls += 1
+        if gradients.wants_gradient(key, value):
+            self.has_gradients = True
         if self.listener is not None:
-            self.listener(self, states)
+            self.listener(self, states.detached())
         return result
 
     def _adopt(
@@ -328,6 +364,17 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             self.policy = StreamingLLM()
             self.rules = Rules(window, interval=1, sinks=0, recent=0, protect_prompt=False)
 
+    def _widen(self, key_dtype: torch.dtype, value_dtype: torch.dtype) -> None:
+        """Makes room for keys and values of more precision, as autocast brings them about."""
+        assert self.sizes is not None
+        dtype = torch.promote_types(self.sizes.dtype, key_dtype)
+        value_dtype = torch.promote_types(self.sizes.value_dtype, value_dtype)
+        if (dtype, value_dtype) != (self.sizes.dtype, self.sizes.value_dtype):
+            held = self.named_tensors()
+            self._allocate(self.sizes._replace(dtype=dtype, value_dtype=value_dtype))
+            for name, tensor in self.named_tensors().items():
+                tensor.copy_(held[name])
+
     def _allocate(self, sizes: Sizes) -> None:
         super()._allocate(sizes)
         hook.tag(self.keys, self)
@@ -361,11 +408,20 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """What the policy is shown of the slots."""
         return self.view(self.keys, self.values, self.positions, self.attention, self.notes)
 
-    def revised(self) -> Slots:
-        """The same, right before a ranking."""
+    def held_positions(self) -> Tensor:
+        """``[B, H, S]`` int64, the token of each slot for each head, negative where none is."""
+        return self.positions
+
+    def revised(self, real: Tensor | None = None) -> Slots:
+        """The same, right before a ranking; in rows ``[B]`` bool only, where given."""
         if self.policy.revises:
-            self.notes.copy_(self.policy.revise(self.held()))
+            notes = self.policy.revise(self.held())
+            self.notes.copy_(slots.where_real(real, notes, self.notes))
         return self.held()
+
+    def constant(self, held: Tensor, *traced: Tensor) -> Tensor:
+        """What is held of earlier calls, as a constant of one with gradients through ``traced``."""
+        return gradients.constant(held, *traced) if self.has_gradients else held
 
     def drop(self, gone: Tensor) -> None:
         """Empties slots, ``[B, H, S]`` bool."""
@@ -454,6 +510,18 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         rows = Rows(weights.float(), query_positions, positions)
         seen = self.policy.accumulate(seen, rows)
         return self.shard.mean(seen) if self.policy.mixes_heads else seen
+
+
+def _weighs(module: Any) -> bool:
+    """Whether the model wants attention weights, which only its eager attention gives."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
+
+
+def _exact(device: torch.device) -> AbstractContextManager[Any]:
+    """Work in the precision written down, also where the model is under autocast."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _text_config(module: Any) -> Any:

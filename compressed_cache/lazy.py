@@ -59,7 +59,7 @@ class LazyLayer(CompressedLayer):
             self.row_slots.copy_(needed)
         super().fill(states)
 
-    def read_block(self, states: States) -> Tensor:
+    def read_block(self, states: States, *, weighs: bool = False) -> tuple[Tensor, Tensor | None]:
         """A further prompt, or the next chunk of the first one."""
         grows = self.rules.protect_prompt and self.clock.is_first_prompt
         if not self.is_sliding and grows and bool(self._is_lazy.any()):
@@ -67,7 +67,7 @@ class LazyLayer(CompressedLayer):
                 f"protect_prompt must be False with {self.policy.label!r} where a prompt is read "
                 "in chunks: how many slots a lazy layer has is decided by the first of them"
             )
-        return super().read_block(states)
+        return super().read_block(states, weighs=weighs)
 
     def keep_best(
         self,

@@ -140,6 +140,42 @@ class SlotMemory:
         for name, tensor in self.named_tensors().items():
             tensor.fill_(-1 if name in ("positions", "query_positions") else 0)
 
+    def count(self, real: Tensor | None) -> None:
+        """Counts a step, whose tokens are real in rows ``[B]`` bool, or in all of them (None)."""
+        self.counts.add_(1)
+        if real is not None:
+            self.next_position.sub_((~real).long())
+
+    def check_renumber(self, moved: Tensor) -> None:
+        """Raises ``NotImplementedError`` where :meth:`renumber` cannot be done."""
+
+    def renumber(self, moved: Tensor) -> None:
+        """Moves tokens to other positions, and empties the slots of those that have none.
+
+        Args:
+            moved: ``[B, P]`` int64 by old position, ascending but for -1, which is none.
+        """
+        before = torch.nn.functional.pad((moved >= 0).cumsum(dim=1), (1, 0))
+        self.positions.copy_(_moved(self.positions, moved))
+        old_next = self.next_position.clone()
+        for count in (self.next_position, self.prompt_length):
+            count.copy_(before.gather(1, count[:, None]).squeeze(1))
+        self.protected_prefix.fill_(self.rules.sinks)
+        if self.rules.protect_prompt:
+            self.protected_prefix.clamp_(min=self.prompt_length)
+        if self.query_positions.shape[1]:
+            own = _moved(self.query_positions, moved)
+            place, found = _places(own)
+            index = place[:, None, None, :, None].expand_as(self.queries)
+            self.queries.copy_(self.queries.gather(3, index))
+            self.query_positions.copy_(own.gather(1, place).masked_fill(~found, -1))
+        if self.tails.shape[2]:
+            last = old_next[:, None] - 1
+            ring = torch.arange(self.tails.shape[2], device=last.device)
+            place, found = _places(_moved(last - (last - ring) % len(ring), moved))
+            tails = self.tails.gather(2, place[:, None, :, None].expand_as(self.tails))
+            self.tails.copy_(tails.masked_fill(~found[:, None, :, None], 0))
+
     def reorder(self, rows: Tensor) -> None:
         """Row ``b`` becomes a copy of row ``rows[b]``, in place."""
         for tensor in self.tensors():
@@ -203,6 +239,26 @@ class SlotMemory:
         # Without it every in-place write would make the compiler give up CUDA graphs.
         for tensor in self.tensors():
             torch._dynamo.mark_static_address(tensor)
+
+
+def _moved(positions: Tensor, moved: Tensor) -> Tensor:
+    """Positions ``[B, ...]`` where ``moved`` puts them; negative ones stay."""
+    new = moved.gather(1, positions.clamp(min=0).flatten(1)).view_as(positions)
+    return torch.where(positions >= 0, new, positions)
+
+
+def _places(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in a ring of ``W`` the tokens are that belong to each place, and whether there is one.
+
+    Args:
+        positions: ``[B, W]`` int64 of the tokens in it, negative where there is none.
+    """
+    window = positions.shape[1]
+    place = torch.where(positions >= 0, positions % window, window)
+    found = positions.new_full((len(positions), window + 1), window)
+    here = torch.arange(window, device=place.device).expand_as(place)
+    found = found.scatter(1, place, here)[:, :window]
+    return found.clamp(max=window - 1), found < window
 
 
 def power_of_two(tokens: int) -> int:

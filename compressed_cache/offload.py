@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from compressed_cache import attention
+from compressed_cache import attention, gradients
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.memory import Sizes, power_of_two
 from compressed_cache.policies.shadowkv import ShadowKV
-from compressed_cache.reading import States, positions_of
+from compressed_cache.reading import States, positions_of, see_slots
 from compressed_cache.rotary import Rotary
 
 _OFFLOADED = ("offloaded_keys", "offloaded_values")
@@ -132,26 +132,36 @@ class OffloadedLayer(CompressedLayer):
         outliers = min(self.numbers.outlier_chunks, chunks)
         return fetched * size, outliers * size, (self.numbers.local_chunks + 1) * size - 1
 
+    def check_renumber(self, moved: Tensor) -> None:
+        """Raises ``NotImplementedError`` if a token of the prompt is to go."""
+        position = torch.arange(moved.shape[1], device=moved.device)
+        in_prompt = position < self.prompt_length[:, None]
+        if not self.is_sliding and bool((in_prompt & (moved < 0)).any()):
+            raise NotImplementedError(
+                f"attention_mask must not hide tokens of the first prompt with "
+                f"{self.policy.label!r}, which holds them off the device in whole chunks"
+            )
+
     # How tokens come in.
 
     def step(
-        self, query: Tensor, key: Tensor, value: Tensor, *, ranks: bool, weighs: bool = False
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Fetches what the query asks for, then attends as with slots that are never given up."""
         if not self.is_sliding:
             self._fetch(query.detach())
-        return super().step(query, key, value, ranks=ranks, weighs=weighs)
+        return super().step(query, key, value, **options)
 
-    def read_block(self, states: States) -> Tensor:
+    def read_block(self, states: States, *, weighs: bool = False) -> tuple[Tensor, Tensor | None]:
         """A further prompt, which stays on the device, or the next part of the first one."""
         if self.is_sliding:
-            return super().read_block(states)
+            return super().read_block(states, weighs=weighs)
         if self.clock.is_first_prompt:
-            return self._read_part(*states)
-        self._fetch(states.query, states.real)
-        output = super().read_block(states)
+            return self._read_part(states, weighs)
+        self._fetch(states.query.detach(), states.real)
+        result = super().read_block(states, weighs=weighs)
         self.counts[:, 2] += states.key.shape[2]
-        return output
+        return result
 
     def keep_best(
         self,
@@ -201,28 +211,40 @@ class OffloadedLayer(CompressedLayer):
         else:
             self._factorise(keys)
 
-    def _read_part(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> Tensor:
+    def _read_part(self, states: States, weighs: bool) -> tuple[Tensor, Tensor | None]:
         """The next part of the first prompt attends to all of it; then all is taken anew."""
+        query, key, value, real, mask = states
         had = self.context_tokens
         before = torch.arange(had, device=key.device)
         before = torch.where(before < self.next_position[:, None], before, -1)
         rows = positions_of(real, self.next_position[:, None])
         positions = torch.cat([before, rows], dim=1)[:, None]
-        keys = torch.cat([self._context_keys(before), key], dim=2)
-        values = torch.cat([self.offloaded_values[:, :, :had].to(value.device), value], dim=2)
-        outputs = [
-            weights.to(values.dtype) @ values.unsqueeze(2)
-            for weights, _ in attention.attention_rows(
-                query, keys, query_positions=rows, positions=positions, form=self.form
-            )
-        ]
+        held = self._context_keys(before), self.offloaded_values[:, :, :had].to(value.device)
+        if gradients.wants_gradient(query, key, value):
+            traced = query, key, value
+            held = self.constant(held[0], *traced), self.constant(held[1], *traced)
+        keys, values = torch.cat([held[0], key], dim=2), torch.cat([held[1], value], dim=2)
+        outputs, recorded = [], []
+        for weights, _ in attention.attention_rows(
+            query,
+            keys,
+            query_positions=rows,
+            positions=positions,
+            form=self.form,
+            see=see_slots(self, mask, before[:, None].expand(-1, key.shape[1], -1)),
+        ):
+            outputs.append(weights.to(values.dtype) @ values.unsqueeze(2))
+            if weighs:
+                recorded.append(weights)
+        query, keys, values = query.detach(), keys.detach(), values.detach()
         count, seen = self.next_position + real.sum(dim=1), keys.shape[2]
         self.provide(query, keys, values)
         self.next_position.copy_(count)
         self.prompt_length.copy_(count)
         self.counts[:, 1] = seen
         self.keep_best(keys, values, positions.expand(keys.shape[:3]), self.attention, self.notes)
-        return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
+        weights = torch.cat(recorded, dim=3).flatten(1, 2) if weighs else None
+        return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2), weights
 
     def _aligned(
         self, keys: Tensor, values: Tensor, positions: Tensor

@@ -7,11 +7,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from compressed_cache import attention, slots
+from compressed_cache import attention, gradients, slots
 from compressed_cache.layer import CompressedLayer
+from compressed_cache.masks import Mask
 from compressed_cache.memory import Sizes
 from compressed_cache.policies import Slots
-from compressed_cache.stepping import ranked, record_query, write
+from compressed_cache.slots import where_real
+from compressed_cache.stepping import ranked, record_query, visible_slots, with_gradients, write
 
 
 class PoolLayer(CompressedLayer):
@@ -77,12 +79,17 @@ class PoolLayer(CompressedLayer):
         positions = self._positions_of_heads()
         return self.view(keys, values, positions, self.attention, self.notes)
 
-    def revised(self) -> Slots:
+    def held_positions(self) -> Tensor:
+        """``[B, H, P]`` int64, -1 where a slot is empty or another's."""
+        return super().held_positions() if self.is_sliding else self._positions_of_heads()
+
+    def revised(self, real: Tensor | None = None) -> Slots:
         """The same, right before a ranking."""
         if self.policy.revises and not self.is_sliding:
-            self.notes.copy_(self._of_owners(self.policy.revise(self.held())))
+            notes = self._of_owners(self.policy.revise(self.held()))
+            self.notes.copy_(where_real(real, notes, self.notes))
             return self.held()
-        return super().revised()
+        return super().revised(real)
 
     def drop(self, gone: Tensor) -> None:
         """Empties slots, ``[B, H, P]`` bool by their owners."""
@@ -166,51 +173,72 @@ class PoolLayer(CompressedLayer):
     # A decode step.
 
     def step(
-        self, query: Tensor, key: Tensor, value: Tensor, *, ranks: bool, weighs: bool = False
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        ranks: bool,
+        weighs: bool = False,
+        real: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Puts one token per row and head into the pool, and attends with its query.
 
         See :func:`compressed_cache.stepping.step`.
         """
         if self.is_sliding:
-            return super().step(query, key, value, ranks=ranks, weighs=weighs)
-        key, value = key.detach(), value.detach()
-        slot = self._next_slots(ranks)
-        write(self, key.transpose(1, 2), value.transpose(1, 2), slot)
-        self.owners.scatter_(2, slot, self._heads.expand_as(slot))
+            return super().step(query, key, value, ranks=ranks, weighs=weighs, real=real, mask=mask)
+        traced = (query, key, value) if gradients.wants_gradient(query, key, value) else None
+        query = query.detach()
+        key, value = key.detach().to(self.keys.dtype), value.detach().to(self.values.dtype)
+        slot = self._next_slots(ranks, real)
+        write(self, key.transpose(1, 2), value.transpose(1, 2), slot, real)
+        owners = where_real(real, self._heads.expand_as(slot), self.owners.gather(2, slot))
+        self.owners.scatter_(2, slot, owners)
         if self.policy.num_notes:
             now = self.next_position[:, None, None].expand(key.shape[:3])
+            index = slot.unsqueeze(-1).expand(-1, -1, -1, self.policy.num_notes)
             notes = self.note(key, value, now).transpose(1, 2)
-            self.notes.scatter_(2, slot.unsqueeze(-1).expand_as(notes), notes)
-        visible = (self.positions >= 0) & self._is_own
-        visible = visible.repeat_interleave(query.shape[1] // self._num_heads, dim=1).unsqueeze(1)
-        output, weights = attention.attend(query, self.keys, self.values, visible, self.form)
+            self.notes.scatter_(2, index, where_real(real, notes, self.notes.gather(2, index)))
+        keys, values = self.keys, self.values
+        if traced is not None:
+            query, *own = traced
+            traced = query, own[0].transpose(1, 2), own[1].transpose(1, 2)
+            keys, values = with_gradients(self, (keys, values), traced, slot, real)
+        visible, bias = (
+            None if one is None else self._for_queries(one) for one in visible_slots(self, mask)
+        )
+        assert visible is not None
+        output, weights = attention.attend(query, keys, values, visible, self.form, bias)
         weights = weights.squeeze(1).unflatten(1, (self._num_heads, -1))
         if self.policy.observes_attention:
             held = self.held()
             shown = weights.detach().nan_to_num(0.0)
             own = self.next_position[:, None]
             seen = self.accumulate(held.attention, shown, own, held.positions)
-            self.attention.copy_(self._of_owners(seen))
-        record_query(self, query.detach())
-        self.counts.add_(1)
+            self.attention.copy_(where_real(real, self._of_owners(seen), self.attention))
+        record_query(self, query.detach(), real)
+        self.count(real)
+        if real is not None:
+            output = output.masked_fill(~real[:, None, None, None], 0.0)
         return output, weights
 
-    def _next_slots(self, ranks: bool) -> Tensor:
+    def _next_slots(self, ranks: bool, real: Tensor | None) -> Tensor:
         """The slot that each head is given, ``[B, 1, H]``."""
         interval = self.rules.interval
         if interval == 1:
-            return self._lowest(1)
+            return self._lowest(1, real)
         if ranks:
-            self.victims.copy_(self._lowest(interval))
+            self.victims.copy_(self._lowest(interval, real))
             # In every row: beams exchange theirs.
             self.counts[:, 2].zero_()
         steps = self.victims.unflatten(2, (interval, self._num_heads))
         return steps.index_select(2, self.phase).squeeze(2)
 
-    def _lowest(self, steps: int) -> Tensor:
+    def _lowest(self, steps: int, real: Tensor | None) -> Tensor:
         """The slots to give away in so many steps, ``[B, 1, steps * H]``."""
-        scores = ranked(self)
+        scores = ranked(self, real)
         positions = self._positions_of_heads()
         if self.head_budgets:
             victims = slots.next_victims_among(
@@ -262,6 +290,12 @@ class PoolLayer(CompressedLayer):
     def _positions_of_heads(self) -> Tensor:
         """``[B, H, P]`` int64, -1 where a slot is another's."""
         return torch.where(self._is_own, self.positions, -1)
+
+    def _for_queries(self, heads: Tensor) -> Tensor:
+        """``[B, H, P]`` or ``[B, H, G | 1, P]`` as ``[B, 1, H * G, P]``."""
+        assert self.sizes is not None
+        heads = heads.unsqueeze(2) if heads.dim() == 3 else heads
+        return heads.expand(-1, -1, self.sizes.groups, -1).flatten(1, 2).unsqueeze(1)
 
     def _for_heads(self, pooled: Tensor) -> Tensor:
         """``[B, 1, P, ...]`` as ``[B, H, P, ...]``."""

@@ -1,11 +1,15 @@
 """How a layer reads several tokens at once: a prompt, a further one, or drafted tokens."""
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from compressed_cache import attention, blocks, channels, checks, slots
+from compressed_cache import attention, blocks, channels, checks, gradients, slots
+from compressed_cache.columns import columns_of
+from compressed_cache.masks import Mask, is_causal
 from compressed_cache.totals import attention_totals
 
 if TYPE_CHECKING:
@@ -23,33 +27,51 @@ class States(NamedTuple):
     """``[B, H, L, D]``."""
     real: Tensor
     """``[B, L]`` bool, ``False`` at padding."""
+    mask: Mask | None = None
+    """What these tokens see; None: those before them."""
 
     def split(self, count: int) -> tuple["States", "States"]:
-        """The first ``count`` tokens, and the others."""
-        first, rest = slice(None, count), slice(count, None)
-        return self._slice(first), self._slice(rest)
+        """The first ``count`` tokens, and the others, without what a mask says of these."""
+        first, rest = self._slice(slice(None, count)), self._slice(slice(count, None))
+        return first._replace(mask=self.mask and self.mask.first(count)), rest
 
     def _slice(self, part: slice) -> "States":
         query, key, value = (tensor[:, :, part] for tensor in (self.query, self.key, self.value))
         return States(query, key, value, self.real[:, part])
 
+    def detached(self) -> "States":
+        """The same without gradients."""
+        query, key, value, *others = self
+        return States(query.detach(), key.detach(), value.detach(), *others)
 
-def read(layer: "CompressedLayer", states: States, prompt_tokens: int) -> Tensor | None:
+
+def read(
+    layer: "CompressedLayer", states: States, prompt_tokens: int, *, weighs: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
     """Reads so many tokens as a prompt and the others one by one.
+
+    Args:
+        layer: where to.
+        states: all tokens of a call.
+        prompt_tokens: how many of them are a prompt.
+        weighs: whether the attention weights are wanted.
 
     Returns:
         The output ``[B, L, H * G, D]``, but of an empty layer only that of the tokens after the
-        prompt, None if there are none: the prompt's is the model's own affair.
+        prompt, None if there are none: the model itself computes that of the prompt. And the
+        weights ``[B, H * G, L, S + L]`` over what was held before and then the new tokens; None
+        unless all of them were read together.
     """
     prompt, steps = states.split(prompt_tokens)
-    outputs = []
     if not layer.is_filled:
-        layer.fill(prompt)
-    elif prompt_tokens:
-        outputs.append(layer.read_block(prompt))
-    if steps.real.shape[1]:
-        outputs.append(_read_steps(layer, *steps))
-    return torch.cat(outputs, dim=1) if outputs else None
+        layer.fill(prompt.detached())
+        return (_read_steps(layer, steps)[0] if steps.real.shape[1] else None), None
+    if not steps.real.shape[1]:
+        return layer.read_block(states, weighs=weighs)
+    if not prompt_tokens:
+        return _read_steps(layer, states, weighs=weighs)
+    outputs = [layer.read_block(prompt)[0], _read_steps(layer, steps)[0]]
+    return torch.cat(outputs, dim=1), None
 
 
 def positions_of(real: Tensor, first: Tensor | int) -> Tensor:
@@ -57,8 +79,9 @@ def positions_of(real: Tensor, first: Tensor | int) -> Tensor:
     return torch.where(real, first + real.cumsum(dim=1) - 1, -1)
 
 
-def fill(layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor) -> None:
+def fill(layer: "CompressedLayer", states: States) -> None:
     """Takes the first prompt and keeps its best tokens."""
+    query, key, value, real, mask = states
     layer.provide(query, key, value)
     rows = positions_of(real, 0)
     layer.next_position.copy_(real.sum(dim=1))
@@ -67,7 +90,7 @@ def fill(layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, re
     positions = rows[:, None].expand(key.shape[:3])
     seen = layer.attention
     if layer.policy.observes_attention:
-        seen = _seen(layer, query, key, rows)
+        seen = _seen(layer, query, key, rows, mask)
     channels.choose(layer, query, key, real)
     query, key = channels.ordered(layer, query), channels.ordered(layer, key)
     _record_tails(layer, key, rows)
@@ -82,11 +105,13 @@ def fill(layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, re
     layer.is_filled = layer.is_initialized = True
 
 
-def _seen(layer: "CompressedLayer", query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
+def _seen(
+    layer: "CompressedLayer", query: Tensor, key: Tensor, rows: Tensor, mask: Mask | None
+) -> Tensor:
     """What the policy makes of the attention of a first prompt, or of that within its blocks."""
     length = layer.policy.prompt_block
     if length is None:
-        return _seen_of_prompt(layer, query, key, rows)
+        return _seen_of_prompt(layer, query, key, rows, mask)
     seen = layer.attention.new_zeros(*key.shape[:3], *layer.attention.shape[3:])
     for block in blocks.split(rows, length):
         own = _seen_of_prompt(layer, block.take(query), block.take(key), block.rows)
@@ -94,9 +119,18 @@ def _seen(layer: "CompressedLayer", query: Tensor, key: Tensor, rows: Tensor) ->
     return seen
 
 
-def _seen_of_prompt(layer: "CompressedLayer", query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
+def _seen_of_prompt(
+    layer: "CompressedLayer",
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    mask: Mask | None = None,
+) -> Tensor:
     """What the policy makes of the attention of a first prompt, ``[B, H, L]`` or more."""
-    if layer.policy.adds_attention:
+    see = None
+    if mask is not None and not is_causal(mask, rows >= 0):
+        see = see_slots(layer, mask, rows.new_zeros(*key.shape[:2], 0))
+    elif layer.policy.adds_attention:
         assert layer.sizes is not None
         totals = attention_totals(query, key, rows >= 0, form=layer.form, sizes=layer.sizes)
         if totals is not None:
@@ -110,19 +144,42 @@ def _seen_of_prompt(layer: "CompressedLayer", query: Tensor, key: Tensor, rows: 
         positions=rows[:, None],
         form=layer.form,
         last=layer.policy.prompt_queries,
+        see=see,
     ):
         seen = layer.accumulate(seen, weights, own, rows[:, None].expand(key.shape[:3]))
     return seen
 
 
+def see_slots(
+    layer: "CompressedLayer", mask: Mask | None, positions: Tensor
+) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]] | None:
+    """What a mask shows of tokens at ``positions`` ``[B, H, S]`` and of the new ones after them.
+
+    Returns:
+        For :func:`~compressed_cache.attention.attention_rows`; None where there is no mask.
+    """
+    if mask is None:
+        return None
+    assert layer.sizes is not None
+    columns = torch.zeros_like(positions)
+    if mask.past is not None:
+        real = layer.columns.until(mask.past.shape[3], layer.next_position)
+        columns = columns_of(positions, real)
+    return functools.partial(
+        mask.see, columns=columns, groups=layer.sizes.groups, window=layer.window
+    )
+
+
 def read_block(
-    layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor
-) -> Tensor:
+    layer: "CompressedLayer", states: States, *, weighs: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """A further prompt, or the next chunk of one, attends over the slots and over itself.
 
     Then the tokens held and the new ones are ranked together and the best are kept. Until then no
     more than the slots and the new tokens are in memory.
     """
+    traced = states
+    query, key, value, real, mask = states.detached()
     count = real.sum(dim=1)
     is_prompt = layer.clock.is_first_prompt
     if is_prompt and layer.policy.evicts:
@@ -143,8 +200,16 @@ def read_block(
         new = layer.attention.new_zeros(*key.shape[:3], *layer.attention.shape[3:])
         seen = before = torch.cat([held.attention, new], dim=2)
     notes = torch.cat([held.notes, layer.note(key_kept, value, new_positions)], dim=2)
-    outputs = []
-    queries, attended = layer.attended(query, whole, rows, positions)
+    attends = query, whole, values
+    if gradients.wants_gradient(*traced[:3]):
+        own_key = channels.ordered(layer, traced.key)
+        attends = (
+            channels.ordered(layer, traced.query),
+            torch.cat([layer.constant(known, *traced[:3]), own_key], dim=2),
+            torch.cat([layer.constant(held.values, *traced[:3]), traced.value], dim=2),
+        )
+    outputs, recorded = [], []
+    queries, attended = layer.attended(*attends[:2], rows, positions)
     for weights, own in attention.attention_rows(
         queries,
         attended,
@@ -152,10 +217,13 @@ def read_block(
         positions=positions,
         form=layer.form,
         window=layer.window,
+        see=see_slots(layer, mask, held.positions),
     ):
-        outputs.append(weights.to(values.dtype) @ values.unsqueeze(2))
+        outputs.append(weights.to(values.dtype) @ attends[2].unsqueeze(2))
+        if weighs:
+            recorded.append(weights)
         if observes:
-            seen = layer.accumulate(seen, weights, own, positions)
+            seen = layer.accumulate(seen, weights.detach(), own, positions)
     if observes:
         # A row that only had padding saw nothing new.
         saw = (count > 0).view(-1, *[1] * (seen.dim() - 1))
@@ -174,19 +242,31 @@ def read_block(
         layer.values.index_copy_(2, free, value)
         layer.positions.index_copy_(2, free, new_positions)
     layer.counts[:, 1] += key.shape[2]
-    return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
+    weights = torch.cat(recorded, dim=3).flatten(1, 2) if weighs else None
+    return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2), weights
 
 
 def _read_steps(
-    layer: "CompressedLayer", query: Tensor, key: Tensor, value: Tensor, real: Tensor
-) -> Tensor:
-    """Drafted tokens of one row, one by one: exactly what decoding them would give."""
-    outputs = []
-    for token in range(query.shape[2]):
-        here = slice(token, token + 1)
-        one = (tensor[:, :, here] for tensor in (query, key, value))
-        outputs.append(layer.step(*one, ranks=layer.clock.ranks_at(token))[0])
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    layer: "CompressedLayer", states: States, *, weighs: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Drafted tokens one by one: exactly what decoding them would give."""
+    outputs, recorded = [], []
+    for token in range(states.real.shape[1]):
+        # What a mask says of drafted tokens is that they follow one another.
+        mask = states.mask if states.real.shape[1] == 1 else None
+        one = states.split(token)[1].split(1)[0]
+        output, weights = layer.step(
+            *one[:3],
+            ranks=layer.clock.ranks_at(token),
+            weighs=weighs,
+            real=one.real[:, 0],
+            mask=mask,
+        )
+        outputs.append(output)
+        if weights is not None:
+            recorded.append(weights.flatten(1, 2))
+    weights = torch.cat(recorded, dim=2) if len(recorded) == len(outputs) else None
+    return torch.cat(outputs, dim=2).transpose(1, 2), weights
 
 
 def _end_of_prompt(layer: "CompressedLayer", query: Tensor, rows: Tensor) -> None:

@@ -51,6 +51,17 @@ def protect(
     return scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
 
 
+def where_real(real: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` in rows whose token is real, ``old`` in the others.
+
+    Args:
+        real: ``[B]`` bool; None: all are.
+        new: ``[B, ...]``.
+        old: likewise.
+    """
+    return new if real is None else torch.where(real.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+
 def lowest_slot(scores: Tensor, positions: Tensor) -> Tensor:
     """The slot with the lowest score; among equals the one with the oldest token.
 

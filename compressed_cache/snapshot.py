@@ -22,7 +22,8 @@ from compressed_cache.tensorfile import opened
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
-_FORMAT = "4"
+_FORMAT = "5"
+_COLUMNS = "columns"
 _CONSTANT = "constants."
 
 
@@ -33,6 +34,8 @@ class Snapshot:
     policy: Policy
     rules: Rules
     clock: dict[str, int | bool]
+    columns: Tensor | None
+    """``[B, T]`` bool, see :class:`~compressed_cache.columns.Columns`."""
     layers: tuple[LayerState | LinearAttentionLayer | None, ...]
     """One per layer of the model; None for a layer without a cache."""
 
@@ -43,6 +46,7 @@ class Snapshot:
             cache.policy,
             cache.rules,
             cache.clock.state(),
+            cache.columns.known_until(cache.clock.tokens_seen),
             tuple(_state(layer) for layer in cache.layers),
         )
 
@@ -57,6 +61,8 @@ class Snapshot:
             elif state is not None:
                 vars(cache.linear_layer(index)).update(copy.deepcopy(vars(state)))
         cache.clock.restore(self.clock)
+        cache.columns.reset()
+        cache.columns.known = self.columns
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file.
@@ -66,6 +72,8 @@ class Snapshot:
         """
         tensors: dict[str, Tensor] = {}
         described: list[dict[str, Any] | None] = []
+        if self.columns is not None:
+            tensors[_COLUMNS] = self.columns
         for index, state in enumerate(self.layers):
             if isinstance(state, LinearAttentionLayer):
                 raise NotImplementedError(
@@ -137,7 +145,7 @@ class Snapshot:
         )
         rules = json.loads(found["rules"])
         rules = Rules(**rules | {"budget": to_budget(rules["budget"])})
-        return cls(policy, rules, json.loads(found["clock"]), layers)
+        return cls(policy, rules, json.loads(found["clock"]), tensors.get(_COLUMNS), layers)
 
 
 def _state(layer: Any) -> LayerState | LinearAttentionLayer | None:

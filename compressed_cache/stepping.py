@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compressed_cache import attention, channels
+from compressed_cache import attention, channels, gradients
+from compressed_cache.columns import columns_of
 from compressed_cache.kernels import ops
+from compressed_cache.masks import Mask
+from compressed_cache.slots import where_real
 
 if TYPE_CHECKING:
     from compressed_cache.layer import CompressedLayer
@@ -20,6 +23,8 @@ def step(
     *,
     ranks: bool,
     weighs: bool = False,
+    real: Tensor | None = None,
+    mask: Mask | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Puts one token per row into the slot of the victim, and attends with its query.
 
@@ -30,33 +35,43 @@ def step(
         value: ``[B, H, 1, D]``.
         ranks: whether the slots are ranked before, for this step and the next ``interval - 1``.
         weighs: whether the weights are wanted even where they must be made for it.
+        real: ``[B]`` bool, ``False`` in rows whose token is padding: they hold on to what they
+            have. None: no row is padded.
+        mask: what the tokens see; None: all that is held.
 
     Returns:
-        The output ``[B, H * G, 1, D]`` and the attention weights ``[B, H, G, 1, S]`` float32, None
-        where there are none.
+        The output ``[B, H * G, 1, D]``, zero where a row is padded, and the attention weights
+        ``[B, H, G, 1, S]`` float32, None where there are none.
     """
+    traced = (query, key, value) if gradients.wants_gradient(query, key, value) else None
     # Detached everywhere: a graph through the slots would live as long as the cache.
-    key, value = key.detach(), value.detach()
-    planned = _planned_slot(layer, ranks)
+    query = query.detach()
+    key, value = key.detach().to(layer.keys.dtype), value.detach().to(layer.values.dtype)
+    planned = _planned_slot(layer, ranks, real)
     if layer.policy.merges:
-        planned = _slot(layer) if planned is None else planned
-        _merge(layer, planned)
-    if layer.is_fused and not query.requires_grad:
-        output, weights = _fused(layer, query, key, value, planned, weighs)
+        planned = _slot(layer, real) if planned is None else planned
+        _merge(layer, planned, real)
+    if layer.is_fused and traced is None and mask is None:
+        output, weights = _fused(layer, query, key, value, planned, weighs, real)
     else:
+        slot = _slot(layer, real) if planned is None else planned
         query, key = channels.ordered(layer, query), channels.ordered(layer, key)
-        slot = _slot(layer) if planned is None else planned
-        write(layer, key, value, slot)
+        write(layer, key, value, slot, real)
         if layer.policy.num_notes:
-            _note(layer, key, value, slot)
-        keys = channels.whole_keys(layer, layer.next_position + 1)
+            _note(layer, key, value, slot, real)
+        keys, values = channels.whole_keys(layer, layer.next_position + 1), layer.values
+        if traced is not None:
+            query = channels.ordered(layer, traced[0])
+            traced = query, channels.ordered(layer, traced[1]), traced[2]
+            keys, values = with_gradients(layer, (keys, values), traced, slot, real)
+        visible, bias = visible_slots(layer, mask)
         seen, keys = layer.attended(query, keys, layer.next_position[:, None], layer.positions)
-        output, weights = attention.attend(
-            seen, keys, layer.values, layer.positions >= 0, layer.form
-        )
-        _remember(layer, weights)
-    record_query(layer, query.detach())
-    layer.counts.add_(1)
+        output, weights = attention.attend(seen, keys, values, visible, layer.form, bias)
+        _remember(layer, weights, real)
+    record_query(layer, query.detach(), real)
+    layer.count(real)
+    if real is not None:
+        output = output.masked_fill(~real[:, None, None, None], 0.0)
     return output, weights
 
 
@@ -67,12 +82,13 @@ def _fused(
     value: Tensor,
     slot: Tensor | None,
     weighs: bool,
+    real: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """All of it in one kernel, but for what only this policy does."""
     if slot is None and (layer.policy.num_notes or layer.policy.drops):
         # The notes of the new token go where it went.
-        slot = _slot(layer)
-    scores = None if slot is not None else layer.scores(layer.revised())
+        slot = _slot(layer, real)
+    scores = None if slot is not None else layer.scores(layer.revised(real))
     if weighs or (layer.policy.observes_attention and not layer.policy.adds_attention):
         record = "weights"
     else:
@@ -84,44 +100,76 @@ def _fused(
         # A tensor that is changed must not be given twice.
         None if scores is layer.attention else scores,
         layer.form.sinks,
+        real,
         recent=layer.rules.recent,
         scaling=layer.form.scaling,
         softcap=layer.form.softcap,
         record=record,
     )
     if slot is not None and layer.policy.num_notes:
-        _note(layer, key, value, slot)
+        _note(layer, key, value, slot, real)
     if record != "weights":
         return output, None
     if slot is not None and layer.policy.num_rows > 1:
-        _forget(layer, slot)
-    _remember(layer, weights)
+        _forget(layer, slot, real)
+    _remember(layer, weights, real)
     return output, weights
 
 
-def _planned_slot(layer: "CompressedLayer", ranks: bool) -> Tensor | None:
+def visible_slots(layer: "CompressedLayer", mask: Mask | None) -> tuple[Tensor, Tensor | None]:
+    """What a new token that was just written sees, ``[B, H, S]`` or ``[B, H, G | 1, S]`` bool, and
+    what is added to its logits."""
+    positions = layer.held_positions()
+    if mask is None:
+        return positions >= 0, None
+    assert layer.sizes is not None and mask.past is not None and mask.own is not None
+    past = torch.cat([mask.past, mask.own], dim=3)
+    columns = columns_of(positions, layer.columns.until(past.shape[3], layer.next_position))
+    held = (positions >= 0).unsqueeze(2)
+    groups = layer.sizes.groups
+    visible, bias = Mask(None, past).see(held, held, columns=columns, groups=groups)
+    return visible.squeeze(3), None if bias is None else bias.squeeze(3)
+
+
+def with_gradients(
+    layer: "CompressedLayer",
+    held: tuple[Tensor, Tensor],
+    traced: tuple[Tensor, Tensor, Tensor],
+    slot: Tensor,
+    real: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values in the slots, with gradients to those ``[B, H, L, D]`` just written."""
+    both = []
+    for tensor, new in zip(held, traced[1:], strict=True):
+        new = where_real(real, new.to(tensor.dtype), tensor.gather(2, _index(slot, tensor)))
+        both.append(gradients.with_own(layer.constant(tensor, *traced), new, slot))
+    return both[0], both[1]
+
+
+def _planned_slot(layer: "CompressedLayer", ranks: bool, real: Tensor | None) -> Tensor | None:
     """The slot to overwrite, ``[B, H, 1]``, where that was decided in an earlier step."""
     if not layer.policy.evicts:
         return layer.free_slot.expand(*layer.positions.shape[:2], 1)
     if layer.rules.interval == 1:
         return None
     if ranks:
-        layer.victims.copy_(layer.choose(ranked(layer), layer.rules.interval))
+        layer.victims.copy_(layer.choose(ranked(layer, real), layer.rules.interval))
         # In every row: beams exchange theirs.
         layer.counts[:, 2].zero_()
     return layer.victims.index_select(2, layer.phase)
 
 
-def _slot(layer: "CompressedLayer") -> Tensor:
-    return layer.choose(ranked(layer), 1)
+def _slot(layer: "CompressedLayer", real: Tensor | None) -> Tensor:
+    return layer.choose(ranked(layer, real), 1)
 
 
-def ranked(layer: "CompressedLayer") -> Tensor:
+def ranked(layer: "CompressedLayer", real: Tensor | None = None) -> Tensor:
     """Scores ``[B, H, S]`` with protection applied, once the policy dropped what it drops."""
-    held = layer.revised()
+    held = layer.revised(real)
     scores = layer.protected_scores(held)
     if layer.policy.drops:
         gone = layer.policy.dropped(held, scores) & (scores < torch.inf)
+        gone = where_real(real, gone, torch.zeros_like(gone))
         if layer.policy.merges:
             present = layer.positions >= 0
             evicted = layer.keys, layer.values, present & gone
@@ -132,27 +180,39 @@ def ranked(layer: "CompressedLayer") -> Tensor:
     return scores
 
 
-def write(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -> None:
+def write(
+    layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor, real: Tensor | None
+) -> None:
     """Puts tokens ``[B, H, L, D]`` at the next position into slots ``[B, H, L]``."""
     if layer.policy.prunes_channels:
         key, tail = key.split([layer.keys.shape[3], layer.tails.shape[3]], dim=3)
-        place = (layer.next_position % layer.tails.shape[2])[:, None, None, None]
-        layer.tails.scatter_(2, place.expand_as(tail), tail)
-    layer.keys.scatter_(2, slot.unsqueeze(-1).expand_as(key), key)
-    layer.values.scatter_(2, slot.unsqueeze(-1).expand_as(value), value)
-    layer.positions.scatter_(2, slot, layer.next_position[:, None, None].expand_as(slot))
+        place = (layer.next_position % layer.tails.shape[2])[:, None, None].expand_as(slot)
+        _put(layer.tails, place, tail, real)
+    _put(layer.keys, slot, key, real)
+    _put(layer.values, slot, value, real)
+    _put(layer.positions, slot, layer.next_position[:, None, None].expand_as(slot), real)
     if layer.policy.observes_attention:
-        _forget(layer, slot)
+        _forget(layer, slot, real)
 
 
-def _merge(layer: "CompressedLayer", slot: Tensor) -> None:
+def _put(memory: Tensor, slot: Tensor, new: Tensor, real: Tensor | None) -> None:
+    """Overwrites ``[B, H, S, ...]`` with ``[B, H, L, ...]`` where tokens are real."""
+    index = _index(slot, memory)
+    # Without padding nothing is read, which keeps the write in place in a compiled step.
+    if real is not None:
+        new = where_real(real, new, memory.gather(2, index))
+    memory.scatter_(2, index, new)
+
+
+def _merge(layer: "CompressedLayer", slot: Tensor, real: Tensor | None) -> None:
     """Puts what is about to be overwritten into the values of others."""
     held = layer.positions >= 0
     tensors = layer.keys, layer.values, held
     key, value, present = (tensor.gather(2, _index(slot, tensor)) for tensor in tensors)
+    present = where_real(real, present, torch.zeros_like(present))
     others = held.scatter(2, slot, False)
     merged = layer.policy.merged(layer.keys, layer.values, others, (key, value, present))
-    layer.values.copy_(merged)
+    layer.values.copy_(where_real(real, merged, layer.values))
 
 
 def _index(slot: Tensor, tensor: Tensor) -> Tensor:
@@ -160,26 +220,38 @@ def _index(slot: Tensor, tensor: Tensor) -> Tensor:
     return slot.expand(*slot.shape[:3], *tensor.shape[3:])
 
 
-def _forget(layer: "CompressedLayer", slot: Tensor) -> None:
-    layer.attention.scatter_(2, _index(slot, layer.attention), 0.0)
+def _forget(layer: "CompressedLayer", slot: Tensor, real: Tensor | None) -> None:
+    if real is None:
+        layer.attention.scatter_(2, _index(slot, layer.attention), 0.0)
+    else:
+        nothing = layer.attention.new_zeros(()).expand(*slot.shape, *layer.attention.shape[3:])
+        _put(layer.attention, slot, nothing, real)
 
 
-def _note(layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor) -> None:
+def _note(
+    layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor, real: Tensor | None
+) -> None:
     notes = layer.note(key, value, layer.next_position[:, None, None].expand_as(slot))
-    layer.notes.scatter_(2, slot.unsqueeze(-1).expand_as(notes), notes)
+    _put(layer.notes, slot, notes, real)
 
 
-def _remember(layer: "CompressedLayer", weights: Tensor) -> None:
+def _remember(layer: "CompressedLayer", weights: Tensor, real: Tensor | None) -> None:
     if layer.policy.observes_attention:
         weights = weights.detach().nan_to_num(0.0)
         own = layer.next_position[:, None]
-        layer.attention.copy_(layer.accumulate(layer.attention, weights, own, layer.positions))
+        seen = layer.accumulate(layer.attention, weights, own, layer.positions)
+        layer.attention.copy_(where_real(real, seen, layer.attention))
 
 
-def record_query(layer: "CompressedLayer", query: Tensor) -> None:
+def record_query(layer: "CompressedLayer", query: Tensor, real: Tensor | None) -> None:
     """Writes a query ``[B, H * G, 1, D]`` to its place in the ring."""
     if layer.policy.num_queries:
         place = (layer.next_position % layer.query_positions.shape[1])[:, None]
         grouped = attention.group_queries(channels.kept(layer, query), layer.keys.shape[1])
-        layer.queries.scatter_(3, place[:, None, None, :, None].expand_as(grouped), grouped)
-        layer.query_positions.scatter_(1, place, layer.next_position[:, None])
+        index = place[:, None, None, :, None].expand_as(grouped)
+        grouped, own = grouped.to(layer.queries.dtype), layer.next_position[:, None]
+        if real is not None:
+            grouped = where_real(real, grouped, layer.queries.gather(3, index))
+            own = where_real(real, own, layer.query_positions.gather(1, place))
+        layer.queries.scatter_(3, index, grouped)
+        layer.query_positions.scatter_(1, place, own)

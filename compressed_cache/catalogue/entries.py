@@ -10,6 +10,7 @@ import torch
 
 from compressed_cache.catalogue.docstrings import fields_of, text_of
 from compressed_cache.clock import Clock
+from compressed_cache.columns import Columns
 from compressed_cache.memory import SlotMemory
 from compressed_cache.policies import MODIFIERS, POLICIES, Modifier, Policy
 from compressed_cache.policies.base import Defaults
@@ -166,7 +167,9 @@ def _state(policy: Policy) -> list[int]:
 def _bytes(policy: Policy, slots: int) -> int:
     rules = Rules(slots, interval=1, sinks=0, recent=0, protect_prompt=False)
     is_pool = policy.layout == "pool"
-    memory = PoolLayer(policy, rules, Clock(1), 0) if is_pool else SlotMemory(policy, rules)
+    memory = (
+        PoolLayer(policy, rules, Clock(1), Columns(), 0) if is_pool else SlotMemory(policy, rules)
+    )
     memory.budget = slots
     # A policy that does not evict takes the next power of two beyond its prompt.
     prompt = torch.zeros(1, 1, slots - 1, HEAD_DIM, dtype=torch.bfloat16)

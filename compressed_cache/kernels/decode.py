@@ -52,6 +52,8 @@ class Step(NamedTuple):
     """``[B, H, S]`` float32; None: ``memory`` is."""
     sinks: Tensor | None
     """``[H * G]``."""
+    real: Tensor | None = None
+    """``[B]`` bool, ``False`` where the token is padding, which changes nothing; None: nowhere."""
 
 
 @triton.jit
@@ -96,7 +98,9 @@ def _remember(
     RECORD: tl.constexpr, REMEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Notes the position of the new token, and what the policy asked for of the attention."""
-    tl.store(positions + head * capacity + slot, next_position)
+    # No slot is that of padding.
+    is_real = slot >= 0
+    tl.store(positions + head * capacity + slot, next_position, mask=is_real)
     group = tl.arange(0, GROUPS_PAD)
     if RECORD != "nothing":
         for start in range(0, capacity, BLOCK):
@@ -114,7 +118,7 @@ def _remember(
                 held = tl.load(own, mask=exists, other=0.0)
                 held = tl.where(slots == slot, 0.0, held)
                 if RECORD == "total":
-                    held += tl.sum(weight, axis=0) / GROUPS
+                    held += tl.where(is_real, tl.sum(weight, axis=0) / GROUPS, 0.0)
                 tl.store(own, held, mask=exists)
 
 
@@ -137,12 +141,13 @@ def _normalise(peak, total, sinks, first_query, group, GROUPS: tl.constexpr, SIN
 @triton.jit
 def _attend_kernel(
     query, key, value, keys, values, positions, memory, next_positions, prefixes, slots_given,
-    scores, sinks, logits, weights, output, partial, peaks, totals, victims,
+    scores, sinks, reals, logits, weights, output, partial, peaks, totals, victims,
     next_stride, heads, capacity, split, recent, scaling, softcap,
     GROUPS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     GROUPS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
     BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHOOSES: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, RECORD: tl.constexpr, REMEMBERS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PADS: tl.constexpr, RECORD: tl.constexpr,
+    REMEMBERS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -156,6 +161,8 @@ def _attend_kernel(
         )  # fmt: skip
     else:
         slot = tl.load(slots_given + head)
+    if PADS:
+        slot = tl.where(tl.load(reals + row) != 0, slot, -1)
     group = tl.arange(0, GROUPS_PAD)
     column = tl.arange(0, DIM_PAD)
     value_column = tl.arange(0, VALUE_PAD)
@@ -328,6 +335,7 @@ def decode_step(
     scores = step.memory if step.scores is None else step.scores.contiguous()
     sinks = step.memory if step.sinks is None else step.sinks
     slot = victims if step.slot is None else step.slot.contiguous()
+    reals = victims if step.real is None else step.real.to(torch.int8)
     rank_block = min(1024, max(16, triton.next_power_of_2(capacity)))
     common = {
         "GROUPS": groups,
@@ -343,7 +351,7 @@ def decode_step(
     _attend_kernel[(programs, parts)](
         *(step.query.contiguous(), step.key.contiguous(), step.value.contiguous()),
         *(step.keys, step.values, step.positions, step.memory),
-        *(step.next_position, step.protected_prefix, slot, scores, sinks),
+        *(step.next_position, step.protected_prefix, slot, scores, sinks, reals),
         *(logits, weights, output, partial, peaks, totals, victims),
         *(step.next_position.stride(0), heads, capacity, split, recent, scaling, softcap or 1.0),
         DIM=dim,
@@ -351,6 +359,7 @@ def decode_step(
         BLOCK=block,
         CHOOSES=step.slot is None,
         SOFTCAP=softcap is not None,
+        PADS=step.real is not None,
         num_warps=_WARPS[element],
         num_stages=2,
         **common,

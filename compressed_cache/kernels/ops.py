@@ -49,6 +49,7 @@ def decode_step(
     slot: Tensor | None,
     scores: Tensor | None,
     sinks: Tensor | None,
+    real: Tensor | None,
     *,
     recent: int,
     scaling: float,
@@ -60,7 +61,7 @@ def decode_step(
 
     tensors = decode.Step(
         *(query, key, value, keys, values, positions, memory, next_position, protected_prefix),
-        *(slot, scores, sinks),
+        *(slot, scores, sinks, real),
     )
     # Triton launches on the current device, whatever its arguments are on.
     with torch.cuda.device_of(keys):

@@ -1,0 +1,122 @@
+"""Which tokens of the text are padding, so that masks of later calls can be mapped to slots.
+
+A *column* of a mask is a token of the text as the model counts it, padding included. A layer knows
+its tokens by their positions, which leave padding out::
+
+    column       0    1    2    3    4    5    6    7
+    token        .    a    b    c    .    .    d    e      . is padding
+    position    -1    0    1    2   -1   -1    3    4
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressed_cache.masks import own_entry
+
+
+class Columns:
+    """What is known of the columns of a text, for all layers of a cache.
+
+    Attributes:
+        known: ``[B, C]`` bool, ``True`` at real tokens. Columns from ``C`` on were read in decode
+            steps that said nothing of padding, or they are padding of rows that had ended.
+        is_built: whether transformers built the masks of the running call, which then may be of
+            the new tokens alone.
+        is_asked: whether transformers has asked for the size of a mask since the last call.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to before the prompt."""
+        self.known: Tensor | None = None
+        self.is_built = self.is_asked = False
+        self._step: tuple[Any, Tensor | None] | None = None
+
+    def begin_call(self) -> None:
+        """A call begins."""
+        self.is_built, self.is_asked = self.is_asked, False
+        self._step = None
+
+    def real_of_step(self, attention_mask: Any, batch: int) -> Tensor | None:
+        """In which rows ``[B]`` bool the token of a decode step is real; None where it is in all,
+        as far as the host can tell without waiting for a device."""
+        if torch.compiler.is_compiling():
+            # The only token of a batch of one is real, and a mask built inside of the graph is not
+            # of this column.
+            readable = batch > 1 and self.is_built
+            return own_entry(attention_mask, batch) if readable else None
+        if self._step is None or self._step[0] is not attention_mask:
+            real = own_entry(attention_mask, batch)
+            if real is not None and real.device.type == "cpu" and bool(real.all()):
+                real = None
+            self._step = attention_mask, real
+        return self._step[1]
+
+    def known_until(self, seen: int) -> Tensor | None:
+        """What is known of the first ``seen`` columns."""
+        return None if self.known is None else self.known[:, :seen]
+
+    def truncate(self, seen: int) -> None:
+        """Forgets columns from this one on."""
+        self.known = self.known_until(seen)
+
+    def extend(self, real: Tensor, *, seen: int, next_position: Tensor) -> None:
+        """Notes new columns ``[B, L]`` bool that follow ``seen`` ones; known ones stay.
+
+        Args:
+            real: ``True`` at real tokens.
+            seen: columns before these.
+            next_position: ``[B]`` int64, real tokens before these.
+        """
+        if self.known is None or self.known.shape[1] < seen + real.shape[1]:
+            self.known = torch.cat([self.until(seen, next_position), real], dim=1)
+
+    def until(self, seen: int, next_position: Tensor) -> Tensor:
+        """The first ``seen`` columns ``[B, T]`` bool, with ``next_position`` ``[B]`` real ones."""
+        known = self.known
+        if known is None:
+            known = next_position.new_empty(len(next_position), 0, dtype=torch.bool)
+        known = known[:, :seen]
+        # A row that ended is padded behind its last token.
+        later = torch.arange(seen - known.shape[1], device=known.device)
+        return torch.cat([known, later < (next_position - known.sum(dim=1))[:, None]], dim=1)
+
+    def select(self, rows: Tensor) -> None:
+        """Row ``b`` becomes a copy of row ``rows[b]``."""
+        if self.known is not None:
+            self.known = self.known[rows.to(self.known.device)]
+
+
+def columns_of(positions: Tensor, real: Tensor) -> Tensor:
+    """The columns of tokens.
+
+    Args:
+        positions: ``[B, H, S]`` int64, negative where there is no token.
+        real: ``[B, T]`` bool.
+
+    Returns:
+        ``[B, H, S]`` int64, 0 where there is no token.
+    """
+    order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+    index = positions.clamp(min=0).flatten(1)
+    return order.gather(1, index).view_as(positions).masked_fill(positions < 0, 0)
+
+
+def positions_without(hidden: Tensor, real: Tensor) -> Tensor:
+    """Where tokens are once some of them count as padding.
+
+    Args:
+        hidden: ``[B, T]`` bool, columns that do not count any more.
+        real: ``[B, T]`` bool, those that counted.
+
+    Returns:
+        ``[B, T]`` int64, by the position of a token its new position, -1 where it is hidden; any
+        from the number of real tokens on.
+    """
+    order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+    stays = (real & ~hidden).gather(1, order)
+    return torch.where(stays, stays.cumsum(dim=1) - 1, -1)
