@@ -1,5 +1,7 @@
 """What a layer refuses, in words, before any work is done."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -81,8 +83,28 @@ def check_shown(known: Tensor, shown: Tensor) -> None:
     if bool(more.any()):
         row = int(more.argmax())
         raise ValueError(
-            f"attention_mask must hide what was read as padding or hidden by an earlier mask, and "
-            f"is not held any more; it shows {int(more[row])} such tokens of row {row}"
+            f"attention_mask must hide what was read as padding, of rows that had ended or by an "
+            f"earlier mask, because it is not held; it shows {int(more[row])} such tokens of row "
+            f"{row}"
+        )
+
+
+def check_function(function: Callable[..., Any], module: Any) -> None:
+    """Raises ``NotImplementedError`` for an attention function that steps would leave out.
+
+    Steps compute what the functions of transformers compute, and no other.
+    """
+    config = getattr(module, "config", None)
+    while isinstance(function, functools.partial):
+        function = function.func
+    home = getattr(function, "__globals__", {}).get("__name__", "")
+    if home.partition(".")[0] != "transformers" and home != type(module).__module__:
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        implementation = getattr(config, "_attn_implementation", None)
+        raise NotImplementedError(
+            f"attn_implementation {implementation!r} calls {name!r}, a function of your own: the "
+            "decode steps of CompressedCache attend over slots by themselves and would leave it "
+            "out. Use 'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'."
         )
 
 

@@ -283,8 +283,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         if self.incoming is not None:
             (key, value), self.incoming = self.incoming, None
         seen = self.clock.tokens_seen - key.shape[2]
-        real = masks.real_tokens(attention_mask, key)
         mask = masks.read_mask(attention_mask, key, seen=seen, is_built=self.columns.is_built)
+        real = masks.real_tokens(attention_mask, key)
         states = States(query, key, value, real, mask)
         count = self.clock.prompt_tokens
         if self.is_filled:
@@ -297,6 +297,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         else:
             masks.check_left(real)
             checks.check_attention(self.index, module, kwargs)
+            checks.check_function(function, module)
             self._adopt(module, query, key, value, scaling, kwargs)
             if self.policy.evicts:
                 checks.check_prompt(real[:, :count].sum(dim=1), self.rules, self.budget)

@@ -16,6 +16,8 @@ from compressed_cache.versions import CACHE
 
 hook.install()
 
+_MASK = "attention_mask"
+_ATTENTION = ("full_attention", "sliding_attention")
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # A model with one of these of its own may need more than another token in each step.
 _METHODS = (
@@ -36,6 +38,10 @@ def decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
     token and its position, so it is prepared once and then written in place. The compiled step,
     the logits processors, the stopping criteria and the streamer are those of plain ``generate``.
     Nothing waits for the device where only a length ends the text.
+
+    A row that has ended is padded, and here the cache is told so: from the token that ended it on,
+    the row holds what it held. (Plain ``generate`` does not tell, so there padding is read as text,
+    until the mask of a later call shows what it was.)
 
     This is for greedy decoding and sampling. Whatever else is asked for (beams, drafts,
     ``return_dict_in_generate``, another cache, a model that prepares its inputs in a way of its
@@ -102,6 +108,7 @@ def _decode(
     pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     unfinished = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
     inputs: Any = None
+    padding: _Padding | None = None
     with model._optimize_model_for_decode():
         while True:
             # A copy, or the logits of a whole prompt would stay in memory.
@@ -116,6 +123,8 @@ def _decode(
             if pads:
                 tokens = torch.where(unfinished, tokens, pad.to(ids.device))
             ids = torch.cat([ids, tokens], dim=-1)
+            # What ends a row is still read as text.
+            real = unfinished
             for criterion in criteria:
                 unfinished = unfinished & ~criterion(ids, None)[:, None]
             if streamer is not None:
@@ -126,10 +135,56 @@ def _decode(
             kwargs[CACHE].get_mask_sizes(1, 0)
             if inputs is None:
                 inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
+                if pads and len(ids) > 1:
+                    padding = _Padding(model, inputs)
             else:
                 inputs["input_ids"].copy_(tokens)
                 inputs["position_ids"].add_(1)
+                if padding is not None:
+                    padding.write(real)
             outputs = forward(**inputs, return_dict=True)
     if streamer is not None:
         streamer.end()
     return ids
+
+
+class _Padding:
+    """Tells a cache, by the mask of each step, in which rows the token is padding.
+
+    Args:
+        model: the model.
+        inputs: of its first step; what they have of masks is replaced by memory that stays.
+    """
+
+    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
+        self.inputs, self.masks = inputs, list[Tensor]()
+        self.is_flash = "flash" in (model.config._attn_implementation or "")
+        mask = inputs.get(_MASK)
+        if isinstance(mask, dict):
+            inputs[_MASK] = {
+                kind: self._own(part) if kind in _ATTENTION else part for kind, part in mask.items()
+            }
+        elif not isinstance(mask, Tensor) or mask.dim() == 4:
+            inputs[_MASK] = self._own(mask)
+
+    def write(self, real: Tensor) -> None:
+        """Takes rows ``[B, 1]`` bool for text, the others for padding."""
+        for mask in self.masks:
+            if mask.dtype == torch.bool:
+                mask.copy_(real[:, :, None, None])
+            else:
+                mask.fill_(torch.finfo(mask.dtype).min).masked_fill_(real[:, :, None, None], 0.0)
+        mask = self.inputs.get(_MASK)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            # The model makes its masks from the whole one.
+            self.inputs[_MASK] = torch.cat([mask, real.to(mask.dtype)], dim=1)
+
+    def _own(self, mask: Any) -> Any:
+        if mask is None and not self.is_flash:
+            return None
+        batch = len(self.inputs["input_ids"])
+        kind = mask.dtype if isinstance(mask, Tensor) else torch.bool
+        own = torch.zeros(batch, 1, 1, 1, dtype=kind, device=self.inputs["input_ids"].device)
+        own = own.logical_not_() if kind == torch.bool else own
+        self.masks.append(own)
+        return own

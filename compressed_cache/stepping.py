@@ -139,7 +139,8 @@ def with_gradients(
     real: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values in the slots, with gradients to those ``[B, H, L, D]`` just written."""
-    both = []
+    # The backward pass needs it, and it may be where the step counts.
+    slot, both = slot.clone(), []
     for tensor, new in zip(held, traced[1:], strict=True):
         new = where_real(real, new.to(tensor.dtype), tensor.gather(2, _index(slot, tensor)))
         both.append(gradients.with_own(layer.constant(tensor, *traced), new, slot))

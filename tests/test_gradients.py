@@ -1,0 +1,117 @@
+"""Gradients of a call are those of the dynamic cache, or refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM
+
+from compressed_cache import CompressedCache
+from compressed_cache.versions import cache_argument
+from tests.compiling import CountingBackend
+from tests.conftest import distinct_tokens
+from tests.test_masks import LAYOUTS
+
+PROMPT, ANSWER = distinct_tokens(2, 20), distinct_tokens(2, 8, seed=9)
+
+
+@pytest.fixture
+def model(make_model: Callable[..., LlamaForCausalLM]) -> Any:
+    return make_model().double()
+
+
+def _loss(model: Any, cache: Any, tokens: Tensor) -> Tensor:
+    logits = model(tokens, **cache_argument(cache)).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def _gradients(model: Any, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in model.model.layers.parameters()]
+
+
+def _cache(policy: str) -> CompressedCache:
+    return CompressedCache(policy, **LAYOUTS[policy])
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("policy", LAYOUTS)
+def test_gradients_after_a_prompt_are_those_of_the_dynamic_cache(
+    model: Any, policy: str, tokens: int
+) -> None:
+    losses = []
+    for cache in (DynamicCache(), _cache(policy)):
+        with torch.no_grad():
+            model(PROMPT, **cache_argument(cache))
+        losses.append(_loss(model, cache, ANSWER[:, :tokens]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-9)
+    expected, got = (_gradients(model, loss) for loss in losses)
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("policy", LAYOUTS)
+def test_gradients_of_what_is_read_in_two_calls_are_refused(model: Any, policy: str) -> None:
+    for calls in ((1, 1), (3, 3), (3, 1)):
+        cache = _cache(policy)
+        with torch.no_grad():
+            model(PROMPT, **cache_argument(cache))
+        losses, start = [], 0
+        for tokens in calls:
+            losses.append(_loss(model, cache, ANSWER[:, start : start + tokens]))
+            start += tokens
+        with pytest.raises(RuntimeError, match="holds what it has read as constants"):
+            sum(losses).backward()
+
+
+def test_the_prompt_is_a_constant_only_where_it_is_read_as_one(model: Any) -> None:
+    cache = _cache("h2o")
+    model(PROMPT, **cache_argument(cache))
+    with pytest.raises(RuntimeError, match="holds what it has read as constants"):
+        _loss(model, cache, ANSWER).backward()
+
+
+def test_nothing_is_refused_that_nobody_asks_for(model: Any) -> None:
+    """A loop that forgot ``torch.no_grad`` generates, and leaves no graph behind."""
+    cache, other = _cache("h2o"), _cache("h2o")
+    tokens = model(PROMPT, **cache_argument(cache)).logits[:, -1:].argmax(dim=-1)
+    expected = model.generate(PROMPT, **cache_argument(other), max_new_tokens=6, do_sample=False)
+    found = [tokens]
+    for _ in range(5):
+        found.append(model(found[-1], **cache_argument(cache)).logits.argmax(dim=-1))
+    assert torch.equal(torch.cat(found, dim=1), expected[:, 20:])
+    assert not any(tensor.requires_grad for layer in cache.layers for tensor in layer.tensors())
+
+
+def test_a_reset_cache_has_no_past(model: Any) -> None:
+    cache = _cache("h2o")
+    for _ in range(2):
+        loss = _loss(model, cache, ANSWER)
+        loss.backward()
+        cache.reset()
+
+
+def test_compiled_steps_refuse_too(model: Any) -> None:
+    torch._dynamo.reset()
+    cache = _cache("h2o")
+    with torch.no_grad():
+        model(PROMPT, **cache_argument(cache))
+    forward = torch.compile(model, backend=CountingBackend())
+    first, second = (_loss(forward, cache, ANSWER[:, token : token + 1]) for token in range(2))
+    with pytest.raises(RuntimeError, match="holds what it has read as constants"):
+        (first + second).backward()
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_a_prompt_is_read_under_gradient_checkpointing(model: Any) -> None:
+    model.train()
+    losses = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        losses.append(_loss(model, _cache("h2o"), PROMPT))
+    expected, got = (_gradients(model, loss) for loss in losses)
+    torch.testing.assert_close(got, expected)

@@ -1,0 +1,374 @@
+"""What a mask says is obeyed in every call: of new tokens, of those held, and of padding."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import DynamicCache, LlamaForCausalLM
+
+from compressed_cache import CompressedCache
+from compressed_cache.policies import SLOTTED
+from compressed_cache.versions import cache_argument
+from tests.conftest import distinct_tokens, held
+from tests.families import FAMILIES
+from tests.test_properties import every
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "h2o": dict(budget=64, recent=2),
+    "snapkv": dict(budget=64, window=3, interval=4),
+    "snapkv+adakv": dict(budget=64, window=3),
+    "snapkv+simlayerkv": dict(budget=64, window=3),
+    "h2o+think": dict(budget=64, recent=2, think_recent=64),
+    "shadowkv": dict(budget=64, rank=None),
+}
+"""Everything fits, in each layout."""
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., LlamaForCausalLM]) -> Any:
+    return make_model().double()
+
+
+def _cache(policy: str) -> CompressedCache:
+    return CompressedCache(policy, **LAYOUTS[policy])
+
+
+@torch.no_grad()
+def _call(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
+    return model(ids, attention_mask=mask, **cache_argument(cache), **more).logits
+
+
+def _assert_close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def _additive(mask: Tensor, hidden: float = torch.finfo(torch.float64).min) -> Tensor:
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, hidden)
+
+
+# The new tokens among themselves.
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("policy", LAYOUTS)
+def test_branches_of_a_tree_do_not_see_one_another(
+    make_model: Callable[..., LlamaForCausalLM], policy: str, attention: str
+) -> None:
+    model = make_model(attn_implementation=attention).double()
+    text, branches = distinct_tokens(1, 12), distinct_tokens(1, 6, seed=5)
+    alone = [
+        model(torch.cat([text, branches[:, start : start + 2]], dim=1)).logits[0, 12:]
+        for start in (0, 2, 4)
+    ]
+    own = torch.block_diag(*[torch.ones(2, 2).tril()] * 3).bool()
+    mask = torch.cat([torch.ones(6, 12).bool(), own], dim=1)[None, None]
+    # The eager attention of transformers adds what it is given.
+    mask = mask if attention == "sdpa" else _additive(mask)
+    places = torch.tensor([[12, 13] * 3])
+    cache = _cache(policy)
+    _call(model, cache, text)
+    got = _call(model, cache, branches, mask, position_ids=places)
+    _assert_close(got[0], torch.cat(alone))
+
+
+def test_images_of_a_second_turn_see_both_ways() -> None:
+    """A model that shows the tokens of an image one another, by a mask that transformers builds."""
+    gemma = next(family for family in FAMILIES if family.config == "Gemma3TextConfig")
+    model = gemma.make()
+    text, more = distinct_tokens(1, 12) % 150 + 1, distinct_tokens(1, 16, seed=3) % 150 + 1
+    own = torch.ones(16, 16).tril().bool()
+    own[3:9, 3:9] = True
+    window = torch.arange(28)[12:, None] - torch.arange(28) < gemma.window
+    full = torch.cat([torch.ones(16, 12).bool(), own], dim=1)[None, None]
+    sliding = full & window[None, None]
+    logits = []
+    for cache in (DynamicCache(), CompressedCache("h2o", 64)):
+        _call(model, cache, text)
+        masks = dict(full_attention=full, sliding_attention=sliding)
+        masks = {kind: _additive(mask) for kind, mask in masks.items()}
+        logits.append(_call(model, cache, more, masks))
+    _assert_close(logits[1], logits[0])
+
+
+@pytest.mark.parametrize("policy", LAYOUTS)
+def test_each_head_may_have_a_mask_of_its_own(model: Any, policy: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    text, more = distinct_tokens(2, 12), distinct_tokens(2, 5, seed=3)
+    mask = torch.rand(2, 4, 5, 17, generator=generator) < 0.6
+    mask = mask | torch.eye(5, 17).roll(12, dims=1).bool()
+    logits = []
+    for cache in (DynamicCache(), _cache(policy)):
+        _call(model, cache, text)
+        logits.append(_call(model, cache, more, mask))
+    _assert_close(logits[1], logits[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_is_obeyed_in_later_calls(
+    make_model: Callable[..., LlamaForCausalLM],
+) -> None:
+    model, plain = make_model(attn_implementation="flex_attention"), make_model()
+    text, more = distinct_tokens(2, 12), distinct_tokens(2, 4, seed=3)
+
+    def see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key == query + 12) | ((key + query) % 3 == 0)
+
+    mask = create_block_mask(see, 2, None, 4, 16, device="cpu")
+    dense = torch.zeros(1, 1, 4, 16).bool()
+    for query in range(4):
+        for key in range(16):
+            dense[..., query, key] = key == query + 12 or (key + query) % 3 == 0
+    dynamic, cache = DynamicCache(), CompressedCache("h2o", 64)
+    _call(plain, dynamic, text), _call(model, cache, text)
+    expected = _call(plain, dynamic, more, dense)
+    torch.testing.assert_close(_call(model, cache, more, mask), expected, rtol=0, atol=1e-4)
+
+
+# What is held.
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("policy", [policy for policy in LAYOUTS if policy != "shadowkv"])
+def test_hidden_columns_of_the_past_are_not_seen(model: Any, policy: str, tokens: int) -> None:
+    text, more = distinct_tokens(2, 12), distinct_tokens(2, tokens, seed=3)
+    mask = torch.ones(2, 12 + tokens).long()
+    mask[0, 3:6] = mask[1, 7] = 0
+    logits = []
+    for cache in (DynamicCache(), _cache(policy)):
+        _call(model, cache, text)
+        where = torch.arange(12, 12 + tokens)[None]
+        logits.append(_call(model, cache, more, mask, position_ids=where))
+    _assert_close(logits[1], logits[0])
+
+
+def test_what_was_hidden_cannot_be_shown_again(model: Any) -> None:
+    cache = _cache("h2o")
+    _call(model, cache, distinct_tokens(1, 12))
+    mask = torch.ones(1, 15).long()
+    mask[:, 3:6] = 0
+    _call(model, cache, distinct_tokens(1, 3, seed=1), mask)
+    before = [layer.positions.clone() for layer in cache.layers]
+    with pytest.raises(ValueError, match="it shows 3 such tokens of row 0"):
+        _call(model, cache, distinct_tokens(1, 3, seed=2), torch.ones(1, 18).long())
+    assert all(torch.equal(a, b.positions) for a, b in zip(before, cache.layers, strict=True))
+    mask = torch.cat([mask, torch.ones(1, 3).long()], dim=1)
+    _call(model, cache, distinct_tokens(1, 3, seed=2), mask)
+
+
+def test_a_prompt_off_the_device_cannot_be_hidden_in_part(model: Any) -> None:
+    cache = _cache("shadowkv")
+    _call(model, cache, distinct_tokens(1, 12))
+    mask = torch.ones(1, 15).long()
+    mask[:, 3:6] = 0
+    with pytest.raises(NotImplementedError, match="must not hide tokens of the first prompt"):
+        _call(model, cache, distinct_tokens(1, 3, seed=1), mask)
+
+
+def test_columns_that_were_evicted_stay_gone(model: Any) -> None:
+    """The two heads of a layer hold other tokens; a mask of columns means the same for both."""
+    cache = CompressedCache("random", 8, recent=2)
+    _call(model, cache, distinct_tokens(1, 20))
+    kept = [[set(head) for head in held(cache, layer)] for layer in range(2)]
+    assert kept[0][0] != kept[0][1]
+    more, hidden = distinct_tokens(1, 3, seed=3), {1, 5, 9, 12, 18}
+    mask = torch.ones(1, 1, 3, 23).bool().tril(20)
+    mask[..., list(hidden)] = False
+    snapshot = cache.snapshot()
+    logits = _call(model, cache, more, mask)
+    cache.restore(snapshot)
+    for layer in cache.layers:
+        gone = torch.isin(layer.positions, torch.tensor(list(hidden)))
+        assert gone.any()
+        layer.positions.masked_fill_(gone, -1)
+    _assert_close(logits, _call(model, cache, more))
+
+
+@every(40)
+@given(
+    policy=st.sampled_from(SLOTTED),
+    calls=st.lists(st.integers(1, 7), min_size=2, max_size=5),
+    rows=st.integers(1, 3),
+    is_additive=st.booleans(),
+    share=st.sampled_from([0.2, 0.5, 0.9]),
+    seed=st.integers(0, 1000),
+)
+def test_random_masks_of_several_turns_are_those_of_the_dynamic_cache(
+    model: Any,
+    policy: str,
+    calls: list[int],
+    rows: int,
+    is_additive: bool,
+    share: float,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = distinct_tokens(rows, sum(calls), seed=seed)
+    dynamic, cache = DynamicCache(), CompressedCache(policy, 64, protect_prompt=False)
+    seen = 0
+    for new in calls:
+        mask = torch.rand(rows, 1, new, seen + new, generator=generator) < share
+        mask = mask | torch.eye(new, seen + new).roll(seen, dims=1).bool()
+        if is_additive:
+            bias = torch.randn(mask.shape, generator=generator).double()
+            mask = torch.where(mask, bias, torch.finfo(torch.float64).min)
+        part = ids[:, seen : seen + new]
+        expected = _call(model, dynamic, part, mask)
+        _assert_close(_call(model, cache, part, mask), expected)
+        seen += new
+
+
+# Biases.
+
+
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.float64).min, -torch.inf])
+@pytest.mark.parametrize("policy", LAYOUTS)
+def test_a_finite_bias_is_no_padding(model: Any, policy: str, hidden: float) -> None:
+    text = distinct_tokens(2, 20)
+    mask = _additive(torch.ones(20, 20).tril().bool(), hidden)
+    mask[:, :5] += 0.5
+    mask[:, 7] -= 1e4
+    steps = distinct_tokens(2, 1, seed=1), distinct_tokens(2, 3, seed=2)
+    logits = []
+    for cache in (DynamicCache(), _cache(policy)):
+        parts = [_call(model, cache, text, mask[None, None])]
+        parts += [_call(model, cache, more) for more in steps]
+        logits.append(torch.cat(parts, dim=1))
+        if isinstance(cache, CompressedCache):
+            assert (cache.layers[0].next_position == 24).all()
+    _assert_close(logits[1], logits[0])
+
+
+def test_policies_are_shown_the_attention_that_took_place(model: Any) -> None:
+    """A bias that takes all attention away from a token makes it the first to go."""
+    text = distinct_tokens(1, 20)
+    mask = _additive(torch.ones(20, 20).tril().bool())
+    mask[3:, 3] = -1e3
+    cache = CompressedCache("h2o", 19, recent=1)
+    _call(model, cache, text, mask[None, None])
+    for layer in range(2):
+        assert held(cache, layer) == [[p for p in range(20) if p != 3]] * 2
+
+
+# Refused.
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("columns", [2, 12, 14, 17])
+def test_a_mask_of_another_text_is_refused(model: Any, columns: int, tokens: int) -> None:
+    cache = _cache("h2o")
+    _call(model, cache, distinct_tokens(1, 12))
+    more = distinct_tokens(1, tokens, seed=1)
+    mask = torch.ones(1, 1, tokens, columns).bool()
+    with pytest.raises(ValueError, match=f"must have {12 + tokens} columns"):
+        _call(model, cache, more, mask)
+    if columns < 12 + tokens:
+        cache = _cache("h2o")
+        _call(model, cache, distinct_tokens(1, 12))
+        with pytest.raises(ValueError, match="must cover the 12 tokens the cache has seen"):
+            _call(model, cache, more, torch.ones(1, columns).long())
+
+
+def test_a_mask_of_whole_numbers_is_refused(model: Any) -> None:
+    cache = _cache("h2o")
+    _call(model, cache, distinct_tokens(1, 12))
+    with pytest.raises(TypeError, match=r"bool or float, got torch\.int64"):
+        _call(model, cache, distinct_tokens(1, 3), torch.ones(1, 1, 3, 15).long())
+
+
+# Rows that end early.
+
+
+def _turns(
+    model: Any, cache: CompressedCache, ids: Tensor, real: Tensor, calls: list[int]
+) -> list[Tensor]:
+    """Logits of each call, all of whose tokens are read with a mask of the text so far."""
+    found, start = [], 0
+    for new in calls:
+        here = slice(start, start + new)
+        mask = real[:, : start + new].long()
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, here]
+        found.append(_call(model, cache, ids[:, here], mask, position_ids=places))
+        start += new
+    return found
+
+
+CALLS = [24, *[1] * 12, 9, *[1] * 10, 5]
+ENDED = [[6, 4], [12, 10], [1, 9]]
+"""Of each row, how many tokens both answers have."""
+POLICIES_OF_ROWS = [*SLOTTED, "snapkv+adakv", "snapkv+simlayerkv", "h2o+merging", "rpc+growing"]
+
+
+def _conversation() -> tuple[Tensor, Tensor]:
+    """Three rows: left padding, answers padded behind their ends, a second prompt padded too."""
+    ids, real = distinct_tokens(3, sum(CALLS)), torch.ones(3, sum(CALLS)).bool()
+    for row, (first, second) in enumerate(ENDED):
+        real[row, : 5 * row] = False
+        real[row, 24 + first : 36] = False
+        real[row, 36 : 36 + 2 * row] = False
+        real[row, 45 + second : 55] = False
+    return ids, real
+
+
+def _options(policy: str, interval: int) -> tuple[str, dict[str, Any]]:
+    options: dict[str, Any] = dict(budget=16, interval=interval, sinks=1, recent=6)
+    if policy == "rpc+growing":
+        return "rpc", dict(options, window=4, compression=2.0, protect_prompt=False)
+    return policy, dict(options, protect_prompt=False)
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("policy", POLICIES_OF_ROWS)
+def test_rows_that_end_early_are_what_they_are_alone(
+    model: Any, policy: str, interval: int
+) -> None:
+    ids, real = _conversation()
+    name, options = _options(policy, interval)
+    batch = CompressedCache(name, **options)
+    together = _turns(model, batch, ids, real, CALLS)
+    for row in range(3):
+        alone = CompressedCache(name, **options)
+        own, calls, compared = real[row], [], []
+        start = 0
+        for number, new in enumerate(CALLS):
+            tokens = int(own[start : start + new].sum())
+            if tokens:
+                calls.append(tokens)
+                compared.append(number)
+            start += new
+        text = ids[row, own][None]
+        expected = _turns(model, alone, text, torch.ones_like(text).bool(), calls)
+        for number, logits in zip(compared, expected, strict=True):
+            # A second prompt ends where its padding, which is on the left, does not matter.
+            _assert_close(together[number][row, -1], logits[0, -1])
+        for layer in range(2):
+            assert held(batch, layer, row) == held(alone, layer)
+
+
+def test_padding_steps_that_were_read_as_text_are_dropped(model: Any) -> None:
+    """Plain ``generate`` pads rows that have ended without a word."""
+    ids, real = _conversation()
+    for policy in SLOTTED:
+        if policy == "pyramidkv":
+            # Gives its last layer less than this text.
+            continue
+        batch = CompressedCache(policy, 80, protect_prompt=False)
+        seen = real.clone()
+        seen[:, 24:36] = True
+        _turns(model, batch, ids, seen, CALLS[:13])
+        mask = real[:, :45].long()
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, 36:]
+        logits = _call(model, batch, ids[:, 36:45], mask, position_ids=places)
+        for row in range(3):
+            alone = CompressedCache(policy, 80, protect_prompt=False)
+            text = ids[row, :45][real[row, :45]][None]
+            expected = _call(model, alone, text)
+            _assert_close(logits[row, -1], expected[0, -1])
+            assert held(batch, 1, row) == held(alone, 1)
+            assert int(batch.layers[0].next_position[row]) == text.shape[1]
