@@ -116,6 +116,7 @@ class CompressedCache(LinearLayers):
             self._timer = Timer()
             self.watchers.append(self._timer)
         self._drafts = Drafts()
+        self._config: PreTrainedConfig | None = None
         # Any: None before the first call, and the type checker would ask at each use.
         self._first: Any = None
         self.listener: Listener | None = None
@@ -298,20 +299,23 @@ class CompressedCache(LinearLayers):
                 which something would be dropped.
             ValueError: a mask that is not of the text held.
         """
-        checks.check_config(config)
+        if config is not self._config:
+            checks.check_config(config)
+            self._config = config
         if not self._is_filled:
             return
-        seen = self.clock.tokens_seen
-        self.columns.truncate(seen)
-        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        columns, seen = self.columns, self.clock.tokens_seen
+        is_new = columns.announced is not attention_mask or columns.announced_at != seen
+        # What generate has built for the call before comes without the text.
+        is_built = columns.is_asked and attention_mask is not None
+        if not is_new or (is_built and attention_mask.shape[-1] == tokens):
             return
-        if self.columns.is_asked and attention_mask.shape[1] == tokens:
-            # Built before, for attention that wants it like that.
-            return
-        checks.check_mask(attention_mask, seen, tokens)
-        if tokens == 1 and attention_mask.device.type != "cpu":
-            return
-        self._drop_padding(attention_mask[:, : seen + tokens].bool(), seen)
+        columns.announced, columns.announced_at = attention_mask, seen
+        columns.truncate(seen)
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            checks.check_mask(attention_mask, seen, tokens)
+            if tokens > 1 or attention_mask.device.type == "cpu":
+                self._drop_padding(attention_mask[:, : seen + tokens].bool(), seen)
 
     def _drop_padding(self, real: Tensor, seen: int) -> None:
         """Takes columns ``[B, T + L]`` bool for real or not, ``seen`` of which were read."""

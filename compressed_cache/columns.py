@@ -25,6 +25,8 @@ class Columns:
         is_built: whether transformers built the masks of the running call, which then may be of
             the new tokens alone.
         is_asked: whether transformers has asked for the size of a mask since the last call.
+        announced, announced_at: the last mask that a call was announced with, and how many columns
+            were read before it.
     """
 
     def __init__(self) -> None:
@@ -34,6 +36,8 @@ class Columns:
         """Back to before the prompt."""
         self.known: Tensor | None = None
         self.is_built = self.is_asked = False
+        self.announced: Any = None
+        self.announced_at = -1
         self._step: tuple[Any, Tensor | None] | None = None
 
     def begin_call(self) -> None:
@@ -49,6 +53,8 @@ class Columns:
             # of this column.
             readable = batch > 1 and self.is_built
             return own_entry(attention_mask, batch) if readable else None
+        if attention_mask is None:
+            return None
         if self._step is None or self._step[0] is not attention_mask:
             real = own_entry(attention_mask, batch)
             if real is not None and real.device.type == "cpu" and bool(real.all()):
@@ -62,7 +68,8 @@ class Columns:
 
     def truncate(self, seen: int) -> None:
         """Forgets columns from this one on."""
-        self.known = self.known_until(seen)
+        if self.known is not None and self.known.shape[1] > seen:
+            self.known = self.known[:, :seen]
 
     def extend(self, real: Tensor, *, seen: int, next_position: Tensor) -> None:
         """Notes new columns ``[B, L]`` bool that follow ``seen`` ones; known ones stay.

@@ -88,8 +88,10 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """Takes new keys and values ``[B, H, L, D]``; returns tensors tagged for :meth:`attend`."""
         if not torch.compiler.is_compiling():
             self.awaits_attention = True
-        if not torch.compiler.is_compiling() and self.is_filled:
-            self._widen(key_states.dtype, value_states.dtype)
+        if self.is_filled and key_states.dtype != self.keys.dtype:
+            key_states, value_states = self._alike(key_states, value_states)
+        if self.is_filled and value_states.dtype != self.values.dtype:
+            key_states, value_states = self._alike(key_states, value_states)
         if self.is_filled and key_states.shape[2] == 1:
             # Written when the query is at hand, so that one kernel can do both.
             self.incoming = key_states, value_states
@@ -143,7 +145,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             output, weights = self.step(
                 query, key, value, ranks=self.clock.ranks, weighs=_weighs(module), real=real
             )
-        output = output.to(value.dtype)
+        if output.dtype != query.dtype:
+            output = output.to(query.dtype)
         if gradients.wants_gradient(key, value):
             self.has_gradients = True
         if not torch.compiler.is_compiling() and self.listener is not None:
@@ -293,7 +296,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             with _exact(query.device):
                 output, weights = read(self, states, count, weighs=_weighs(module))
             assert output is not None
-            result = output.to(value.dtype), weights
+            result = output.to(query.dtype), weights
         else:
             masks.check_left(real)
             checks.check_attention(self.index, module, kwargs)
@@ -365,16 +368,18 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             self.policy = StreamingLLM()
             self.rules = Rules(window, interval=1, sinks=0, recent=0, protect_prompt=False)
 
-    def _widen(self, key_dtype: torch.dtype, value_dtype: torch.dtype) -> None:
-        """Makes room for keys and values of more precision, as autocast brings them about."""
+    def _alike(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values in the dtypes of the slots, or the slots in theirs where these are
+        wider: autocast brings both about."""
         assert self.sizes is not None
-        dtype = torch.promote_types(self.sizes.dtype, key_dtype)
-        value_dtype = torch.promote_types(self.sizes.value_dtype, value_dtype)
+        dtype = torch.promote_types(self.sizes.dtype, keys.dtype)
+        value_dtype = torch.promote_types(self.sizes.value_dtype, values.dtype)
         if (dtype, value_dtype) != (self.sizes.dtype, self.sizes.value_dtype):
             held = self.named_tensors()
             self._allocate(self.sizes._replace(dtype=dtype, value_dtype=value_dtype))
             for name, tensor in self.named_tensors().items():
                 tensor.copy_(held[name])
+        return keys.to(dtype), values.to(value_dtype)
 
     def _allocate(self, sizes: Sizes) -> None:
         super()._allocate(sizes)

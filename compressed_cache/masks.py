@@ -132,7 +132,8 @@ def own_entry(attention_mask: Any, batch: int) -> Tensor | None:
         return None
     if attention_mask.dim() == 2:
         return attention_mask[:, -1].bool().expand(batch)
-    return is_visible(attention_mask[:, :, -1, -1]).any(dim=1).expand(batch)
+    own = is_visible(attention_mask[:, :, -1, -1])
+    return (own.squeeze(1) if own.shape[1] == 1 else own.any(dim=1)).expand(batch)
 
 
 def check_width(width: int, length: int, seen: int, *, is_own: bool) -> None:

@@ -190,8 +190,7 @@ class PoolLayer(CompressedLayer):
         if self.is_sliding:
             return super().step(query, key, value, ranks=ranks, weighs=weighs, real=real, mask=mask)
         traced = (query, key, value) if gradients.wants_gradient(query, key, value) else None
-        query = query.detach()
-        key, value = key.detach().to(self.keys.dtype), value.detach().to(self.values.dtype)
+        query, key, value = query.detach(), key.detach(), value.detach()
         slot = self._next_slots(ranks, real)
         write(self, key.transpose(1, 2), value.transpose(1, 2), slot, real)
         owners = where_real(real, self._heads.expand_as(slot), self.owners.gather(2, slot))
@@ -203,14 +202,14 @@ class PoolLayer(CompressedLayer):
             self.notes.scatter_(2, index, where_real(real, notes, self.notes.gather(2, index)))
         keys, values = self.keys, self.values
         if traced is not None:
-            query, *own = traced
-            traced = query, own[0].transpose(1, 2), own[1].transpose(1, 2)
+            traced = traced[0], traced[1].transpose(1, 2), traced[2].transpose(1, 2)
             keys, values = with_gradients(self, (keys, values), traced, slot, real)
         visible, bias = (
             None if one is None else self._for_queries(one) for one in visible_slots(self, mask)
         )
         assert visible is not None
-        output, weights = attention.attend(query, keys, values, visible, self.form, bias)
+        own = query if traced is None else traced[0]
+        output, weights = attention.attend(own, keys, values, visible, self.form, bias)
         weights = weights.squeeze(1).unflatten(1, (self._num_heads, -1))
         if self.policy.observes_attention:
             held = self.held()
@@ -218,7 +217,7 @@ class PoolLayer(CompressedLayer):
             own = self.next_position[:, None]
             seen = self.accumulate(held.attention, shown, own, held.positions)
             self.attention.copy_(where_real(real, self._of_owners(seen), self.attention))
-        record_query(self, query.detach(), real)
+        record_query(self, query, real)
         self.count(real)
         if real is not None:
             output = output.masked_fill(~real[:, None, None, None], 0.0)

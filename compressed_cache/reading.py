@@ -238,8 +238,8 @@ def read_block(
         layer.keep_best(keys, values, positions, seen, notes)
     else:
         free = layer.free_slot + torch.arange(key.shape[2], device=key.device)
-        layer.keys.index_copy_(2, free, key_kept.to(layer.keys.dtype))
-        layer.values.index_copy_(2, free, value.to(layer.values.dtype))
+        layer.keys.index_copy_(2, free, key_kept)
+        layer.values.index_copy_(2, free, value)
         layer.positions.index_copy_(2, free, new_positions)
     layer.counts[:, 1] += key.shape[2]
     weights = torch.cat(recorded, dim=3).flatten(1, 2) if weighs else None

@@ -45,8 +45,7 @@ def step(
     """
     traced = (query, key, value) if gradients.wants_gradient(query, key, value) else None
     # Detached everywhere: a graph through the slots would live as long as the cache.
-    query = query.detach()
-    key, value = key.detach().to(layer.keys.dtype), value.detach().to(layer.values.dtype)
+    query, key, value = query.detach(), key.detach(), value.detach()
     planned = _planned_slot(layer, ranks, real)
     if layer.policy.merges:
         planned = _slot(layer, real) if planned is None else planned
@@ -61,14 +60,14 @@ def step(
             _note(layer, key, value, slot, real)
         keys, values = channels.whole_keys(layer, layer.next_position + 1), layer.values
         if traced is not None:
-            query = channels.ordered(layer, traced[0])
-            traced = query, channels.ordered(layer, traced[1]), traced[2]
+            traced = (*(channels.ordered(layer, x) for x in traced[:2]), traced[2])
             keys, values = with_gradients(layer, (keys, values), traced, slot, real)
+        own = query if traced is None else traced[0]
+        own, keys = layer.attended(own, keys, layer.next_position[:, None], layer.positions)
         visible, bias = visible_slots(layer, mask)
-        seen, keys = layer.attended(query, keys, layer.next_position[:, None], layer.positions)
-        output, weights = attention.attend(seen, keys, values, visible, layer.form, bias)
+        output, weights = attention.attend(own, keys, values, visible, layer.form, bias)
         _remember(layer, weights, real)
-    record_query(layer, query.detach(), real)
+    record_query(layer, query, real)
     layer.count(real)
     if real is not None:
         output = output.masked_fill(~real[:, None, None, None], 0.0)
@@ -217,8 +216,8 @@ def _merge(layer: "CompressedLayer", slot: Tensor, real: Tensor | None) -> None:
 
 
 def _index(slot: Tensor, tensor: Tensor) -> Tensor:
-    slot = slot.reshape(*slot.shape, *[1] * (tensor.dim() - 3))
-    return slot.expand(*slot.shape[:3], *tensor.shape[3:])
+    """Slots ``[B, H, L]`` as an index of ``[B, H, S]`` or ``[B, H, S, D]``."""
+    return slot if tensor.dim() == 3 else slot.unsqueeze(-1).expand(*slot.shape, tensor.shape[3])
 
 
 def _forget(layer: "CompressedLayer", slot: Tensor, real: Tensor | None) -> None:

@@ -111,19 +111,24 @@ def check_step(
     splits: int | None = 1,
     softcap: float | None = None,
     with_sinks: bool = False,
+    pads: bool = False,
 ) -> None:
     step = make_step(*sizes, dtype=dtype, record=record, chooses=chooses, with_sinks=with_sinks)
+    if pads:
+        step = step._replace(real=torch.arange(sizes[0]).to(DEVICE) % 2 == 1)
     before = [None if x is None else x.double().cpu().numpy().copy() for x in step]
     scaling = sizes[4] ** -0.5
     output, weights = decode.decode_step(
         step, recent=RECENT, scaling=scaling, softcap=softcap, record=record, splits=splits
     )
     batch, heads, groups = sizes[:3]
-    query, key, value, keys, values, positions, memory, _, prefix, slots, scores, sinks = before
+    query, key, value, keys, values, positions, memory, _, prefix, slots, scores, *others = before
+    sinks, real = others
     scores = memory if scores is None else scores
     expected = np.zeros(output.shape)
     expected_weights = np.zeros((batch, heads, groups, 1, sizes[3]))
-    for row in range(batch):
+    rows = [row for row in range(batch) if real is None or real[row]]
+    for row in rows:
         for head in range(heads):
             held = positions[row, head]
             slot = (
@@ -148,6 +153,8 @@ def check_step(
     for found, wanted in zip(step[3:6], (keys, values, positions), strict=True):
         np.testing.assert_array_equal(found.double().cpu().numpy(), wanted)
     tolerance = TOLERANCES[dtype]
+    output, weights = output[rows], weights[rows] if weights.numel() else weights
+    expected, expected_weights = expected[rows], expected_weights[rows]
     np.testing.assert_allclose(output.double().cpu(), expected, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(step.memory.cpu(), memory, rtol=2e-5, atol=2e-5)
     if record == "weights":
@@ -177,6 +184,13 @@ def test_decode_step_with_sinks_and_softcap(
 ) -> None:
     sizes = (2, 2, 2, 200, 32, 32)
     check_step(*sizes, record=record, splits=splits, softcap=softcap, with_sinks=True)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("chooses", [True, False])
+@pytest.mark.parametrize("record", ["nothing", "weights", "total"])
+def test_padding_changes_nothing_of_its_row(record: str, chooses: bool, splits: int) -> None:
+    check_step(3, 2, 2, 200, 32, 32, record=record, chooses=chooses, splits=splits, pads=True)
 
 
 def test_a_slot_of_one_and_a_group_of_one() -> None:
@@ -429,13 +443,13 @@ TYPES = {"bf16": 2, "fp32": 4}
 POINTERS = dict(
     query="*{t}", key="*{t}", value="*{t}", keys="*{t}", values="*{t}", queries="*{t}",
     output="*{t}", positions="*i64", next_positions="*i64", prefixes="*i64", slots_given="*i64",
-    victims="*i64", paddings="*i64", scaling="fp32", softcap="fp32", memory="*fp32",
+    victims="*i64", reals="*i64", paddings="*i64", scaling="fp32", softcap="fp32", memory="*fp32",
     scores="*fp32", sinks="*fp32", logits="*fp32", weights="*fp32", partial="*fp32",
     peaks="*fp32", totals="*fp32", found="*fp32",
 )
 CONSTANTS = dict(
     GROUPS=4, DIM=128, VALUE_DIM=128, GROUPS_PAD=16, DIM_PAD=128, VALUE_PAD=128, RANK_BLOCK=256,
-    CHOOSES=True, SOFTCAP=True, SINKS=True, RECORD="total", REMEMBERS=True,
+    CHOOSES=True, SOFTCAP=True, SINKS=True, PADS=True, RECORD="total", REMEMBERS=True,
 )
 for (name, size), capability in itertools.product(TYPES.items(), (80, 90)):
     for kernel, splits, block, warps in (

@@ -335,7 +335,7 @@ def decode_step(
     scores = step.memory if step.scores is None else step.scores.contiguous()
     sinks = step.memory if step.sinks is None else step.sinks
     slot = victims if step.slot is None else step.slot.contiguous()
-    reals = victims if step.real is None else step.real.to(torch.int8)
+    reals = victims if step.real is None else step.real.long()
     rank_block = min(1024, max(16, triton.next_power_of_2(capacity)))
     common = {
         "GROUPS": groups,
