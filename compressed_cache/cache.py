@@ -103,6 +103,8 @@ class CompressedCache(LinearLayers):
         )
         if config is not None:
             checks.check_config(config)
+            if (model := checks.class_of(config)) is not None:
+                checks.check_class(model)
             if not isinstance(self.rules.budget, int):
                 budgets.resolve(self.rules, self.policy, config.get_text_config())
         super().__init__(layers=[])
@@ -116,7 +118,6 @@ class CompressedCache(LinearLayers):
             self._timer = Timer()
             self.watchers.append(self._timer)
         self._drafts = Drafts()
-        self._config: PreTrainedConfig | None = None
         # Any: None before the first call, and the type checker would ask at each use.
         self._first: Any = None
         self.listener: Listener | None = None
@@ -282,6 +283,14 @@ class CompressedCache(LinearLayers):
         self._drafts.start()
         super().activate_past_recording()
 
+    def expect_model(self, model: Any) -> None:
+        """Says what model is about to generate: called by ``generate`` before any work.
+
+        Raises:
+            NotImplementedError: a model this cache cannot serve.
+        """
+        checks.check_model(model)
+
     def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
         """Says what a call is like that begins: called before the first layer, unless compiled.
 
@@ -299,10 +308,8 @@ class CompressedCache(LinearLayers):
                 which something would be dropped.
             ValueError: a mask that is not of the text held.
         """
-        if config is not self._config:
-            checks.check_config(config)
-            self._config = config
         if not self._is_filled:
+            checks.check_config(config)
             return
         columns, seen = self.columns, self.clock.tokens_seen
         is_new = columns.announced is not attention_mask or columns.announced_at != seen

@@ -1,17 +1,26 @@
 """What a layer refuses, in words, before any work is done."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.models.auto import modeling_auto
 
 from compressed_cache.memory import Sizes
 from compressed_cache.rules import Rules
+from compressed_cache.versions import CACHE
 
 _ATTENTION = ("full_attention", "sliding_attention")
 # Of these transformers keeps the state, if they have one.
 _OTHERS = ("linear_attention", "conv", "moe", "mlp")
+# Numbers by which a config tells of a form of attention.
+_FORMS = {
+    "keep_window_size": "its attention is biased by what the values say, in every step anew",
+    "lambda_std_dev": "differential attention attends twice to the same keys",
+    "cross_attn_k": "it reads its text in patches of bytes, which it keeps beside the cache",
+}
 _RESET = "Call cache.reset() or use a new CompressedCache."
 
 
@@ -50,6 +59,33 @@ def check_calls(layer: int, calls: int, *, expected: int) -> None:
         raise ValueError(
             f"all layers must hold the same text, but a call failed before layer {layer} had read "
             f"it. {_RESET}"
+        )
+
+
+def check_attended(layer: int, *, awaits: bool) -> None:
+    """Raises ``NotImplementedError`` if a layer still awaits attention when it is too late."""
+    if awaits:
+        raise NotImplementedError(
+            _refusal(
+                f"the attention of layer {layer} never reached the cache. It must call what "
+                "transformers' AttentionInterface.get_interface returns, with the keys that "
+                "cache.update returned"
+            )
+        )
+
+
+def check_handed(layer: int, *, awaits: bool, values_are_own: bool) -> None:
+    """Raises ``NotImplementedError`` unless attention is once over what the layer handed out.
+
+    A prompt would be right all the same, and only the tokens after it wrong.
+    """
+    if not awaits:
+        raise NotImplementedError(
+            _refusal(f"the keys of layer {layer} are attended to more than once in one call")
+        )
+    if not values_are_own:
+        raise NotImplementedError(
+            _refusal(f"layer {layer} attends to other values than those cache.update returned")
         )
 
 
@@ -136,25 +172,80 @@ def check_config(config: Any) -> None:
         raise NotImplementedError(
             _refusal("an encoder-decoder model attends to its encoder, where nothing is decoded")
         )
-    text = config.get_text_config()
-    if getattr(text, "kv_lora_rank", None):
+    text = config.get_text_config(decoder=True)
+    if _has(text, "kv_lora_rank"):
         raise NotImplementedError(
             _refusal("multi-head latent attention caches one latent vector for all heads, not keys")
         )
     sharing = getattr(text, "kv_sharing_modes", None) or []
-    if getattr(text, "num_kv_shared_layers", 0) or "reuse" in sharing:
+    if _has(text, "num_kv_shared_layers") or "reuse" in sharing:
         raise NotImplementedError(_refusal("its last layers read the keys of earlier ones"))
-    unknown = sorted(
-        {
-            kind
-            for kind in getattr(text, "layer_types", None) or []
-            if kind not in (*_ATTENTION, *_OTHERS)
-        }
-    )
+    kinds = getattr(text, "layer_types", None) or []
+    unknown = sorted({kind for kind in kinds if kind not in (*_ATTENTION, *_OTHERS)})
     if unknown:
         raise NotImplementedError(
             _refusal(f"it has layers of type {', '.join(map(repr, unknown))}")
         )
+    check_keys(any(kind in _ATTENTION for kind in kinds or _ATTENTION))
+    if "diffusion" in (getattr(text, "model_type", None) or ""):
+        raise NotImplementedError(
+            _refusal("it writes a block of tokens many times over, not one token after another")
+        )
+    if getattr(text, "recurrent_kv_cache_mode", None) == "last_loop":
+        raise NotImplementedError(_refusal("its loops read the keys that are held by themselves"))
+    for name, reason in _FORMS.items():
+        if _has(text, name):
+            raise NotImplementedError(_refusal(reason))
+
+
+def check_keys(has_some: bool) -> None:
+    """Raises ``NotImplementedError`` for a model without a layer that keeps keys and values."""
+    if not has_some:
+        raise NotImplementedError(
+            _refusal("it keeps no keys and values, so there is nothing to compress")
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raises ``NotImplementedError`` for a model that cannot generate with a cache it is given."""
+    check_config(model.config)
+    check_class(type(model))
+    # With a cache that could be compiled, generate builds the masks.
+    if any(hasattr(part, "_prepare_decoder_attention_mask") for part in model.children()):
+        raise NotImplementedError(_refusal("it takes no masks but those it builds itself"))
+
+
+def check_class(model: type) -> None:
+    """Raises ``NotImplementedError`` for a class of models that has no use for a cache it is given.
+
+    Such a model would go on without it, or say so in words of its own.
+    """
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        raise NotImplementedError(_refusal("it keeps its states in a way of its own"))
+    takers = (getattr(model, name, None) for name in ("forward", "prepare_inputs_for_generation"))
+    if not any(taker and CACHE in inspect.signature(taker).parameters for taker in takers):
+        raise NotImplementedError(_refusal("it cannot be given a cache"))
+
+
+def class_of(config: Any) -> Any:
+    """The class of the model that transformers makes of a config, None if it knows none."""
+    for mapping in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    ):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    return None
+
+
+def _has(config: Any, name: str) -> bool:
+    """Whether a number of a config, or of one of its layers, is there and not zero."""
+    try:
+        return bool(getattr(config, name, None))
+    except RuntimeError:
+        # It differs between layers and is not told of all at once.
+        return any(getattr(layer, name, None) for layer in config.per_layer_config)
 
 
 def _refusal(reason: str) -> str:

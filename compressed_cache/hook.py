@@ -65,7 +65,7 @@ def takes_all_arguments(loop: Loop) -> Loop:
 
 
 def install() -> None:
-    """Wraps attention, masks and two details of ``generate``; the second call does nothing."""
+    """Wraps attention, masks and three details of ``generate``; the second call does nothing."""
     original = AttentionInterface.get_interface
     if getattr(original, _TAG, False):
         return
@@ -78,9 +78,28 @@ def install() -> None:
 
     setattr(get_interface, _TAG, True)
     AttentionInterface.get_interface = get_interface
+    _announce_models()
     _announce_calls()
     _announce_prompts()
     _hand_over_arguments()
+
+
+def _announce_models() -> None:
+    """Lets a compressed cache see the model when ``generate`` begins.
+
+    Some models ask nothing of a cache before they complain of it in words of their own.
+    """
+    generation: Any = GenerationMixin
+    original = generation._validate_model_kwargs
+
+    @functools.wraps(original)
+    def validate(self: Any, model_kwargs: dict[str, Any]) -> Any:
+        for name in ("cache", "past_key_values"):
+            if hasattr(model_kwargs.get(name), "expect_model"):
+                model_kwargs[name].expect_model(self)
+        return original(self, model_kwargs)
+
+    generation._validate_model_kwargs = validate
 
 
 def _announce_calls() -> None:
@@ -96,7 +115,7 @@ def _announce_calls() -> None:
         config: Any, inputs_embeds: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if not torch.compiler.is_compiling():
-            cache = args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
+            cache: Any = args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
             if hasattr(cache, "expect_call"):
                 cache.expect_call(config, attention_mask, inputs_embeds.shape[1])
         return original(config, inputs_embeds, attention_mask, *args, **kwargs)

@@ -76,6 +76,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.has_gradients = False
         """Whether a token was read with gradients, which then end at it."""
         self.awaits_attention = False
+        self.handed: Tensor | None = None
         self.incoming: tuple[Tensor, Tensor] | None = None
         self.last_call: Call | None = None
         self.listener: Listener | None = None
@@ -95,7 +96,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         if self.is_filled and key_states.shape[2] == 1:
             # Written when the query is at hand, so that one kernel can do both.
             self.incoming = key_states, value_states
+            self.handed = None if torch.compiler.is_compiling() else self.values
             return self.keys, self.values
+        self.handed = None if torch.compiler.is_compiling() else value_states
         hook.tag(key_states, self)
         return key_states, value_states
 
@@ -130,6 +133,11 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             float32 over the slots of a decode step, or ``[B, H * G, L, S + L]`` over the slots as
             they were and then the new tokens where several come at once.
         """
+        if not torch.compiler.is_compiling():
+            handed, self.handed = self.handed, None
+            checks.check_handed(
+                self.index, awaits=self.awaits_attention, values_are_own=value is handed
+            )
         is_step = self.is_filled and query.shape[2] == 1 and not masks.is_wide(attention_mask)
         if not is_step:
             return self._read(function, module, query, key, value, attention_mask, scaling, kwargs)
@@ -190,14 +198,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
 
     def check_attended(self) -> None:
         """Raises if the last keys this layer was given were never attended through it."""
-        if self.awaits_attention:
-            self.awaits_attention = False
-            raise NotImplementedError(
-                f"layer {self.index}: the model's attention never reached the cache. It must call "
-                "what transformers' AttentionInterface.get_interface returns, with the keys that "
-                "cache.update returned; this model's code does something else, as multi-head "
-                "latent attention does."
-            )
+        awaits, self.awaits_attention = self.awaits_attention, False
+        checks.check_attended(self.index, awaits=awaits)
 
     def state(self) -> LayerState:
         """A copy of what is held."""
@@ -221,7 +223,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """Holds nothing."""
         self.calls = 0
         self.is_filled = self.awaits_attention = self.has_gradients = False
-        self.incoming = self.last_call = None
+        self.handed = self.incoming = self.last_call = None
         self.clear()
 
     def repeat(self, call: Call | None, tokens: int) -> None:
@@ -346,7 +348,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             value_dim=value.shape[3],
             device=key.device,
         )
-        window = kwargs.get("sliding_window")
+        window = kwargs.get("sliding_window", _window(site.config, self.index))
         self._see(window, self._share(site) if window is None else window)
         self.constants = self.policy.constants(site)
 
@@ -516,6 +518,18 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         rows = Rows(weights.float(), query_positions, positions)
         seen = self.policy.accumulate(seen, rows)
         return self.shard.mean(seen) if self.policy.mixes_heads else seen
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """The window of a layer by its config, as transformers' own caches read it.
+
+    Some attention is not told of it: its mask has it.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds and (layer >= len(kinds) or kinds[layer] != "sliding_attention"):
+        return None
+    layers = getattr(config, "per_layer_config", None)
+    return getattr(layers[layer] if layers else config, "sliding_window", None)
 
 
 def _weighs(module: Any) -> bool:

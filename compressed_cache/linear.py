@@ -5,6 +5,8 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from compressed_cache import checks
+
 
 class LinearLayers(Cache):
     """The part of a cache that serves linear-attention layers, with transformers' own layers.
@@ -34,12 +36,12 @@ class LinearLayers(Cache):
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The convolution state of a linear-attention layer, None before its first token."""
         self.linear_layer(layer_idx)
-        return super().get_conv_state(layer_idx, state_idx)
+        return self._held(super().get_conv_state(layer_idx, state_idx))
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The recurrent state of a linear-attention layer, None before its first token."""
         self.linear_layer(layer_idx)
-        return super().get_recurrent_state(layer_idx, state_idx)
+        return self._held(super().get_recurrent_state(layer_idx, state_idx))
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -54,6 +56,12 @@ class LinearLayers(Cache):
         """Takes the new recurrent state of a linear-attention layer."""
         self.linear_layer(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def _held(self, state: Tensor | None) -> Tensor | None:
+        """A state that is asked for, which only the second call of a model finds."""
+        if state is not None:
+            checks.check_keys(not all(isinstance(one, LinearAttentionLayer) for one in self.layers))
+        return state
 
 
 def states(layer: LinearAttentionLayer) -> list[Tensor]:

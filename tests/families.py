@@ -28,6 +28,14 @@ class Family:
     kinds: tuple[str, ...] = (FULL, FULL)
     """Of each layer, as the cache must find out by itself."""
     note: str = ""
+    vision: dict[str, Any] = field(default_factory=dict)
+    """How to build the part of a model that reads images, beside the settings of its text."""
+    compiles: bool = True
+    """Whether the code that transformers has of it can be compiled."""
+    compiles_layers: bool = True
+    """Whether its layers can be compiled once for all."""
+    turns: bool = True
+    """Whether policies that turn keys can tell how it turns them."""
     window: int = WINDOW
     dtype: torch.dtype = torch.float64
     """float64 keeps rounding out of comparisons, where transformers computes right in it."""
@@ -54,13 +62,42 @@ class Family:
             eos_token_id=None,
             pad_token_id=0,
         )
-        config = getattr(transformers, self.config)(**{**base, **settings})
+        text = {**base, **settings}
+        if self.vision:
+            config = getattr(transformers, self.config)(text_config=text, vision_config=self.vision)
+            auto = transformers.AutoModelForImageTextToText
+        else:
+            config = getattr(transformers, self.config)(**text)
+            auto = transformers.AutoModelForCausalLM
         config._attn_implementation = self.attention
-        make: Callable[..., Any] = transformers.AutoModelForCausalLM.from_config
+        make: Callable[..., Any] = auto.from_config
         return make(config).eval().to(self.dtype)
 
 
 _ALTERNATING = ["sliding_attention", "full_attention"]
+_LINEAR = dict(
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)
+_NO_HISTORY = "no assisted decoding and no file of its cache"
+_TEXT = "tested with text only"
+_NO_TURNS = "no policy that turns keys"
+_MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1]))
+_VISION = dict(
+    depth=1, hidden_size=32, intermediate_size=32, num_heads=4, out_hidden_size=32, patch_size=4
+)
+_CLIP = dict(
+    model_type="clip_vision_model",
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    image_size=8,
+    patch_size=4,
+    projection_dim=32,
+)
 _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 FAMILIES = (
@@ -153,16 +190,95 @@ FAMILIES = (
         note="no assisted decoding and no file of its cache: a recurrent state has no history",
         dtype=torch.float32,
     ),
+    Family(
+        "Qwen3.5",
+        "Qwen3_5TextConfig",
+        dict(layer_types=["linear_attention", "full_attention"], **_LINEAR),
+        kinds=(LINEAR, FULL),
+        note=_NO_HISTORY,
+        dtype=torch.float32,
+    ),
+    Family(
+        "Gemma 4",
+        "Gemma4TextConfig",
+        dict(
+            sliding_window=WINDOW,
+            layer_types=_ALTERNATING,
+            global_head_dim=8,
+            num_kv_shared_layers=0,
+            vocab_size_per_layer_input=VOCABULARY,
+            hidden_size_per_layer_input=8,
+        ),
+        kinds=(SLIDING, FULL),
+        note=f"without layers that share keys; {_NO_TURNS}",
+        compiles_layers=False,
+        turns=False,
+    ),
+    Family(
+        "Jamba",
+        "JambaConfig",
+        dict(
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            num_experts=4,
+            mamba_d_state=8,
+            mamba_dt_rank=4,
+            use_mamba_kernels=False,
+        ),
+        kinds=(LINEAR, FULL),
+        note=f"{_NO_HISTORY}; {_NO_TURNS}",
+        turns=False,
+        dtype=torch.float32,
+    ),
+    Family(
+        "Bamba",
+        "BambaConfig",
+        dict(
+            attn_layer_indices=[1, 3],
+            mamba_n_heads=4,
+            mamba_d_head=16,
+            mamba_d_state=8,
+            mamba_n_groups=1,
+        ),
+        kinds=(LINEAR, FULL),
+        note=_NO_HISTORY,
+        dtype=torch.float32,
+    ),
+    Family(
+        "RecurrentGemma",
+        "RecurrentGemmaConfig",
+        dict(block_types=["recurrent", "attention"], attention_window_size=WINDOW, lru_width=32),
+        kinds=(LINEAR, SLIDING),
+        note=f"nothing is left to compress; eager only; {_NO_HISTORY}; {_NO_TURNS}",
+        turns=False,
+        compiles=False,
+        compiles_layers=False,
+        dtype=torch.float32,
+    ),
+    *(
+        Family(name, config, _MROPE, vision=_VISION, note=f"{_TEXT}; {_NO_TURNS}", turns=False)
+        for name, config in (
+            ("Qwen2-VL", "Qwen2VLConfig"),
+            ("Qwen2.5-VL", "Qwen2_5_VLConfig"),
+            ("Qwen3-VL", "Qwen3VLConfig"),
+        )
+    ),
+    Family("LLaVA", "LlavaConfig", dict(model_type="llama"), vision=_CLIP, note=_TEXT),
 )
 
 
-# What tests/test_errors.py holds.
+# Some of those that tests/model_types.md has.
 REFUSED = {
-    "DeepSeek-V2, V3 and others with multi-head latent attention": "they cache one latent vector "
-    "for all heads, not keys",
+    "DeepSeek-V2, V3, Kimi and others with multi-head latent attention": "they cache one latent "
+    "vector for all heads, not keys",
     "T5, BART and other encoder-decoders": "they attend to an encoder, where nothing is decoded",
     "Gemma 3n": "its last layers read the keys of earlier ones",
     "Llama 4": "chunked attention",
+    "DeepSeek-V4, Falcon-H1, Inkling, Zamba, MiniMax-M3": "layers of kinds of their own",
+    "Doge": "a bias told from the values in every step",
+    "DiffLlama": "attends twice to the same keys",
+    "Mamba, RWKV, xLSTM": "no keys and values",
+    "Falcon, BLOOM, MPT, GPT-Neo": "attention that is not transformers' interface",
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ from transformers.modeling_utils import AttentionInterface
 from compressed_cache import POLICIES, CompressedCache, Policy, Slots
 from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.snapkv import SnapKV
+from compressed_cache.versions import cache_argument
 from tests.conftest import distinct_tokens
+from tests.model_types import MODELS, WINDOW, make
 
 BUDGET = (
     "budget must be an int >= 1, a list with one for each layer, or a list of lists with one for "
@@ -222,8 +225,10 @@ def test_attention_that_never_reaches_the_cache_is_an_error(
         with monkeypatch.context() as patch, pytest.raises(NotImplementedError) as caught:
             patch.setattr(AttentionInterface, "get_interface", original)
             model.generate(distinct_tokens(1, 8), past_key_values=cache, max_new_tokens=4)
-        assert str(caught.value).startswith(
-            "layer 0: the model's attention never reached the cache."
+        assert str(caught.value) == (
+            "CompressedCache cannot serve this model: the attention of layer 0 never reached the "
+            "cache. It must call what transformers' AttentionInterface.get_interface returns, with "
+            "the keys that cache.update returned."
         )
 
 
@@ -252,6 +257,105 @@ def test_families_that_cannot_work_are_refused_by_the_first_forward() -> None:
     latent = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(NotImplementedError, match="multi-head latent attention"):
         latent.generate(ids, past_key_values=CompressedCache("h2o", 8), **generate)
+
+
+REFUSED = {
+    "doge": "its attention is biased by what the values say, in every step anew",
+    "falcon_h1": "it has layers of type 'hybrid'",
+    "diffllama": "differential attention attends twice to the same keys",
+    "deepseek_v4": (
+        "it has layers of type 'compressed_sparse_attention', 'heavily_compressed_attention'"
+    ),
+    "inkling_text": "it has layers of type 'hybrid', 'hybrid_sliding'",
+    "falcon_mamba": "it keeps no keys and values, so there is nothing to compress",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_config_is_refused_in_the_same_words_wherever_it_is_met(kind: str) -> None:
+    model = make(kind, dict(MODELS)[kind])
+    ids = torch.arange(3, 27)[None]
+
+    def forward() -> None:
+        cache = cache_argument(CompressedCache("h2o", 64))
+        for tokens in (ids, ids[:, :1]):
+            model(tokens, **cache)
+
+    for ask in (
+        lambda: CompressedCache("h2o", 64, config=model.config),
+        lambda: model.generate(
+            ids, max_new_tokens=4, do_sample=False, **cache_argument(CompressedCache("full"))
+        ),
+        forward,
+    ):
+        with pytest.raises(NotImplementedError) as caught:
+            ask()
+        assert str(caught.value) == f"CompressedCache cannot serve this model: {REFUSED[kind]}."
+
+
+def test_a_model_that_keeps_states_of_its_own_is_refused_before_it_complains_itself() -> None:
+    for kind, reason in (
+        ("minimax", "it keeps its states in a way of its own"),
+        ("rwkv", "it keeps its states in a way of its own"),
+        ("openai-gpt", "it cannot be given a cache"),
+    ):
+        model = make(kind, dict(MODELS)[kind])
+        for ask in (
+            lambda model=model: CompressedCache("h2o", 64, config=model.config),
+            lambda model=model: model.generate(
+                torch.arange(3, 27)[None],
+                max_new_tokens=4,
+                **cache_argument(CompressedCache("h2o", 64)),
+            ),
+        ):
+            with pytest.raises(NotImplementedError, match=f"serve this model: {reason}"):
+                ask()
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["prompt", "step"])
+def test_attention_is_once_over_what_the_layer_handed_out(
+    model: LlamaForCausalLM, held: bool
+) -> None:
+    module: Any = model.model.layers[0].self_attn
+    attention = AttentionInterface().get_interface("sdpa", lambda: None)
+
+    def state(heads: int, tokens: int) -> torch.Tensor:
+        return torch.randn(1, heads, tokens, 12)
+
+    def handed(cache: CompressedCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens = 1 if cache.layers else 8
+        return state(4, tokens), *cache.update(state(2, tokens), state(2, tokens), 0)
+
+    def begin() -> CompressedCache:
+        cache = CompressedCache("h2o", 16)
+        if held:
+            attention(module, *handed(cache), None, scaling=0.3)
+        return cache
+
+    cache = begin()
+    query, keys, values = handed(cache)
+    with pytest.raises(NotImplementedError) as caught:
+        attention(module, query, keys, values.repeat(1, 1, 1, 1), None, scaling=0.3)
+    assert str(caught.value) == (
+        "CompressedCache cannot serve this model: layer 0 attends to other values than those "
+        "cache.update returned."
+    )
+    cache = begin()
+    query, keys, values = handed(cache)
+    attention(module, query, keys, values, None, scaling=0.3)
+    with pytest.raises(NotImplementedError) as caught:
+        attention(module, query, keys, values, None, scaling=0.3)
+    assert str(caught.value) == (
+        "CompressedCache cannot serve this model: the keys of layer 0 are attended to more than "
+        "once in one call."
+    )
+
+
+def test_a_window_that_only_the_config_tells_of_is_kept() -> None:
+    # Its attention is handed a mask with the window, and not the window.
+    model, cache = make("phimoe", "PhimoeForCausalLM"), CompressedCache("full")
+    model(torch.arange(3, 27)[None], **cache_argument(cache))
+    assert [layer.window for layer in cache.layers] == [WINDOW, WINDOW]
 
 
 def test_an_attention_implementation_that_cannot_work_is_refused(
@@ -381,7 +485,7 @@ def test_files_that_are_not_a_saved_cache_are_refused(
     with pytest.raises(ValueError, match="is not a safetensors file"):
         CompressedCache.load(tmp_path / "text")
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights")
-    message = r"must be written by CompressedCache.save in format 4, got format None"
+    message = r"must be written by CompressedCache.save in format 5, got format None"
     with pytest.raises(ValueError, match=message):
         CompressedCache.load(tmp_path / "weights")
     cache = CompressedCache(Whole(), 16)

@@ -76,8 +76,10 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("budget", [16, 40], ids=["prompt above", "prompt below"])
 def test_compiled_gives_the_tokens_of_eager_in_one_graph(
-    model: object, budget: int, sample: bool
+    model: object, family: Family, budget: int, sample: bool
 ) -> None:
+    if not family.compiles:
+        pytest.skip("transformers has code of it that cannot be compiled")
     torch._dynamo.reset()
     backend = CountingBackend()
     expected = _generate(model, CompressedCache("h2o", budget), sample=sample)
@@ -94,6 +96,8 @@ def test_compiled_gives_the_tokens_of_eager_in_one_graph(
 
 
 def test_layers_compiled_once_give_the_tokens_of_eager(family: Family) -> None:
+    if not family.compiles_layers:
+        pytest.skip("its layers differ in what they are given")
     torch._dynamo.reset()
     model, backend = family.make(repeats=2), CountingBackend()
     expected = _generate(model, CompressedCache("h2o", 16))
@@ -122,7 +126,7 @@ def test_only_full_attention_is_compressed_and_windows_are_kept_exactly(
                     assert head == list(range(seen - padding - family.window, seen - padding))
                 else:
                     assert len(head) == 16
-    first = family.kinds.index("full") if "full" in family.kinds else 0
+    first = family.kinds.index("full" if "full" in family.kinds else "sliding")
     assert cache.compressed_layer is cache.layers[first]
     smallest = 16 if "full" in family.kinds else family.window
     assert cache.evicted_tokens == seen - smallest
