@@ -399,6 +399,11 @@ class CompressedCache(LinearLayers):
         seen = self.get_seq_length()
         return f"CompressedCache(policy={self.policy.label!r}, {rules}, tokens_seen={seen})"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # It may be the first of this process.
+        hook.install()
+
     # What the parts of a cache call, and those who watch it.
 
     def listen(self, listener: Listener | None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from compressed_cache.memory import Sizes
+from compressed_cache.reader import Reader
 from compressed_cache.rules import Rules
 from compressed_cache.versions import CACHE
 
@@ -35,7 +36,8 @@ def check_states(held: Sizes | None, keys: Tensor, values: Tensor) -> None:
         )
     kept = held.heads, held.dim, held.value_dim, held.dtype, held.device
     given = keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device
-    if kept != given:
+    # Of another dtype they may be under autocast.
+    if (*kept[:3], kept[4]) != (*given[:3], given[4]):
         raise ValueError(
             f"keys must be those of the model that read the prompt ({_states(*kept)}), got "
             f"{_states(*given)}. {_RESET}"
@@ -47,9 +49,9 @@ def _states(heads: int, dim: int, value_dim: int, dtype: Any, device: Any) -> st
     return f"{heads} heads of {dim}{values}, {str(dtype).removeprefix('torch.')} on {device}"
 
 
-def check_module(module_id: int | None, module: Any) -> None:
+def check_module(reader: Reader, module: Any) -> None:
     """Raises ``ValueError`` if the text held was read by another attention module."""
-    if module_id is not None and module_id != id(module):
+    if not reader.knows(module):
         raise ValueError(f"model must be the one that read the prompt, got another. {_RESET}")
 
 

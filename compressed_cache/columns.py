@@ -62,6 +62,10 @@ class Columns:
             self._step = attention_mask, real
         return self._step[1]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Masks of the running call are nobody's business but its own.
+        return {**vars(self), "announced": None, "announced_at": -1, "_step": None}
+
     def known_until(self, seen: int) -> Tensor | None:
         """What is known of the first ``seen`` columns."""
         return None if self.known is None else self.known[:, :seen]

@@ -8,6 +8,7 @@ affected, and there is no global "current cache" that threads could mix up.
 """
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -32,9 +33,27 @@ class Attending(Protocol):
         ...
 
 
+class Owner:
+    """The layer that attends over a tensor, which does not keep it alive.
+
+    A layer owns its tensors: were it kept by them, both would outlive the last who wants them. Of
+    a copy of a tensor nobody is the owner.
+    """
+
+    def __init__(self, layer: Attending | None = None) -> None:
+        self.layer = _nobody if layer is None else weakref.ref(layer)
+
+    def __reduce__(self) -> tuple[type["Owner"], tuple[()]]:
+        return Owner, ()
+
+
+def _nobody() -> None:
+    return None
+
+
 def tag(keys: Tensor, layer: Attending) -> None:
-    """Marks ``keys`` so that attention over them is left to ``layer``."""
-    setattr(keys, _TAG, layer)
+    """Marks ``keys`` so that attention over them is left to ``layer``, as long as it exists."""
+    setattr(keys, _TAG, Owner(layer))
 
 
 def dispatch(
@@ -48,7 +67,8 @@ def dispatch(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Calls ``function``, or the layer that owns ``key`` where there is one."""
-    layer = getattr(key, _TAG, None)
+    owner = getattr(key, _TAG, None)
+    layer = None if owner is None else owner.layer()
     if layer is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
     return layer.attend(function, module, query, key, value, attention_mask, **kwargs)

@@ -18,6 +18,7 @@ from compressed_cache.masks import Mask
 from compressed_cache.memory import Sizes, SlotMemory
 from compressed_cache.policies import Policy, Rows, Site, Slots
 from compressed_cache.policies.streaming_llm import StreamingLLM
+from compressed_cache.reader import Reader
 from compressed_cache.reading import States, read
 from compressed_cache.rules import Rules
 from compressed_cache.shards import Shard
@@ -68,7 +69,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.form = Form(1.0)
         self.window: int | None = None
         self.shard = Shard()
-        self.module_id: int | None = None
+        self.reader = Reader()
         self.constants: dict[str, Tensor] = {}
         self.calls = 0
         self.is_filled = False
@@ -143,7 +144,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             return self._read(function, module, query, key, value, attention_mask, scaling, kwargs)
         if not torch.compiler.is_compiling():
             self.awaits_attention = False
-            checks.check_module(self.module_id, module)
+            checks.check_module(self.reader, module)
             self.calls += 1
             self.last_call = None
         assert self.incoming is not None
@@ -182,7 +183,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
 
     def reset(self) -> None:
         """Forgets the tokens and keeps the memory."""
-        self.module_id = None
+        self.reader.clear()
         self.empty()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -193,6 +194,11 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def is_sliding(self) -> bool:
         """Whether this layer sees a window of the text only."""
         return self.window is not None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.sizes is not None:
+            hook.tag(self.keys, self)
 
     # What the cache calls.
 
@@ -293,7 +299,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         states = States(query, key, value, real, mask)
         count = self.clock.prompt_tokens
         if self.is_filled:
-            checks.check_module(self.module_id, module)
+            checks.check_module(self.reader, module)
             self.columns.extend(real, seen=seen, next_position=self.next_position)
             with _exact(query.device):
                 output, weights = read(self, states, count, weighs=_weighs(module))
@@ -314,7 +320,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
                 drafted, _ = read(self, states, count)
             if drafted is not None:
                 result = torch.cat([result[0], drafted], dim=1), None
-        self.module_id = id(module)
+        self.reader.bind(module)
         self.last_call = Call(states.detached(), count) if self.clock.records else None
         self.calls += 1
         if gradients.wants_gradient(key, value):
