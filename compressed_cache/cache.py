@@ -314,15 +314,17 @@ class CompressedCache(LinearLayers):
         columns, seen = self.columns, self.clock.tokens_seen
         is_new = columns.announced is not attention_mask or columns.announced_at != seen
         # What generate has built for the call before comes without the text.
-        is_built = columns.is_asked and attention_mask is not None
-        if not is_new or (is_built and attention_mask.shape[-1] == tokens):
+        width = 0 if attention_mask is None else attention_mask.shape[-1]
+        if not is_new or (columns.is_asked and width == tokens):
             return
         columns.announced, columns.announced_at = attention_mask, seen
         columns.truncate(seen)
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             checks.check_mask(attention_mask, seen, tokens)
-            if tokens > 1 or attention_mask.device.type == "cpu":
-                self._drop_padding(attention_mask[:, : seen + tokens].bool(), seen)
+            device = self.layers[self._first].keys.device
+            if tokens > 1 or device.type == "cpu":
+                real = attention_mask[:, : seen + tokens].to(device, torch.bool)
+                self._drop_padding(real, seen)
 
     def _drop_padding(self, real: Tensor, seen: int) -> None:
         """Takes columns ``[B, T + L]`` bool for real or not, ``seen`` of which were read."""
@@ -330,7 +332,8 @@ class CompressedCache(LinearLayers):
         if known is None or known.shape != past.shape or not torch.equal(known, past):
             first = self.layers[self._first]
             known = self.columns.until(seen, first.next_position)
-            past = past.to(known.device)
+            real = real.expand(len(known), -1)
+            past = real[:, :seen]
             checks.check_shown(known, past)
             hidden = known & ~past
             if bool(hidden.any()):

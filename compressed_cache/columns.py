@@ -91,7 +91,7 @@ class Columns:
         known = self.known
         if known is None:
             known = next_position.new_empty(len(next_position), 0, dtype=torch.bool)
-        known = known[:, :seen]
+        known = known[:, :seen].to(next_position.device)
         # A row that ended is padded behind its last token.
         later = torch.arange(seen - known.shape[1], device=known.device)
         return torch.cat([known, later < (next_position - known.sum(dim=1))[:, None]], dim=1)

@@ -198,7 +198,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.sizes is not None:
-            hook.tag(self.keys, self)
+            self.mark()
 
     # What the cache calls.
 
@@ -391,9 +391,13 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
 
     def _allocate(self, sizes: Sizes) -> None:
         super()._allocate(sizes)
-        hook.tag(self.keys, self)
         alters = self.policy.contiguous or self.policy.prunes_channels
         self.is_fused = self.policy.evicts and not alters and ops.serves(sizes)
+
+    def mark(self) -> None:
+        """Says what these tensors are to attention and to the compiler."""
+        super().mark()
+        hook.tag(self.keys, self)
 
     def attended(
         self, query: Tensor, keys: Tensor, query_positions: Tensor, positions: Tensor

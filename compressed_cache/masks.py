@@ -101,8 +101,10 @@ def read_mask(attention_mask: Any, keys: Tensor, *, seen: int, is_built: bool) -
         if not seen:
             # All of it would be as large as the attention weights.
             return None
-        shape = *attention_mask.shape[:-2], length, attention_mask.shape[-1]
-        attention_mask = create_mask(attention_mask.mask_mod, *shape, device=str(keys.device))
+        batch, heads, _, width = attention_mask.shape
+        attention_mask = create_mask(
+            attention_mask.mask_mod, batch, heads, length, width, device=str(keys.device)
+        )
     if attention_mask is None or attention_mask.dim() != 4:
         return None
     if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():

@@ -155,6 +155,7 @@ class SlotMemory:
         Args:
             moved: ``[B, P]`` int64 by old position, ascending but for -1, which is none.
         """
+        moved = moved.to(self.positions.device)
         before = torch.nn.functional.pad((moved >= 0).cumsum(dim=1), (1, 0))
         self.positions.copy_(_moved(self.positions, moved))
         old_next = self.next_position.clone()
@@ -236,6 +237,10 @@ class SlotMemory:
         window = self.policy.num_queries
         self.queries = full(batch, heads, sizes.groups, window, dim, dtype=sizes.dtype)
         self.query_positions = full(batch, window, fill=-1)
+        self.mark()
+
+    def mark(self) -> None:
+        """Says that these tensors stay where they are."""
         # Without it every in-place write would make the compiler give up CUDA graphs.
         for tensor in self.tensors():
             torch._dynamo.mark_static_address(tensor)

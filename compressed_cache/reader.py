@@ -72,7 +72,8 @@ class Reader:
 
 def _sample(parameter: Tensor) -> Tensor:
     """Some numbers of a weight, of the part that this process has; none where it has none."""
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    local: Any = parameter
+    local = local.to_local() if hasattr(local, "to_local") else local
     if local.is_meta or not local.numel():
         return torch.empty(0)
     flat = local.detach().flatten()

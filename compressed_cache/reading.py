@@ -41,8 +41,8 @@ class States(NamedTuple):
 
     def detached(self) -> "States":
         """The same without gradients."""
-        query, key, value, *others = self
-        return States(query.detach(), key.detach(), value.detach(), *others)
+        query, key, value = (x.detach() for x in (self.query, self.key, self.value))
+        return self._replace(query=query, key=key, value=value)
 
 
 def read(

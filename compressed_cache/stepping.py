@@ -60,7 +60,8 @@ def step(
             _note(layer, key, value, slot, real)
         keys, values = channels.whole_keys(layer, layer.next_position + 1), layer.values
         if traced is not None:
-            traced = (*(channels.ordered(layer, x) for x in traced[:2]), traced[2])
+            own_query, own_key = (channels.ordered(layer, x) for x in traced[:2])
+            traced = own_query, own_key, traced[2]
             keys, values = with_gradients(layer, (keys, values), traced, slot, real)
         own = query if traced is None else traced[0]
         own, keys = layer.attended(own, keys, layer.next_position[:, None], layer.positions)

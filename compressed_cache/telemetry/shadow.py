@@ -26,7 +26,7 @@ class Shadow:
 
     def read(self, layer: CompressedLayer, states: States) -> None:
         """Takes what a layer has just read."""
-        query, key, _, real = states
+        query, key, _, real, _ = states
         count = real.sum(dim=1)
         rows = positions_of(real, (layer.next_position - count)[:, None])
         total = int(layer.next_position.max())
