@@ -39,9 +39,10 @@ def decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
     the logits processors, the stopping criteria and the streamer are those of plain ``generate``.
     Nothing waits for the device where only a length ends the text.
 
-    A row that has ended is padded, and here the cache is told so: from the token that ended it on,
-    the row holds what it held. (Plain ``generate`` does not tell, so there padding is read as text,
-    until the mask of a later call shows what it was.)
+    A row that has ended is padded, and here the cache is told so: once it has read the token that
+    ended it, a row holds what it held, and a conversation goes on in a batch as it does alone. For
+    that, the last of these tokens is read too, in one more step. (Plain ``generate`` does not tell,
+    so there padding is read as text, until the mask of a later call shows what it was.)
 
     This is for greedy decoding and sampling. Whatever else is asked for (beams, drafts,
     ``return_dict_in_generate``, another cache, a model that prepares its inputs in a way of its
@@ -129,7 +130,8 @@ def _decode(
                 unfinished = unfinished & ~criterion(ids, None)[:, None]
             if streamer is not None:
                 streamer.put(tokens[:, 0].cpu())
-            if ids.shape[1] >= longest or (criteria and not unfinished.any()):
+            has_ended = bool(criteria) and not unfinished.any()
+            if ids.shape[1] >= longest or (has_ended and not pads):
                 break
             # Ends the step before, as transformers does when it asks for the size of a mask.
             kwargs[CACHE].get_mask_sizes(1, 0)
@@ -143,6 +145,9 @@ def _decode(
                 if padding is not None:
                     padding.write(real)
             outputs = forward(**inputs, return_dict=True)
+            if has_ended:
+                # Alone or beside longer ones, a row has read the token that ended it.
+                break
     if streamer is not None:
         streamer.end()
     return ids

@@ -199,6 +199,21 @@ def test_a_row_that_ends_holds_what_it_holds_alone(
         assert torch.equal(again[row], expected[0, -9:])
         for layer in range(2):
             assert held(cache, layer, row) == held(alone, layer)
+        # And what the same loop makes of it.
+        alone = _cache(policy, interval)
+        answer = _generate(
+            model, alone, input_ids=prompt, attention_mask=torch.ones_like(prompt), **options
+        )
+        assert torch.equal(answer, own[:, : answer.shape[1]])
+        expected = _generate(
+            model,
+            alone,
+            input_ids=own,
+            attention_mask=torch.ones_like(own),
+            max_new_tokens=9,
+            custom_generate=decode,
+        )
+        assert torch.equal(again[row], expected[0, -9:])
 
 
 def test_a_row_that_ended_cannot_be_shown_as_text(model: Any) -> None:
