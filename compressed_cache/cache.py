@@ -291,6 +291,14 @@ class CompressedCache(LinearLayers):
         """
         checks.check_model(model)
 
+    def expect_text(self, tokens: int) -> None:
+        """Says how long the text is that ``generate`` goes on with, what it held included.
+
+        Raises:
+            ValueError: nothing would be new, as with another text.
+        """
+        checks.check_text(self.get_seq_length(), tokens)
+
     def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
         """Says what a call is like that begins: called before the first layer, unless compiled.
 

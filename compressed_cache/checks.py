@@ -105,6 +105,15 @@ def check_prompt(lengths: Tensor, rules: Rules, budget: int) -> None:
         )
 
 
+def check_text(seen: int, tokens: int) -> None:
+    """Raises ``ValueError`` if a text of so many tokens cannot go on with what was read."""
+    if seen and tokens <= seen:
+        raise ValueError(
+            f"the text must begin with the {seen} tokens the cache has seen (padding included) and "
+            f"be longer, got {tokens}. For a new text: {_RESET}"
+        )
+
+
 def check_mask(attention_mask: Tensor, seen: int, tokens: int) -> None:
     """Raises ``ValueError`` if a 2-D mask is shorter than the text, as that of another text is."""
     width = attention_mask.shape[1]

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import GenerationMixin, masking_utils
 from transformers.modeling_utils import AttentionInterface
 
+from compressed_cache.versions import CACHE
+
 _TAG = "_compressed_layer"
 _TAKES_ALL = "_takes_all_arguments"
 
@@ -85,7 +87,7 @@ def takes_all_arguments(loop: Loop) -> Loop:
 
 
 def install() -> None:
-    """Wraps attention, masks and three details of ``generate``; the second call does nothing."""
+    """Wraps attention, masks and parts of ``generate``; the second call does nothing."""
     original = AttentionInterface.get_interface
     if getattr(original, _TAG, False):
         return
@@ -101,6 +103,8 @@ def install() -> None:
     _announce_models()
     _announce_calls()
     _announce_prompts()
+    _announce_texts()
+    _refuse_batching()
     _hand_over_arguments()
 
 
@@ -156,6 +160,45 @@ def _announce_prompts() -> None:
         return original(self, input_ids, *args, **kwargs)
 
     generation._assisted_decoding = assisted_decoding
+
+
+def _announce_texts() -> None:
+    """Lets a compressed cache see how long the text is that ``generate`` was given."""
+    generation: Any = GenerationMixin
+    original = generation._prefill
+
+    @functools.wraps(original)
+    def prefill(
+        self: Any, ids: Tensor, config: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        cache: Any = inputs.get(CACHE)
+        if hasattr(cache, "expect_text"):
+            mask, embeddings = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+            tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
+            width = getattr(config, "_mask_length", tokens) if mask is None else mask.shape[1]
+            # Where the mask is longer, only what is new was given.
+            if embeddings is not None or width == tokens:
+                cache.expect_text(tokens)
+        return original(self, ids, config, inputs, *args, **kwargs)
+
+    generation._prefill = prefill
+
+
+def _refuse_batching() -> None:
+    """Says that continuous batching leaves out a compressed cache it is given."""
+    generation: Any = GenerationMixin
+    original = generation.generate_batch
+
+    @functools.wraps(original)
+    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(hasattr(value, "expect_text") for value in (*args, *kwargs.values())):
+            raise NotImplementedError(
+                "continuous batching keeps keys and values in pages of its own, so a "
+                "CompressedCache would not be used. Call generate with a padded batch instead."
+            )
+        return original(self, *args, **kwargs)
+
+    generation.generate_batch = generate_batch
 
 
 def _hand_over_arguments() -> None:

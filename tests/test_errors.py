@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.modeling_utils import AttentionInterface
 
-from compressed_cache import POLICIES, CompressedCache, Policy, Slots
+from compressed_cache import POLICIES, CompressedCache, Policy, Slots, decode
 from compressed_cache.policies.rkv import RKV
 from compressed_cache.policies.snapkv import SnapKV
 from compressed_cache.versions import cache_argument
@@ -500,3 +500,54 @@ def test_policy_objects_are_accepted(model: LlamaForCausalLM) -> None:
     cache = CompressedCache(RKV(window=4, mix_lambda=0.5), 16)
     model.generate(distinct_tokens(1, 20), past_key_values=cache, max_new_tokens=8)
     assert cache.evicted_tokens == 11
+
+
+# A used cache, and one that nobody would use.
+
+
+@pytest.mark.parametrize("length", [12, 20, 25])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(custom_generate=decode), dict(num_beams=2), dict(prefill_chunk_size=5)],
+    ids=["generate", "decode", "beams", "chunks"],
+)
+def test_a_new_text_for_a_used_cache_is_refused(
+    model: LlamaForCausalLM, options: dict[str, Any], length: int
+) -> None:
+    cache = CompressedCache("h2o", 64)
+    arguments = dict(cache_argument(cache), max_new_tokens=6, do_sample=False, **options)
+    first = model.generate(distinct_tokens(2, 20), **arguments)
+    before = [layer.positions.clone() for layer in cache.layers]
+    with pytest.raises(ValueError, match=f"begin with the 25 tokens .* be longer, got {length}"):
+        model.generate(distinct_tokens(2, length, seed=1), **arguments)
+    for layer, positions in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.positions, positions)
+    more = torch.cat([first, distinct_tokens(2, 3, seed=2)], dim=1)
+    assert model.generate(more, **arguments).shape == (2, 35)
+    cache.reset()
+    fresh = dict(arguments, **cache_argument(CompressedCache("h2o", 64)))
+    ids = distinct_tokens(2, length, seed=1)
+    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, **fresh))
+
+
+def test_new_tokens_alone_go_on_where_the_mask_is_of_the_whole_text(
+    model: LlamaForCausalLM,
+) -> None:
+    more, answers = distinct_tokens(2, 3, seed=2), []
+    for alone in (False, True):
+        cache = CompressedCache("h2o", 64)
+        arguments = dict(cache_argument(cache), max_new_tokens=6, do_sample=False)
+        text = model.generate(distinct_tokens(2, 20), **arguments)
+        whole = torch.cat([text, more], dim=1)
+        ids = whole[:, 25:] if alone else whole
+        mask = torch.ones_like(whole)
+        answers.append(model.generate(ids, attention_mask=mask, **arguments)[:, -6:])
+    assert torch.equal(*answers)
+
+
+def test_continuous_batching_is_refused(model: LlamaForCausalLM) -> None:
+    argument = cache_argument(CompressedCache("h2o", 64))
+    with pytest.raises(NotImplementedError, match="pages of its own, so a CompressedCache would"):
+        model.generate_batch(distinct_tokens(2, 20).tolist(), **argument)
+    with pytest.raises(NotImplementedError, match="pages of its own, so a CompressedCache would"):
+        model.generate(distinct_tokens(1, 20), cache_implementation="paged", **argument)
