@@ -14,13 +14,18 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, masking_utils
+from transformers import GenerationMixin, PreTrainedModel, masking_utils
 from transformers.modeling_utils import AttentionInterface
 
 from compressed_cache.versions import CACHE
 
 _TAG = "_compressed_layer"
 _TAKES_ALL = "_takes_all_arguments"
+
+PROMPTS = (
+    "CompressedCache reads prompts eagerly. Use CompileConfig(fullgraph=False) with "
+    "prefill_chunk_size."
+)
 
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
@@ -87,7 +92,7 @@ def takes_all_arguments(loop: Loop) -> Loop:
 
 
 def install() -> None:
-    """Wraps attention, masks and parts of ``generate``; the second call does nothing."""
+    """Wraps attention, masks, calls of models and parts of ``generate``, once for all."""
     original = AttentionInterface.get_interface
     if getattr(original, _TAG, False):
         return
@@ -105,6 +110,7 @@ def install() -> None:
     _announce_prompts()
     _announce_texts()
     _refuse_batching()
+    _leave_prompts_eager()
     _hand_over_arguments()
 
 
@@ -199,6 +205,38 @@ def _refuse_batching() -> None:
         return original(self, *args, **kwargs)
 
     generation.generate_batch = generate_batch
+
+
+def _leave_prompts_eager() -> None:
+    """Keeps the compiler out of models that read a prompt into a compressed cache.
+
+    A layer reads its prompt eagerly, and where a compiler meets that as late as in the layer, it
+    compiles all frames around it by themselves, again for each layer, until it hits its limit and
+    says so. So the outermost model it gets to see is left alone as a whole.
+    """
+    model: Any = PreTrainedModel
+
+    @functools.wraps(torch.nn.Module.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and _reads_prompt(*args, **kwargs):
+            return _call_eagerly(self, *args, **kwargs)
+        return torch.nn.Module.__call__(self, *args, **kwargs)
+
+    model.__call__ = call
+
+
+def _reads_prompt(*args: Any, **kwargs: Any) -> bool:
+    cache = kwargs.get("past_key_values", kwargs.get("cache"))
+    if not hasattr(cache, "takes_step"):
+        return False
+    inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+    tokens: Any = next((one for one in inputs if isinstance(one, Tensor)), None)
+    return tokens is not None and not cache.takes_step(tokens.shape[1])
+
+
+@torch.compiler.disable(reason=PROMPTS)
+def _call_eagerly(model: Any, *args: Any, **kwargs: Any) -> Any:
+    return torch.nn.Module.__call__(model, *args, **kwargs)
 
 
 def _hand_over_arguments() -> None:

@@ -275,10 +275,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
 
     # A prompt.
 
-    @torch.compiler.disable(
-        reason="CompressedCache reads prompts eagerly. Use CompileConfig(fullgraph=False) with "
-        "prefill_chunk_size."
-    )
+    @torch.compiler.disable(reason=hook.PROMPTS)
     def _read(
         self,
         function: Callable[..., Any],

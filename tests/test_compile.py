@@ -1,6 +1,8 @@
 """One compiled graph per policy, two with an interval, none for anything that may change later."""
 
+import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +129,60 @@ def test_a_model_compiled_by_hand_gives_the_same_positions(
         assert held(caches[0], layer) == held(caches[1], layer)
 
 
+@pytest.mark.parametrize("kind", ["compressed", "static"])
+def test_no_limit_is_hit_where_a_model_compiled_by_hand_reads_prompts(
+    make_model: Callable[..., LlamaForCausalLM],
+    backend: CountingBackend,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:
+    """Not even with more layers than a frame may be recompiled; the static cache is a control."""
+    model = make_model(num_hidden_layers=12)
+    step = torch.compile(model.forward, backend=backend)
+
+    def decode(forward: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
+        cache: Any = (
+            CompressedCache("h2o", 16)
+            if kind == "compressed"
+            else StaticCache(model.config, max_cache_len=64)
+        )
+        tokens = [ids]
+        for _ in range(5):
+            logits = forward(tokens[-1], **cache_argument(cache)).logits
+            tokens.append(logits[:, -1:].argmax(dim=-1))
+        return torch.cat(tokens, dim=1)
+
+    counts = []
+    monitor = logging.getLogger("torch._dynamo")
+    monitor.addHandler(caplog.handler)
+    try:
+        with torch.no_grad():
+            for prompt in (20, 20, 33, 24):
+                ids = distinct_tokens(2, prompt)
+                assert torch.equal(decode(step, ids), decode(model.forward, ids))
+                counts.append(backend.graphs)
+    finally:
+        monitor.removeHandler(caplog.handler)
+    assert not [text for text in caplog.messages if "recompile_limit" in text]
+    # Only the second length makes other graphs, for prompts of any length.
+    assert counts[0] == counts[1] <= 5
+    assert counts[2] == counts[3] <= 7
+
+
+@pytest.mark.parametrize("chunk", [None, 10])
+def test_a_prompt_compiled_as_one_graph_is_refused_in_words_that_help(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend, chunk: int | None
+) -> None:
+    model, ids, cache = make_model(), distinct_tokens(1, 30), CompressedCache("h2o", 16)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="fullgraph=False"):
+        if chunk is None:
+            step = torch.compile(model.forward, backend=backend, fullgraph=True)
+            step(ids, **cache_argument(cache))
+        else:
+            options = dict(prefill_chunk_size=chunk, compile_config=compiled(backend))
+            _generate(model, ids, cache, **options)
+
+
 @pytest.mark.parametrize(("interval", "graphs"), [(1, 1), (4, 2)])
 @pytest.mark.parametrize("policy", SLOTTED)
 def test_one_layer_is_compiled_for_all(
@@ -186,6 +242,7 @@ def test_prompts_that_are_compiled_have_no_regions(
     compile_layers_once(model)
     options = dict(prefill_chunk_size=10, compile_config=compiled(backend, fullgraph=False))
     assert torch.equal(_generate(model, ids, CompressedCache("h2o", 16), **options), expected)
+    assert backend.graphs == 1
 
 
 def test_other_caches_are_compiled_as_before(
