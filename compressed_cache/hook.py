@@ -226,12 +226,13 @@ def _leave_prompts_eager() -> None:
 
 
 def _reads_prompt(*args: Any, **kwargs: Any) -> bool:
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    if not hasattr(cache, "takes_step"):
-        return False
-    inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
-    tokens: Any = next((one for one in inputs if isinstance(one, Tensor)), None)
-    return tokens is not None and not cache.takes_step(tokens.shape[1])
+    for name in ("cache", "past_key_values"):
+        cache: Any = kwargs.get(name)
+        if hasattr(cache, "takes_step"):
+            inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+            tokens = next((one for one in inputs if isinstance(one, Tensor)), None)
+            return tokens is not None and not cache.takes_step(tokens.shape[1])
+    return False
 
 
 @torch.compiler.disable(reason=PROMPTS)

@@ -1,5 +1,7 @@
 """Statistics for models that nobody calibrated."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,10 +13,10 @@ from tests.reference.policies import made_up
 _load = files.load
 
 
-def load_or_make_up(policy: str, path: str | None, site: Site) -> dict[str, Tensor]:
+def load_or_make_up(policy: str, path: str | None, site: Site, **more: Any) -> dict[str, Tensor]:
     """In place of ``files.load``: without a file those that the reference makes up."""
     if path or files.shipped(policy, site.config):
-        return _load(policy, path, site)
+        return _load(policy, path, site, **more)
     heads = [
         made_up(policy, site.layer, site.first_head + head, site.groups, site.dim)
         for head in range(site.heads)

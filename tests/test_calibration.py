@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compressed_cache import CompressedCache
 from compressed_cache.__main__ import main
@@ -169,6 +172,10 @@ def test_every_family_can_be_calibrated(tmp_path: Path, family: Any, policy: str
         with pytest.raises(ValueError, match="no layer without a sliding window"):
             collect(model, texts(40), policy)
         return
+    if not family.turns and policy != "qfilter":
+        with pytest.raises(NotImplementedError, match="rotary|position"):
+            collect(model, texts(40), policy)
+        return
     path = calibrated(tmp_path / "it.safetensors", policy, model, 40, 60)
     expected = [i for i, kind in enumerate(family.kinds) if kind not in (LINEAR, "sliding")]
     assert sorted(collect(model, texts(40), policy)) == expected
@@ -275,10 +282,61 @@ def test_a_file_is_read_once_until_it_changes(
     assert reads == ["it.safetensors"] * 2
 
 
-def test_a_model_without_statistics_is_told_the_command() -> None:
-    command = "python -m compressed_cache calibrate --model MODEL --policy qfilter --out FILE"
-    with pytest.raises(ValueError, match=command):
-        generate(make_model(), "qfilter", None)
+# One for each policy with statistics, by itself or with another.
+NEEDY = {name: "snapkv+duo_attention" if name == "duo_attention" else name for name in STATISTICS}
+
+
+@pytest.mark.parametrize("policy", [*NEEDY.values(), "snapkv/qfilter", "qfilter+duo_attention"])
+def test_what_a_model_without_statistics_is_told_to_do_works(tmp_path: Path, policy: str) -> None:
+    model: Any = make_model()
+    model.save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    vocabulary = {str(token): token for token in range(90)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="1")), unk_token="1"
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text(" ".join(map(str, texts(120)[0])))
+    options: dict[str, Any] = {}
+    # A policy made of two asks for one file after the other.
+    while (advice := asked_for(model, policy, options)) is not None:
+        command, option = advice
+        file = str(tmp_path / option)
+        arguments = command.replace("FILE", file).split()
+        assert main([*arguments, "--text", str(tmp_path / "text")]) == 0
+        options[option] = file
+    assert len(options) == 1 + (policy == "qfilter+duo_attention")
+
+
+def asked_for(model: Any, policy: str, options: dict[str, Any]) -> tuple[str, str] | None:
+    """The command and the option that a message names; None where all is well."""
+    try:
+        go(model, policy, **options)
+    except ValueError as error:
+        advice = re.search(r"python -m compressed_cache (.*)\n.*pass (\w+)=FILE\.", str(error))
+        assert advice is not None and advice[2] not in options
+        return advice[1], advice[2]
+    return None
+
+
+def go(model: Any, policy: str, **options: Any) -> None:
+    cache = CompressedCache(policy, 40, protect_prompt=False, recent=4, **options)
+    with torch.no_grad():
+        model(torch.arange(1, 61)[None], past_key_values=cache)
+
+
+def test_two_policies_with_statistics_take_a_folder_of_files(tmp_path: Path) -> None:
+    model = make_model()
+    for policy in ("qfilter", "triattention", "duo_attention"):
+        calibrated(tmp_path / f"{policy}.safetensors", policy, model, 120)
+    one = str(tmp_path / "qfilter.safetensors")
+    with pytest.raises(ValueError, match=r"folder with qfilter\.safetensors and triattention\.saf"):
+        go(model, "qfilter/triattention", calibration=one)
+    go(model, "qfilter/triattention", calibration=str(tmp_path))
+    go(model, "qfilter+duo_attention", calibration=str(tmp_path), gates=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"expected_attention\.safetensors"):
+        go(model, "expected_attention", calibration=str(tmp_path))
 
 
 def test_what_is_no_file_of_statistics_is_refused(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_no_limit_is_hit_where_a_model_compiled_by_hand_reads_prompts(
     kind: str,
 ) -> None:
     """Not even with more layers than a frame may be recompiled; the static cache is a control."""
-    model = make_model(num_hidden_layers=12)
+    model = make_model(num_hidden_layers=9)
     step = torch.compile(model.forward, backend=backend)
 
     def decode(forward: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
@@ -174,9 +174,9 @@ def test_a_prompt_compiled_as_one_graph_is_refused_in_words_that_help(
     make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend, chunk: int | None
 ) -> None:
     model, ids, cache = make_model(), distinct_tokens(1, 30), CompressedCache("h2o", 16)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="fullgraph=False"):
+    with pytest.raises(RuntimeError, match="fullgraph=False"):
         if chunk is None:
-            step = torch.compile(model.forward, backend=backend, fullgraph=True)
+            step: Any = torch.compile(model.forward, backend=backend, fullgraph=True)
             step(ids, **cache_argument(cache))
         else:
             options = dict(prefill_chunk_size=chunk, compile_config=compiled(backend))

@@ -1,6 +1,7 @@
 """Each modifier over several policies: one graph, padded rows, broken tokens, many processes."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache, compile_layers_once
 from compressed_cache.policies import InPhases, make_policy
+from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES, VOCABULARY, Family
@@ -168,18 +170,172 @@ def test_criticalkv_finds_the_output_projection_of_every_family(family: Family) 
 @pytest.mark.parametrize(
     ("projection", "message"),
     [
-        (torch.nn.Identity(), "has none of o_proj"),
+        (None, "has none of o_proj"),
+        (torch.nn.Identity(), "of layer 1 is a Identity, which is no linear layer.*Load the model"),
         (torch.nn.Linear(7, 48), r"linear layer of 48 inputs.*Linear in .*\[48, 7\]"),
         (torch.nn.Linear(48, 48, device="meta"), "on cpu, and it is on meta"),
     ],
 )
 def test_criticalkv_refuses_what_it_cannot_project(
-    make_model: Callable[..., LlamaForCausalLM], projection: torch.nn.Module, message: str
+    make_model: Callable[..., LlamaForCausalLM], projection: torch.nn.Module | None, message: str
 ) -> None:
     model: Any = make_model()
     model.model.layers[1].self_attn.o_proj = projection
     with pytest.raises(NotImplementedError, match=message):
         model(distinct_tokens(1, 20), past_key_values=CompressedCache("h2o+criticalkv", 16))
+
+
+class _Adapted(torch.nn.Module):
+    """A linear layer with adapters, with the attributes that those of peft have."""
+
+    def __init__(self, base: torch.nn.Module, **changes: Any) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = {"one": 0.5, "two": -0.2, "three": 3.0}
+        self.lora_variant: dict[str, object] = {}
+        self.active_adapters = ["one", "two", "of other layers"]
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
+        vars(self).update(changes)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def get_delta_weight(self, name: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        # Some tokens gain and some lose, or the ranking would stay.
+        return self.lora_A[name] * torch.randn(48, 48, generator=generator)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(states, self.expected())
+
+    def expected(self) -> torch.Tensor:
+        base: Any = self.base_layer
+        weight = base.expected() if hasattr(base, "expected") else base.weight
+        is_off, is_merged = self.disable_adapters, self.merged
+        if is_off and is_merged:
+            return weight - sum(self.get_delta_weight(name) for name in self.merged_adapters)
+        if is_off or is_merged:
+            return weight
+        return weight + self.get_delta_weight("one") + self.get_delta_weight("two")
+
+
+class _Packed(torch.nn.Linear):
+    """As bitsandbytes keeps weights in 8 bits: codes, and a scale for each row."""
+
+    def __init__(self, plain: torch.nn.Linear, *, is_called: bool) -> None:
+        super().__init__(48, 48, bias=False)
+        scale = plain.weight.detach().abs().amax(dim=1)
+        codes = (plain.weight.detach() / scale[:, None] * 127).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(codes, requires_grad=False)
+        self.state = SimpleNamespace(CB=None, SCB=None)
+        holder: Any = self.state if is_called else self.weight
+        holder.CB, holder.SCB = codes, scale
+
+    def expected(self) -> torch.Tensor:
+        holder: Any = self.weight if self.state.CB is None else self.state
+        return holder.CB.float() * holder.SCB[:, None] / 127
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(states, self.expected())
+
+
+class _Codes(torch.Tensor):
+    """A tensor that knows how to give its numbers back."""
+
+    def dequantize(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor).float() * 2
+
+
+class _Coded(torch.nn.Linear):
+    def __init__(self, plain: torch.nn.Linear) -> None:
+        super().__init__(48, 48, bias=False)
+        del self.weight
+        self.weight: Any = (plain.weight.detach() * 64).round().to(torch.int8).as_subclass(_Codes)
+
+    def expected(self) -> torch.Tensor:
+        return self.weight.dequantize()
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(states, self.expected())
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        _Adapted,
+        lambda plain: _Adapted(plain, merged_adapters=["one", "two"]),
+        lambda plain: _Adapted(plain, disable_adapters=True),
+        lambda plain: _Adapted(plain, disable_adapters=True, merged_adapters=["three"]),
+        lambda plain: _Packed(plain, is_called=False),
+        lambda plain: _Packed(plain, is_called=True),
+        lambda plain: _Adapted(_Packed(plain, is_called=True)),
+        _Coded,
+    ],
+    ids=["adapted", "merged", "off", "off though merged", "8 bits", "called", "both", "coded"],
+)
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_criticalkv_weighs_by_what_adapters_and_quantization_make_of_the_weight(
+    make_model: Callable[..., LlamaForCausalLM], wrap: Callable[..., Any], is_inference: bool
+) -> None:
+    wrapped, plain = make_model(), make_model()
+    for one, other in zip(wrapped.model.layers, plain.model.layers, strict=True):
+        one.self_attn.o_proj = wrap(one.self_attn.o_proj)
+        weight = one.self_attn.o_proj.expected()
+        other.self_attn.o_proj.weight = torch.nn.Parameter(weight.detach().clone())
+    caches = [CompressedCache("h2o+criticalkv", 16) for _ in range(2)]
+    for model, cache in zip([wrapped, plain], caches, strict=True):
+        with torch.inference_mode(is_inference):
+            model(distinct_tokens(1, 40), **cache_argument(cache))
+    for layer in range(2):
+        one, other = (cache.layers[layer] for cache in caches)
+        torch.testing.assert_close(
+            one.constants["output_projection"], other.constants["output_projection"]
+        )
+        assert not one.constants["output_projection"].is_inference()
+        torch.testing.assert_close(one.notes[..., -1], other.notes[..., -1])
+        assert held(caches[0], layer) == held(caches[1], layer)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (
+            lambda plain: _Adapted(plain, lora_variant={"two": "DoRA"}),
+            "is a tests._Adapted whose adapter is not a sum.*Merge it first.*merge_and_unload",
+        ),
+        (
+            lambda plain: _Adapted(plain, get_delta_weight=lambda name: torch.eye(7)),
+            "is a tests._Adapted whose adapter is not a sum",
+        ),
+        (
+            lambda plain: _with_weight(torch.zeros(48, 48, dtype=torch.int8)),
+            "is a Linear with a quantized weight in int8 .*Load the model without quantization",
+        ),
+        (
+            lambda plain: _with_weight(torch.zeros(48, 48).to(torch.float8_e4m3fn)),
+            "is a Linear with a quantized weight in float8_e4m3fn",
+        ),
+        (
+            lambda plain: _Adapted(torch.nn.Identity()),
+            "is a Identity, which is no linear layer",
+        ),
+    ],
+)
+def test_criticalkv_says_of_which_weight_it_cannot_know(
+    make_model: Callable[..., LlamaForCausalLM], wrap: Callable[..., Any], message: str
+) -> None:
+    model: Any = make_model()
+    model.model.layers[1].self_attn.o_proj = wrap(model.model.layers[1].self_attn.o_proj)
+    with pytest.raises(NotImplementedError, match=f"^criticalkv needs .* of layer 1 {message}"):
+        model(distinct_tokens(1, 20), **cache_argument(CompressedCache("h2o+criticalkv", 16)))
+
+
+def _with_weight(weight: torch.Tensor) -> torch.nn.Linear:
+    linear = torch.nn.Linear(48, 48, bias=False)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return linear
 
 
 @pytest.mark.parametrize(

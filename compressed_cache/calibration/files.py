@@ -113,9 +113,19 @@ def describe(path: str | Path) -> dict[str, str]:
 
 def check_policy(path: str | Path, policy: str) -> None:
     """Raises ``ValueError`` for a file of another policy's statistics."""
+    path = _file(path, policy)
     found = describe(path)["policy"]
     if found != policy:
-        raise ValueError(f"{str(path)!r} has statistics for policy {found!r}, not {policy!r}")
+        raise ValueError(
+            f"{str(path)!r} has statistics for policy {found!r}, not {policy!r}. Where both are "
+            f"needed, pass a folder with {found}.safetensors and {policy}.safetensors."
+        )
+
+
+def _file(path: str | Path, policy: str) -> Path:
+    """The file, or that of the policy where a folder is given."""
+    path = Path(path)
+    return path / f"{policy}.safetensors" if path.is_dir() else path
 
 
 def shipped(policy: str, config: Any) -> Path | None:
@@ -125,19 +135,22 @@ def shipped(policy: str, config: Any) -> Path | None:
     return path if known else None
 
 
-def load(policy: str, path: str | None, site: Site) -> dict[str, Tensor]:
+def load(
+    policy: str, path: str | None, site: Site, *, option: str = "calibration"
+) -> dict[str, Tensor]:
     """Statistics of one layer, the heads at hand, on the layer's device.
 
     Args:
         policy: whose.
         path: the file; None for one that came with this package.
         site: the layer. All tensors but those of the model's weights begin with its heads.
+        option: of the policy, by which it takes the path.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file for another policy or of another model, or no file for this one.
     """
-    found, metadata = find(policy, path, site.config)
+    found, metadata = find(policy, path, site.config, option=option)
     tensors = dict(_read(found).layers.get(site.layer, {}))
     if not tensors:
         raise ValueError(f"{str(found)!r} has no statistics of layer {site.layer}")
@@ -146,22 +159,26 @@ def load(policy: str, path: str | None, site: Site) -> dict[str, Tensor]:
     return {name: part[heads].to(site.device) for name, part in tensors.items()}
 
 
-def load_layers(policy: str, path: str | None, config: Any, name: str) -> dict[int, Tensor]:
+def load_layers(
+    policy: str, path: str | None, config: Any, name: str, *, option: str = "calibration"
+) -> dict[int, Tensor]:
     """One statistic of all layers; arguments and errors as those of :func:`load`."""
-    found, _ = find(policy, path, config)
+    found, _ = find(policy, path, config, option=option)
     layers = _read(found).layers
     return {index: tensors[name] for index, tensors in layers.items() if name in tensors}
 
 
-def find(policy: str, path: str | None, config: Any) -> tuple[str | Path, dict[str, str]]:
+def find(
+    policy: str, path: str | None, config: Any, *, option: str = "calibration"
+) -> tuple[str | Path, dict[str, str]]:
     """The file for a model and what it says about itself; raises as :func:`load`."""
-    found = path or shipped(policy, config)
+    found = _file(path, policy) if path else shipped(policy, config)
     if found is None:
         name = getattr(config, "name_or_path", "") or "MODEL"
         raise ValueError(
             f"policy {policy!r} needs statistics of the model, and none came with this package for "
             f"{name!r}. Run\n    python -m compressed_cache calibrate --model {name} --policy "
-            f"{policy} --out FILE\nand pass calibration=FILE."
+            f"{policy} --out FILE\nand pass {option}=FILE."
         )
     check_policy(found, policy)
     metadata, expected = describe(found), model_hash(config)

@@ -26,7 +26,7 @@ HEAD_DIM = 128
 _SIGNS = {
     "values": r"\b(slots|tokens)\.values\b",
     "rotary position embedding": r"\bcompressed_cache\.rotary\b",
-    "output projection": r"\bo_proj\b",
+    "output projection": r"\boutput_projection\b",
 }
 
 

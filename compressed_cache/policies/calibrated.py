@@ -18,8 +18,9 @@ class Calibrated(Policy):
     """
 
     calibration: str | None = None
-    """Path of a file that ``python -m compressed_cache calibrate`` wrote for the model; None: the
-    one that came with this package, as it does for the shipped model."""
+    """Path of a file that ``python -m compressed_cache calibrate`` wrote for the model, or of a
+    folder where it is ``qfilter.safetensors`` for ``qfilter``, and so on; None: the one that came
+    with this package, as it does for the shipped model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

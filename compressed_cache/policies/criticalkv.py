@@ -1,19 +1,19 @@
 """Attention weighted by how far the value reaches in the output of the layer."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressed_cache.policies.base import Site, Slots
 from compressed_cache.policies.caote import shares
 from compressed_cache.policies.modifier import Modifier
+from compressed_cache.policies.projection import output_projection
 from compressed_cache.slots import protect, rank
 
 _BLOCK_ELEMENTS = 1 << 24
 """Projected values held at once while a prompt is read."""
-_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class CriticalKV(Modifier):
         object.__setattr__(self, "scores_attention", False)
 
     def constants(self, site: Site) -> dict[str, Tensor]:
-        return self.base.constants(site) | {"output_projection": _output_projection(site)}
+        return self.base.constants(site) | {"output_projection": output_projection(site, self.name)}
 
     def own_note(self, tokens: Slots) -> Tensor:
         batch, heads, _, dim = tokens.values.shape
@@ -98,31 +98,3 @@ def _norms(values: Tensor, weight: Tensor) -> Tensor:
     for part in weight.unbind(dim=2):
         total += torch.bmm(rows, part.permute(1, 2, 0)).float().abs().sum(dim=-1)
     return (total / weight.shape[2]).unflatten(1, (batch, length)).transpose(0, 1)
-
-
-def _output_projection(site: Site) -> Tensor:
-    """The weight behind the attention, ``[hidden, H * G * D]``, not a copy."""
-    found = [getattr(site.module, name, None) for name in _PROJECTIONS]
-    module: Any = next((module for module in found if module is not None), None)
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        raise NotImplementedError(
-            f"criticalkv needs the output projection of the attention, and layer {site.layer} "
-            f"({type(site.module).__name__}) has none of {', '.join(_PROJECTIONS)}"
-        )
-    weight = weight.to_local() if hasattr(weight, "to_local") else weight
-    width = site.heads * site.groups * site.value_dim
-    is_plain = isinstance(module, nn.Linear) and weight.dtype.itemsize > 1
-    if not is_plain or weight.dim() != 2 or weight.shape[1] != width:
-        raise NotImplementedError(
-            f"criticalkv needs the output projection of the attention as a linear layer of {width} "
-            f"inputs, and that of layer {site.layer} is a {type(module).__name__} in "
-            f"{weight.dtype} of shape {list(weight.shape)}. Of quantized models load the original."
-        )
-    if weight.device != site.device:
-        raise NotImplementedError(
-            f"criticalkv needs the output projection of layer {site.layer} on {site.device}, and "
-            f"it is on {weight.device}, as in models with offloaded weights"
-        )
-    # The parameter itself: the compiler refuses two views of one memory.
-    return weight

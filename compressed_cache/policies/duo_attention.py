@@ -36,7 +36,8 @@ class DuoAttention(Modifier):
     shares_budget: ClassVar = True
     gates: str | None = None
     """Path of a file that ``python -m compressed_cache calibrate`` wrote for the model, or of a
-    ``.tsv`` of the authors, a row for each layer; None: the one that came with this package."""
+    ``.tsv`` of the authors, a row for each layer; a folder as of ``calibration``; None: the one
+    that came with this package."""
     sparsity: float = 0.5
     """Part of the heads, between 0 and 1, that are streaming heads (the authors' 0.5)."""
     duo_sinks: int = 64
@@ -82,7 +83,7 @@ class DuoAttention(Modifier):
     def constants(self, site: Site) -> dict[str, Tensor]:
         if not self._is_table:
             # For what it refuses.
-            files.load(self.name, self.gates, site)
+            files.load(self.name, self.gates, site, option="gates")
         own = self._streaming(site.config)[site.layer][site.first_head :][: site.heads]
         streaming = torch.tensor(own, device=site.device)
         return self.base.constants(site) | {"streaming": streaming}
@@ -115,7 +116,7 @@ class DuoAttention(Modifier):
             lines = Path(str(self.gates)).read_text().split("\n")
             rows = [[min(1.0, max(0.0, float(x))) for x in line.split()] for line in lines if line]
             return dict(zip(compressed_layers(config), rows, strict=False))
-        found = files.load_layers(self.name, self.gates, config, "gates")
+        found = files.load_layers(self.name, self.gates, config, "gates", option="gates")
         return {
             layer: found[layer].tolist() for layer in compressed_layers(config) if layer in found
         }
