@@ -173,7 +173,7 @@ def test_every_family_can_be_calibrated(tmp_path: Path, family: Any, policy: str
             collect(model, texts(40), policy)
         return
     if not family.turns and policy != "qfilter":
-        with pytest.raises(NotImplementedError, match="rotary|position"):
+        with pytest.raises(NotImplementedError, match=r"rotary|position"):
             collect(model, texts(40), policy)
         return
     path = calibrated(tmp_path / "it.safetensors", policy, model, 40, 60)

@@ -61,11 +61,12 @@ class _Unreadable(Exception):
 def _weight(module: Any) -> Tensor:
     if hasattr(module, "base_layer"):
         return _adapted(module)
-    found: Any = getattr(module, "weight", None)
-    # Layers of torch.ao have a method of this name.
-    is_packed = not isinstance(found, Tensor) and callable(found)
-    weight: Any = found() if is_packed else found
-    if not isinstance(weight, Tensor) or not (is_packed or isinstance(module, nn.Linear)):
+    weight: Any = getattr(module, "weight", None)
+    is_linear = isinstance(module, nn.Linear)
+    if not isinstance(weight, Tensor) and callable(weight):
+        # Layers of torch.ao have a method of this name.
+        weight, is_linear = weight(), True
+    if not isinstance(weight, Tensor) or not is_linear:
         raise _Unreadable(
             f"a {_kind(module)}, which is no linear layer with a weight that can be read. Load the "
             "model with plain linear layers, or use a policy without it."
