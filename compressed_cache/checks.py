@@ -22,6 +22,7 @@ _FORMS = {
     "lambda_std_dev": "differential attention attends twice to the same keys",
     "cross_attn_k": "it reads its text in patches of bytes, which it keeps beside the cache",
 }
+_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{n}" for n in (2, 3, 4)))
 _RESET = "Call cache.reset() or use a new CompressedCache."
 
 
@@ -139,15 +140,16 @@ def check_shown(known: Tensor, shown: Tensor) -> None:
 def check_function(function: Callable[..., Any], module: Any) -> None:
     """Raises ``NotImplementedError`` for an attention function that steps would leave out.
 
-    Steps compute what the functions of transformers compute, and no other.
+    Steps compute what the functions of transformers compute, and what stands under their names.
     """
-    config = getattr(module, "config", None)
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation is None or implementation in _IMPLEMENTATIONS:
+        return
     while isinstance(function, functools.partial):
         function = function.func
     home = getattr(function, "__globals__", {}).get("__name__", "")
     if home.partition(".")[0] != "transformers" and home != type(module).__module__:
         name = getattr(function, "__qualname__", type(function).__qualname__)
-        implementation = getattr(config, "_attn_implementation", None)
         raise NotImplementedError(
             f"attn_implementation {implementation!r} calls {name!r}, a function of your own: the "
             "decode steps of CompressedCache attend over slots by themselves and would leave it "

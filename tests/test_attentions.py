@@ -56,21 +56,33 @@ def _cooler(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: f
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling / 2, **more)
 
 
-@pytest.mark.parametrize("name", ["cooler", "sdpa"])
 def test_an_attention_function_of_ones_own_is_refused_by_its_name(
-    make_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, name: str
+    make_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under a name of its own, and where it stands in for one of transformers."""
     mapping, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
-    monkeypatch.setitem(mapping, name, _cooler)
-    monkeypatch.setitem(masks, name, sdpa_mask)
-    model, ids = make_model(attn_implementation=name), distinct_tokens(1, 20)
+    monkeypatch.setitem(mapping, "cooler", _cooler)
+    monkeypatch.setitem(masks, "cooler", sdpa_mask)
+    model, ids = make_model(attn_implementation="cooler"), distinct_tokens(1, 20)
     model.generate(ids, max_new_tokens=2, do_sample=False)
     for policy in ("full", "h2o"):
         cache = CompressedCache(policy, 64)
-        with pytest.raises(NotImplementedError, match=f"'{name}' calls '_cooler'"):
+        with pytest.raises(NotImplementedError, match="'cooler' calls '_cooler'"):
             model.generate(ids, **cache_argument(cache), max_new_tokens=2, do_sample=False)
         assert cache.get_seq_length() == 0
+
+
+def test_another_name_for_a_function_of_transformers_changes_nothing(
+    make_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapping, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+    monkeypatch.setitem(mapping, "mine", sdpa_attention_forward)
+    monkeypatch.setitem(masks, "mine", sdpa_mask)
+    ids, texts = distinct_tokens(1, 20), []
+    for name in ("sdpa", "mine"):
+        model: Any = make_model(attn_implementation=name)
+        argument = cache_argument(CompressedCache("h2o", 16))
+        texts.append(model.generate(ids, **argument, max_new_tokens=9, do_sample=False))
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize("around", ["the prompt", "the steps", "both"])
