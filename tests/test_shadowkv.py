@@ -182,11 +182,11 @@ def test_every_family_can_be_held_off_the_device(family: Family) -> None:
     model, steps = family.make(), range(1, 8)
     inputs = padded([distinct_tokens(60, seed=1), distinct_tokens(51, seed=2)])
     found = []
-    for cache in (
-        CompressedCache("full"),
-        make_cache(replace(SMALL, budget=60)),
-        make_cache(replace(SMALL, budget=60, rank=1000)),
-    ):
+    caches = [CompressedCache("full"), make_cache(replace(SMALL, budget=60, rank=None))]
+    if family.turns:
+        # Keys of low rank are turned back.
+        caches.append(make_cache(replace(SMALL, budget=60, rank=1000)))
+    for cache in caches:
         mask, logits = inputs["attention_mask"], []
         with torch.no_grad():
             model(**inputs, **{CACHE: cache})
