@@ -154,7 +154,7 @@ def _announce_calls() -> None:
 
 
 def _announce_prompts() -> None:
-    """Lets assisted decoding tell a compressed cache how long the prompt is."""
+    """Lets assisted decoding, which has a loop of its own, say how long the prompt is."""
     generation: Any = GenerationMixin
     original = generation._assisted_decoding
 
@@ -162,6 +162,7 @@ def _announce_prompts() -> None:
     def assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         for name in ("cache", "past_key_values"):
             if hasattr(kwargs.get(name), "expect_prompt"):
+                kwargs[name].expect_text(input_ids.shape[1])
                 kwargs[name].expect_prompt(input_ids.shape[1])
         return original(self, input_ids, *args, **kwargs)
 
@@ -181,7 +182,8 @@ def _announce_texts() -> None:
         if hasattr(cache, "expect_text"):
             mask, embeddings = inputs.get("attention_mask"), inputs.get("inputs_embeds")
             tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
-            width = getattr(config, "_mask_length", tokens) if mask is None else mask.shape[1]
+            # transformers takes ids for the whole text only where it knows of a mask as long.
+            width = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
             # Where the mask is longer, only what is new was given.
             if embeddings is not None or width == tokens:
                 cache.expect_text(tokens)

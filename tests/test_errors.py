@@ -530,6 +530,19 @@ def test_a_new_text_for_a_used_cache_is_refused(
     assert torch.equal(model.generate(ids, **arguments), model.generate(ids, **fresh))
 
 
+@pytest.mark.parametrize("length", [12, 20, 25])
+def test_a_new_text_for_a_used_cache_is_refused_while_drafting(
+    model: LlamaForCausalLM, length: int
+) -> None:
+    arguments = dict(cache_argument(CompressedCache("h2o", 64)), max_new_tokens=6, do_sample=False)
+    first = model.generate(distinct_tokens(1, 20), **arguments)
+    arguments["prompt_lookup_num_tokens"] = 2
+    with pytest.raises(ValueError, match=f"begin with the 25 tokens .* be longer, got {length}"):
+        model.generate(distinct_tokens(1, length, seed=1), **arguments)
+    more = torch.cat([first, distinct_tokens(1, 3, seed=2)], dim=1)
+    assert model.generate(more, **arguments).shape[1] == 35
+
+
 def test_new_tokens_alone_go_on_where_the_mask_is_of_the_whole_text(
     model: LlamaForCausalLM,
 ) -> None:
