@@ -77,7 +77,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.has_gradients = False
         """Whether a token was read with gradients, which then end at it."""
         self.awaits_attention = False
-        self.handed: Tensor | None = None
+        # In a tuple: a tensor would be one of those this layer keeps.
+        self.handed: tuple[Tensor, ...] = ()
         self.incoming: tuple[Tensor, Tensor] | None = None
         self.last_call: Call | None = None
         self.listener: Listener | None = None
@@ -97,9 +98,11 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         if self.is_filled and key_states.shape[2] == 1:
             # Written when the query is at hand, so that one kernel can do both.
             self.incoming = key_states, value_states
-            self.handed = None if torch.compiler.is_compiling() else self.values
+            self.handed = () if torch.compiler.is_compiling() else (self.values,)
             return self.keys, self.values
-        self.handed = None if torch.compiler.is_compiling() else value_states
+        # That of a step that failed is not of this call.
+        self.incoming = None
+        self.handed = () if torch.compiler.is_compiling() else (value_states,)
         hook.tag(key_states, self)
         return key_states, value_states
 
@@ -135,10 +138,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             they were and then the new tokens where several come at once.
         """
         if not torch.compiler.is_compiling():
-            handed, self.handed = self.handed, None
-            checks.check_handed(
-                self.index, awaits=self.awaits_attention, values_are_own=value is handed
-            )
+            handed, self.handed = self.handed, ()
+            are_own = any(value is one for one in handed)
+            checks.check_handed(self.index, awaits=self.awaits_attention, values_are_own=are_own)
         is_step = self.is_filled and query.shape[2] == 1 and not masks.is_wide(attention_mask)
         if not is_step:
             return self._read(function, module, query, key, value, attention_mask, scaling, kwargs)
@@ -195,6 +197,10 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """Whether this layer sees a window of the text only."""
         return self.window is not None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Keys that were given and never attended are of a call that failed.
+        return vars(self) | {"handed": (), "incoming": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.sizes is not None:
@@ -223,13 +229,13 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.calls = 0
         self.is_filled = self.is_initialized = True
         self.awaits_attention = self.has_gradients = False
-        self.last_call = None
+        self.handed, self.incoming, self.last_call = (), None, None
 
     def empty(self) -> None:
         """Holds nothing."""
         self.calls = 0
         self.is_filled = self.awaits_attention = self.has_gradients = False
-        self.handed = self.incoming = self.last_call = None
+        self.handed, self.incoming, self.last_call = (), None, None
         self.clear()
 
     def repeat(self, call: Call | None, tokens: int) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache, decode
+from compressed_cache.layer import CompressedLayer
+from compressed_cache.telemetry import Recorder, measure
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens
@@ -103,6 +105,20 @@ def test_memory_of_sliding_windows_is_given_back() -> None:
 
 
 @pytest.mark.usefixtures("_no_collection")
+def test_those_who_watch_a_cache_keep_it_no_longer_than_themselves(model: LlamaForCausalLM) -> None:
+    cache = CompressedCache("h2o", 16)
+    recorder = Recorder(cache, shadow=True)
+    with measure(model):
+        _generate(model, cache)
+    references = _tensors(cache)
+    del cache
+    assert recorder.trace().metadata["steps"] == 5
+    assert _live_bytes(references) > 0
+    del recorder
+    assert _live_bytes(references) == 0
+
+
+@pytest.mark.usefixtures("_no_collection")
 def test_a_cache_does_not_keep_its_model(make_model: Callable[..., LlamaForCausalLM]) -> None:
     model: Any = make_model()
     module, cache = weakref.ref(model.model.layers[0].self_attn), CompressedCache("h2o", 64)
@@ -130,6 +146,38 @@ def test_copies_go_on_by_themselves(model: LlamaForCausalLM, policy: str) -> Non
         assert torch.equal(_generate(model, one, more), expected)
         for tensors, wanted in zip(held, before, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(tensors, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    "saved", [copy.deepcopy, pickle.dumps, CompressedCache.snapshot], ids=lambda way: way.__name__
+)
+@pytest.mark.parametrize("more", [1, 3])
+def test_a_step_that_failed_leaves_nothing_behind(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, saved: Callable[..., Any], more: int
+) -> None:
+    """With gradients on, what it was given are tensors that cannot be copied."""
+    cache, expected = CompressedCache("h2o", 16), CompressedCache("h2o", 16)
+    for one in (cache, expected):
+        model(IDS, **cache_argument(one))
+    clean, nbytes = cache.snapshot(), cache.nbytes
+    attend = CompressedLayer.attend
+
+    def failing(layer: CompressedLayer, *args: Any, **options: Any) -> Any:
+        if layer.index == 1:
+            raise MemoryError
+        return attend(layer, *args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(CompressedLayer, "attend", failing)
+        model(IDS[:, :1], **cache_argument(cache))
+    assert cache.nbytes == nbytes
+    held = saved(cache)
+    twin = pickle.loads(held) if isinstance(held, bytes) else held
+    used = twin if isinstance(twin, CompressedCache) else cache
+    used.restore(clean)
+    tokens = distinct_tokens(2, more, seed=1)
+    output = model(tokens, **cache_argument(used)).logits
+    assert torch.equal(output, model(tokens, **cache_argument(expected)).logits)
 
 
 def test_a_copy_is_of_the_same_model(make_model: Callable[..., LlamaForCausalLM]) -> None:

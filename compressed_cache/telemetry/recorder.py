@@ -17,7 +17,7 @@ from compressed_cache.telemetry.trace import FORMAT, LOSSES, TOKENS, Columns, Tr
 from compressed_cache.watching import Progress, Watcher
 
 
-class Recorder(Watcher):
+class Recorder:
     """Notes which token leaves which head of a cache when::
 
         cache = CompressedCache("h2o", 256)
@@ -55,21 +55,16 @@ class Recorder(Watcher):
             )
         self._cache = cache
         self._model = model
-        self._progress = Progress()
-        self._step = 0
-        self._is_step: bool | None = None
-        """Whether the call that began last is a decode step; None once it is settled."""
-        self._lives: dict[int, Lives] = {}
-        self._shadows: dict[int, Shadow] = {}
-        cache.watchers.append(self)
+        self._notes = _Notes()
+        cache.watchers.append(self._notes)
         if shadow:
-            cache.listen(self._listen)
+            cache.listen(self._notes.listen)
 
     def stop(self) -> None:
         """Watches no longer; what was recorded stays."""
-        self._settle()
-        self._cache.watchers.remove(self)
-        if self._cache.listener == self._listen:
+        self._notes.settle(self._cache)
+        self._cache.watchers.remove(self._notes)
+        if self._cache.listener == self._notes.listen:
             self._cache.listen(None)
 
     def trace(self) -> Trace:
@@ -79,15 +74,16 @@ class Recorder(Watcher):
             ValueError: nothing was read.
             NotImplementedError: a model compiled by hand.
         """
-        if self in self._cache.watchers:
-            self._progress.check(self._cache)
-            self._settle()
-        if not self._lives:
+        notes = self._notes
+        if notes in self._cache.watchers:
+            notes.progress.check(self._cache)
+            notes.settle(self._cache)
+        if not notes.lives:
             raise ValueError(
                 "trace must be asked for after the prompt, got a cache that has read nothing, or "
                 "whose layers all have a sliding window"
             )
-        lives = self._lives.values()
+        lives = notes.lives.values()
         tokens = [one.tokens() for one in lives]
         losses = [one.losses() for one in lives]
         return Trace(
@@ -95,43 +91,6 @@ class Recorder(Watcher):
             _table(losses, LOSSES, "row", "step", "layer", "head"),
             self._metadata(),
         )
-
-    # What the cache tells.
-
-    def call_begins(self, cache: CompressedCache, tokens: int) -> None:
-        """Settles the call before."""
-        if self._progress.begins(cache, tokens):
-            self._settle()
-        self._is_step = cache.takes_step(tokens)
-
-    def rearranged(self, cache: CompressedCache, what: str) -> None:
-        """Refuses what it cannot follow."""
-        drafts = what == "activate_past_recording"
-        if drafts or self._lives or self._is_step is not None:
-            raise NotImplementedError(
-                f"{what} cannot be recorded: it changes what is held other than by reading. Take "
-                "the trace and call stop() before, then use a new Recorder."
-            )
-
-    def _listen(self, layer: CompressedLayer, states: States) -> None:
-        if not layer.is_sliding:
-            self._shadows.setdefault(layer.index, Shadow()).read(layer, states)
-
-    # What becomes of it.
-
-    def _settle(self) -> None:
-        if self._is_step is None:
-            return
-        # All chunks of the first prompt are step 0.
-        self._step += self._is_step or self._step > 0
-        self._is_step = None
-        for layer in self._cache.layers:
-            if isinstance(layer, CompressedLayer) and layer.is_filled and not layer.is_sliding:
-                if layer.index not in self._lives:
-                    self._lives[layer.index] = Lives(layer)
-                shadow = self._shadows.get(layer.index)
-                weights = None if shadow is None else shadow.weights
-                self._lives[layer.index].settle(layer, self._step, weights)
 
     def _metadata(self) -> dict[str, Any]:
         policy = self._cache.policy
@@ -144,9 +103,56 @@ class Recorder(Watcher):
             "rules": asdict(self._cache.rules),
             **named,
             "versions": {package.__name__: str(package.__version__) for package in packages},
-            "steps": self._step,
-            "prompt_lengths": next(iter(self._lives.values())).prompt_lengths,
+            "steps": self._notes.step,
+            "prompt_lengths": next(iter(self._notes.lives.values())).prompt_lengths,
         }
+
+
+class _Notes(Watcher):
+    """What a cache tells: apart from the recorder, or the cache would refer to itself."""
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self.step = 0
+        self.lives: dict[int, Lives] = {}
+        self._is_step: bool | None = None
+        """Whether the call that began last is a decode step; None once it is settled."""
+        self._shadows: dict[int, Shadow] = {}
+
+    def call_begins(self, cache: CompressedCache, tokens: int) -> None:
+        """Settles the call before."""
+        if self.progress.begins(cache, tokens):
+            self.settle(cache)
+        self._is_step = cache.takes_step(tokens)
+
+    def rearranged(self, cache: CompressedCache, what: str) -> None:
+        """Refuses what it cannot follow."""
+        drafts = what == "activate_past_recording"
+        if drafts or self.lives or self._is_step is not None:
+            raise NotImplementedError(
+                f"{what} cannot be recorded: it changes what is held other than by reading. Take "
+                "the trace and call stop() before, then use a new Recorder."
+            )
+
+    def listen(self, layer: CompressedLayer, states: States) -> None:
+        """Takes what a layer has just read."""
+        if not layer.is_sliding:
+            self._shadows.setdefault(layer.index, Shadow()).read(layer, states)
+
+    def settle(self, cache: CompressedCache) -> None:
+        """Notes what became of the tokens in the call that began last."""
+        if self._is_step is None:
+            return
+        # All chunks of the first prompt are step 0.
+        self.step += self._is_step or self.step > 0
+        self._is_step = None
+        for layer in cache.layers:
+            if isinstance(layer, CompressedLayer) and layer.is_filled and not layer.is_sliding:
+                if layer.index not in self.lives:
+                    self.lives[layer.index] = Lives(layer)
+                shadow = self._shadows.get(layer.index)
+                weights = None if shadow is None else shadow.weights
+                self.lives[layer.index].settle(layer, self.step, weights)
 
 
 def _table(parts: list[Columns], schema: dict[str, str], *order: str) -> Columns:
