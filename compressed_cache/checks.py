@@ -13,7 +13,8 @@ from compressed_cache.reader import Reader
 from compressed_cache.rules import Rules
 from compressed_cache.versions import CACHE
 
-_ATTENTION = ("full_attention", "sliding_attention")
+ATTENTION = ("full_attention", "sliding_attention")
+"""Types of layers that a cache can serve."""
 # Of these transformers keeps the state, if they have one.
 _OTHERS = ("linear_attention", "conv", "moe", "mlp")
 # Numbers by which a config tells of a form of attention.
@@ -35,17 +36,17 @@ def check_states(held: Sizes | None, keys: Tensor, values: Tensor) -> None:
             f"batch size must stay {held.batch} until the cache is reset, got {keys.shape[0]}. "
             f"{_RESET}"
         )
-    kept = held.heads, held.dim, held.value_dim, held.dtype, held.device
-    given = keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device
-    # Of another dtype they may be under autocast.
-    if (*kept[:3], kept[4]) != (*given[:3], given[4]):
+    kept = held.heads, held.dim, held.value_dim, held.device
+    given = keys.shape[1], keys.shape[3], values.shape[3], keys.device
+    # Under autocast they may be of another dtype.
+    if kept != given:
         raise ValueError(
-            f"keys must be those of the model that read the prompt ({_states(*kept)}), got "
-            f"{_states(*given)}. {_RESET}"
+            f"keys must be those of the model that read the prompt ({_states(*kept, held.dtype)}), "
+            f"got {_states(*given, keys.dtype)}. {_RESET}"
         )
 
 
-def _states(heads: int, dim: int, value_dim: int, dtype: Any, device: Any) -> str:
+def _states(heads: int, dim: int, value_dim: int, device: Any, dtype: Any) -> str:
     values = "" if value_dim == dim else f", values of {value_dim}"
     return f"{heads} heads of {dim}{values}, {str(dtype).removeprefix('torch.')} on {device}"
 
@@ -171,7 +172,7 @@ def check_attention(layer: int, module: Any, arguments: dict[str, Any]) -> None:
         check_config(config)
     kinds = getattr(config, "layer_types", None) or []
     kind = kinds[layer] if layer < len(kinds) else "full_attention"
-    if kind not in _ATTENTION:
+    if kind not in ATTENTION:
         raise NotImplementedError(_refusal(f"layer {layer} is of type {kind!r}"))
     if arguments.get("position_bias") is not None:
         raise NotImplementedError(
@@ -194,12 +195,12 @@ def check_config(config: Any) -> None:
     if _has(text, "num_kv_shared_layers") or "reuse" in sharing:
         raise NotImplementedError(_refusal("its last layers read the keys of earlier ones"))
     kinds = getattr(text, "layer_types", None) or []
-    unknown = sorted({kind for kind in kinds if kind not in (*_ATTENTION, *_OTHERS)})
+    unknown = sorted({kind for kind in kinds if kind not in (*ATTENTION, *_OTHERS)})
     if unknown:
         raise NotImplementedError(
             _refusal(f"it has layers of type {', '.join(map(repr, unknown))}")
         )
-    check_keys(any(kind in _ATTENTION for kind in kinds or _ATTENTION))
+    check_keys(any(kind in ATTENTION for kind in kinds or ATTENTION))
     if "diffusion" in (getattr(text, "model_type", None) or ""):
         raise NotImplementedError(
             _refusal("it writes a block of tokens many times over, not one token after another")
@@ -228,6 +229,7 @@ def check_model(model: Any) -> None:
         raise NotImplementedError(_refusal("it takes no masks but those it builds itself"))
 
 
+@functools.cache
 def check_class(model: type) -> None:
     """Raises ``NotImplementedError`` for a class of models that has no use for a cache it is given.
 

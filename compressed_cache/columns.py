@@ -8,12 +8,17 @@ its tokens by their positions, which leave padding out::
     position    -1    0    1    2   -1   -1    3    4
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressed_cache.masks import own_entry
+from compressed_cache.masks import Mask, own_entry
+
+See = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
+"""What :func:`~compressed_cache.attention.attention_rows` asks for what queries see."""
 
 
 class Columns:
@@ -53,8 +58,6 @@ class Columns:
             # of this column.
             readable = batch > 1 and self.is_built
             return own_entry(attention_mask, batch) if readable else None
-        if attention_mask is None:
-            return None
         if self._step is None or self._step[0] is not attention_mask:
             real = own_entry(attention_mask, batch)
             if real is not None and real.device.type == "cpu" and bool(real.all()):
@@ -95,6 +98,32 @@ class Columns:
         # A row that ended is padded behind its last token.
         later = torch.arange(seen - known.shape[1], device=known.device)
         return torch.cat([known, later < (next_position - known.sum(dim=1))[:, None]], dim=1)
+
+    def see(
+        self,
+        mask: Mask | None,
+        positions: Tensor,
+        *,
+        next_position: Tensor,
+        groups: int,
+        window: int | None,
+    ) -> See | None:
+        """What a mask shows of tokens at ``positions`` ``[B, H, S]`` and of the new ones after
+        them; None where there is no mask.
+
+        Args:
+            mask: of the running call.
+            positions: int64, negative where there is no token.
+            next_position: ``[B]`` int64, real tokens before the call.
+            groups: ``G``.
+            window: that of the layer, in tokens.
+        """
+        if mask is None:
+            return None
+        columns = torch.zeros_like(positions)
+        if mask.past is not None:
+            columns = columns_of(positions, self.until(mask.past.shape[3], next_position))
+        return functools.partial(mask.see, columns=columns, groups=groups, window=window)
 
     def select(self, rows: Tensor) -> None:
         """Row ``b`` becomes a copy of row ``rows[b]``."""

@@ -9,15 +9,13 @@ affected, and there is no global "current cache" that threads could mix up.
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, masking_utils
 from transformers.modeling_utils import AttentionInterface
-
-from compressed_cache.versions import CACHE
 
 _TAG = "_compressed_layer"
 _TAKES_ALL = "_takes_all_arguments"
@@ -114,6 +112,12 @@ def install() -> None:
     _hand_over_arguments()
 
 
+def _compressed(arguments: Mapping[str, Any]) -> Any:
+    """The compressed cache among arguments, by either name of it; None where there is none."""
+    found = (arguments.get(name) for name in ("cache", "past_key_values"))
+    return next((cache for cache in found if hasattr(cache, "expect_call")), None)
+
+
 def _announce_models() -> None:
     """Lets a compressed cache see the model when ``generate`` begins.
 
@@ -124,9 +128,8 @@ def _announce_models() -> None:
 
     @functools.wraps(original)
     def validate(self: Any, model_kwargs: dict[str, Any]) -> Any:
-        for name in ("cache", "past_key_values"):
-            if hasattr(model_kwargs.get(name), "expect_model"):
-                model_kwargs[name].expect_model(self)
+        if (cache := _compressed(model_kwargs)) is not None:
+            cache.expect_model(self)
         return original(self, model_kwargs)
 
     generation._validate_model_kwargs = validate
@@ -145,8 +148,8 @@ def _announce_calls() -> None:
         config: Any, inputs_embeds: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if not torch.compiler.is_compiling():
-            cache: Any = args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
-            if hasattr(cache, "expect_call"):
+            cache = _compressed({"cache": args[0]} if args else kwargs)
+            if cache is not None:
                 cache.expect_call(config, attention_mask, inputs_embeds.shape[1])
         return original(config, inputs_embeds, attention_mask, *args, **kwargs)
 
@@ -160,10 +163,9 @@ def _announce_prompts() -> None:
 
     @functools.wraps(original)
     def assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        for name in ("cache", "past_key_values"):
-            if hasattr(kwargs.get(name), "expect_prompt"):
-                kwargs[name].expect_text(input_ids.shape[1])
-                kwargs[name].expect_prompt(input_ids.shape[1])
+        if (cache := _compressed(kwargs)) is not None:
+            cache.expect_text(input_ids.shape[1])
+            cache.expect_prompt(input_ids.shape[1])
         return original(self, input_ids, *args, **kwargs)
 
     generation._assisted_decoding = assisted_decoding
@@ -178,8 +180,7 @@ def _announce_texts() -> None:
     def prefill(
         self: Any, ids: Tensor, config: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        cache: Any = inputs.get(CACHE)
-        if hasattr(cache, "expect_text"):
+        if (cache := _compressed(inputs)) is not None:
             mask, embeddings = inputs.get("attention_mask"), inputs.get("inputs_embeds")
             tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
             # transformers takes ids for the whole text only where it knows of a mask as long.
@@ -199,7 +200,7 @@ def _refuse_batching() -> None:
 
     @functools.wraps(original)
     def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(hasattr(value, "expect_text") for value in (*args, *kwargs.values())):
+        if any(hasattr(value, "expect_call") for value in (*args, *kwargs.values())):
             raise NotImplementedError(
                 "continuous batching keeps keys and values in pages of its own, so a "
                 "CompressedCache would not be used. Call generate with a padded batch instead."
@@ -228,13 +229,10 @@ def _leave_prompts_eager() -> None:
 
 
 def _reads_prompt(*args: Any, **kwargs: Any) -> bool:
-    for name in ("cache", "past_key_values"):
-        cache: Any = kwargs.get(name)
-        if hasattr(cache, "takes_step"):
-            inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
-            tokens = next((one for one in inputs if isinstance(one, Tensor)), None)
-            return tokens is not None and not cache.takes_step(tokens.shape[1])
-    return False
+    cache = _compressed(kwargs)
+    inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+    tokens = next((one for one in inputs if isinstance(one, Tensor)), None)
+    return cache is not None and tokens is not None and not cache.takes_step(tokens.shape[1])
 
 
 @torch.compiler.disable(reason=PROMPTS)

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from compressed_cache import budgets, checks, gradients, hook, masks, reading, slots
 from compressed_cache.attention import Form
 from compressed_cache.clock import Clock
-from compressed_cache.columns import Columns
+from compressed_cache.columns import Columns, See
 from compressed_cache.contiguous import closed_up
 from compressed_cache.kernels import ops
 from compressed_cache.masks import Mask
@@ -22,7 +22,7 @@ from compressed_cache.reader import Reader
 from compressed_cache.reading import States, read
 from compressed_cache.rules import Rules
 from compressed_cache.shards import Shard
-from compressed_cache.stepping import step
+from compressed_cache.stepping import NewToken, step
 from compressed_cache.watching import Listener
 
 
@@ -91,9 +91,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         """Takes new keys and values ``[B, H, L, D]``; returns tensors tagged for :meth:`attend`."""
         if not torch.compiler.is_compiling():
             self.awaits_attention = True
-        if self.is_filled and key_states.dtype != self.keys.dtype:
-            key_states, value_states = self._alike(key_states, value_states)
-        if self.is_filled and value_states.dtype != self.values.dtype:
+        given = key_states.dtype, value_states.dtype
+        if self.is_filled and given != (self.keys.dtype, self.values.dtype):
             key_states, value_states = self._alike(key_states, value_states)
         if self.is_filled and key_states.shape[2] == 1:
             # Written when the query is at hand, so that one kernel can do both.
@@ -152,10 +151,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         assert self.incoming is not None
         (key, value), self.incoming = self.incoming, None
         real = self.columns.real_of_step(attention_mask, len(query))
+        token = NewToken(query, key, value, self.clock.ranks, _weighs(module), real)
         with _exact(query.device):
-            output, weights = self.step(
-                query, key, value, ranks=self.clock.ranks, weighs=_weighs(module), real=real
-            )
+            output, weights = self.step(token)
         if output.dtype != query.dtype:
             output = output.to(query.dtype)
         if gradients.wants_gradient(key, value):
@@ -245,19 +243,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
 
     # How tokens come in: what another layout does in its own way.
 
-    def step(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        ranks: bool,
-        weighs: bool = False,
-        real: Tensor | None = None,
-        mask: Mask | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def step(self, token: NewToken) -> tuple[Tensor, Tensor | None]:
         """See :func:`compressed_cache.stepping.step`."""
-        return step(self, query, key, value, ranks=ranks, weighs=weighs, real=real, mask=mask)
+        return step(self, token)
 
     def fill(self, states: States) -> None:
         """See :func:`compressed_cache.reading.fill`."""
@@ -386,10 +374,8 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         dtype = torch.promote_types(self.sizes.dtype, keys.dtype)
         value_dtype = torch.promote_types(self.sizes.value_dtype, values.dtype)
         if (dtype, value_dtype) != (self.sizes.dtype, self.sizes.value_dtype):
-            held = self.named_tensors()
-            self._allocate(self.sizes._replace(dtype=dtype, value_dtype=value_dtype))
-            for name, tensor in self.named_tensors().items():
-                tensor.copy_(held[name])
+            sizes = self.sizes._replace(dtype=dtype, value_dtype=value_dtype)
+            self.load(self.named_tensors(), sizes)
         return keys.to(dtype), values.to(value_dtype)
 
     def _allocate(self, sizes: Sizes) -> None:
@@ -440,9 +426,21 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             self.notes.copy_(slots.where_real(real, notes, self.notes))
         return self.held()
 
+    def see(self, mask: Mask | None, positions: Tensor) -> See | None:
+        """What a mask of this call shows, see :meth:`Columns.see`."""
+        assert self.sizes is not None
+        return self.columns.see(
+            mask,
+            positions,
+            next_position=self.next_position,
+            groups=self.sizes.groups,
+            window=self.window,
+        )
+
     def constant(self, held: Tensor, *traced: Tensor) -> Tensor:
         """What is held of earlier calls, as a constant of one with gradients through ``traced``."""
-        return gradients.constant(held, *traced) if self.has_gradients else held
+        is_past = self.has_gradients and gradients.wants_gradient(*traced)
+        return gradients.constant(held, *traced) if is_past else held
 
     def drop(self, gone: Tensor) -> None:
         """Empties slots, ``[B, H, S]`` bool."""

@@ -12,12 +12,12 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from compressed_cache import hook
 from compressed_cache.cache import CompressedCache
+from compressed_cache.checks import ATTENTION
 from compressed_cache.versions import CACHE
 
 hook.install()
 
 _MASK = "attention_mask"
-_ATTENTION = ("full_attention", "sliding_attention")
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # A model with one of these of its own may need more than another token in each step.
 _METHODS = (
@@ -167,7 +167,7 @@ class _Padding:
         mask = inputs.get(_MASK)
         if isinstance(mask, dict):
             inputs[_MASK] = {
-                kind: self._own(part) if kind in _ATTENTION else part for kind, part in mask.items()
+                kind: self._own(part) if kind in ATTENTION else part for kind, part in mask.items()
             }
         elif not isinstance(mask, Tensor) or mask.dim() == 4:
             inputs[_MASK] = self._own(mask)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from compressed_cache import attention, gradients
+from compressed_cache import attention
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.memory import Sizes, power_of_two
 from compressed_cache.policies.shadowkv import ShadowKV
-from compressed_cache.reading import States, positions_of, see_slots
+from compressed_cache.reading import States, positions_of, weigh
 from compressed_cache.rotary import Rotary
+from compressed_cache.stepping import NewToken
 
 _OFFLOADED = ("offloaded_keys", "offloaded_values")
 _RESIDENT = ("landmarks", "is_listed", "factors", "basis")
@@ -144,13 +145,11 @@ class OffloadedLayer(CompressedLayer):
 
     # How tokens come in.
 
-    def step(
-        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def step(self, token: NewToken) -> tuple[Tensor, Tensor | None]:
         """Fetches what the query asks for, then attends as with slots that are never given up."""
         if not self.is_sliding:
-            self._fetch(query.detach())
-        return super().step(query, key, value, **options)
+            self._fetch(token.query.detach())
+        return super().step(token)
 
     def read_block(self, states: States, *, weighs: bool = False) -> tuple[Tensor, Tensor | None]:
         """A further prompt, which stays on the device, or the next part of the first one."""
@@ -220,22 +219,17 @@ class OffloadedLayer(CompressedLayer):
         rows = positions_of(real, self.next_position[:, None])
         positions = torch.cat([before, rows], dim=1)[:, None]
         held = self._context_keys(before), self.offloaded_values[:, :, :had].to(value.device)
-        if gradients.wants_gradient(query, key, value):
-            traced = query, key, value
-            held = self.constant(held[0], *traced), self.constant(held[1], *traced)
-        keys, values = torch.cat([held[0], key], dim=2), torch.cat([held[1], value], dim=2)
-        outputs, recorded = [], []
-        for weights, _ in attention.attention_rows(
+        known, known_values = (self.constant(one, query, key, value) for one in held)
+        keys, values = torch.cat([known, key], dim=2), torch.cat([known_values, value], dim=2)
+        attended = attention.attention_rows(
             query,
             keys,
             query_positions=rows,
             positions=positions,
             form=self.form,
-            see=see_slots(self, mask, before[:, None].expand(-1, key.shape[1], -1)),
-        ):
-            outputs.append(weights.to(values.dtype) @ values.unsqueeze(2))
-            if weighs:
-                recorded.append(weights)
+            see=self.see(mask, before[:, None].expand(-1, key.shape[1], -1)),
+        )
+        result = weigh(attended, values, weighs=weighs)
         query, keys, values = query.detach(), keys.detach(), values.detach()
         count, seen = self.next_position + real.sum(dim=1), keys.shape[2]
         self.provide(query, keys, values)
@@ -243,8 +237,7 @@ class OffloadedLayer(CompressedLayer):
         self.prompt_length.copy_(count)
         self.counts[:, 1] = seen
         self.keep_best(keys, values, positions.expand(keys.shape[:3]), self.attention, self.notes)
-        weights = torch.cat(recorded, dim=3).flatten(1, 2) if weighs else None
-        return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2), weights
+        return result
 
     def _aligned(
         self, keys: Tensor, values: Tensor, positions: Tensor

@@ -9,11 +9,18 @@ from torch import Tensor
 
 from compressed_cache import attention, gradients, slots
 from compressed_cache.layer import CompressedLayer
-from compressed_cache.masks import Mask
 from compressed_cache.memory import Sizes
 from compressed_cache.policies import Slots
 from compressed_cache.slots import where_real
-from compressed_cache.stepping import ranked, record_query, visible_slots, with_gradients, write
+from compressed_cache.stepping import (
+    NewToken,
+    put,
+    ranked,
+    record_query,
+    visible_slots,
+    with_gradients,
+    write,
+)
 
 
 class PoolLayer(CompressedLayer):
@@ -172,34 +179,22 @@ class PoolLayer(CompressedLayer):
 
     # A decode step.
 
-    def step(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        ranks: bool,
-        weighs: bool = False,
-        real: Tensor | None = None,
-        mask: Mask | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def step(self, token: NewToken) -> tuple[Tensor, Tensor | None]:
         """Puts one token per row and head into the pool, and attends with its query.
 
         See :func:`compressed_cache.stepping.step`.
         """
         if self.is_sliding:
-            return super().step(query, key, value, ranks=ranks, weighs=weighs, real=real, mask=mask)
+            return super().step(token)
+        query, key, value, ranks, _, real, mask = token
         traced = (query, key, value) if gradients.wants_gradient(query, key, value) else None
         query, key, value = query.detach(), key.detach(), value.detach()
         slot = self._next_slots(ranks, real)
         write(self, key.transpose(1, 2), value.transpose(1, 2), slot, real)
-        owners = where_real(real, self._heads.expand_as(slot), self.owners.gather(2, slot))
-        self.owners.scatter_(2, slot, owners)
+        put(self.owners, slot, self._heads.expand_as(slot), real)
         if self.policy.num_notes:
             now = self.next_position[:, None, None].expand(key.shape[:3])
-            index = slot.unsqueeze(-1).expand(-1, -1, -1, self.policy.num_notes)
-            notes = self.note(key, value, now).transpose(1, 2)
-            self.notes.scatter_(2, index, where_real(real, notes, self.notes.gather(2, index)))
+            put(self.notes, slot, self.note(key, value, now).transpose(1, 2), real)
         keys, values = self.keys, self.values
         if traced is not None:
             traced = traced[0], traced[1].transpose(1, 2), traced[2].transpose(1, 2)

@@ -1,15 +1,14 @@
 """How a layer reads several tokens at once: a prompt, a further one, or drafted tokens."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from compressed_cache import attention, blocks, channels, checks, gradients, slots
-from compressed_cache.columns import columns_of
+from compressed_cache import attention, blocks, channels, checks, slots
 from compressed_cache.masks import Mask, is_causal
+from compressed_cache.stepping import NewToken
 from compressed_cache.totals import attention_totals
 
 if TYPE_CHECKING:
@@ -32,10 +31,11 @@ class States(NamedTuple):
 
     def split(self, count: int) -> tuple["States", "States"]:
         """The first ``count`` tokens, and the others, without what a mask says of these."""
-        first, rest = self._slice(slice(None, count)), self._slice(slice(count, None))
+        first, rest = self.take(slice(None, count)), self.take(slice(count, None))
         return first._replace(mask=self.mask and self.mask.first(count)), rest
 
-    def _slice(self, part: slice) -> "States":
+    def take(self, part: slice) -> "States":
+        """Some of the tokens, without what a mask says of these."""
         query, key, value = (tensor[:, :, part] for tensor in (self.query, self.key, self.value))
         return States(query, key, value, self.real[:, part])
 
@@ -129,7 +129,7 @@ def _seen_of_prompt(
     """What the policy makes of the attention of a first prompt, ``[B, H, L]`` or more."""
     see = None
     if mask is not None and not is_causal(mask, rows >= 0):
-        see = see_slots(layer, mask, rows.new_zeros(*key.shape[:2], 0))
+        see = layer.see(mask, rows.new_zeros(*key.shape[:2], 0))
     elif layer.policy.adds_attention:
         assert layer.sizes is not None
         totals = attention_totals(query, key, rows >= 0, form=layer.form, sizes=layer.sizes)
@@ -150,26 +150,6 @@ def _seen_of_prompt(
     return seen
 
 
-def see_slots(
-    layer: "CompressedLayer", mask: Mask | None, positions: Tensor
-) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]] | None:
-    """What a mask shows of tokens at ``positions`` ``[B, H, S]`` and of the new ones after them.
-
-    Returns:
-        For :func:`~compressed_cache.attention.attention_rows`; None where there is no mask.
-    """
-    if mask is None:
-        return None
-    assert layer.sizes is not None
-    columns = torch.zeros_like(positions)
-    if mask.past is not None:
-        real = layer.columns.until(mask.past.shape[3], layer.next_position)
-        columns = columns_of(positions, real)
-    return functools.partial(
-        mask.see, columns=columns, groups=layer.sizes.groups, window=layer.window
-    )
-
-
 def read_block(
     layer: "CompressedLayer", states: States, *, weighs: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -178,8 +158,7 @@ def read_block(
     Then the tokens held and the new ones are ranked together and the best are kept. Until then no
     more than the slots and the new tokens are in memory.
     """
-    traced = states
-    query, key, value, real, mask = states.detached()
+    query, key, value, real, mask = states
     count = real.sum(dim=1)
     is_prompt = layer.clock.is_first_prompt
     if is_prompt and layer.policy.evicts:
@@ -190,40 +169,35 @@ def read_block(
     query, key = channels.ordered(layer, query), channels.ordered(layer, key)
     # A pool has one row of slots for all heads.
     known = channels.whole_keys(layer, layer.next_position).expand(-1, key.shape[1], -1, -1)
-    whole = torch.cat([known, key], dim=2)
-    keys, key_kept = channels.kept(layer, whole), channels.kept(layer, key)
-    values = torch.cat([held.values, value], dim=2)
+    known, known_values = (layer.constant(x, query, key, value) for x in (known, held.values))
+    whole, values = torch.cat([known, key], dim=2), torch.cat([known_values, value], dim=2)
     positions = torch.cat([held.positions, new_positions], dim=2)
     observes = layer.policy.observes_attention
     seen = before = layer.attention
     if observes:
         new = layer.attention.new_zeros(*key.shape[:3], *layer.attention.shape[3:])
         seen = before = torch.cat([held.attention, new], dim=2)
-    notes = torch.cat([held.notes, layer.note(key_kept, value, new_positions)], dim=2)
-    attends = query, whole, values
-    if gradients.wants_gradient(*traced[:3]):
-        own_key = channels.ordered(layer, traced.key)
-        attends = (
-            channels.ordered(layer, traced.query),
-            torch.cat([layer.constant(known, *traced[:3]), own_key], dim=2),
-            torch.cat([layer.constant(held.values, *traced[:3]), traced.value], dim=2),
-        )
-    outputs, recorded = [], []
-    queries, attended = layer.attended(*attends[:2], rows, positions)
-    for weights, own in attention.attention_rows(
+
+    def observe(weights: Tensor, own: Tensor) -> None:
+        nonlocal seen
+        if observes:
+            seen = layer.accumulate(seen, weights.detach(), own, positions)
+
+    queries, attended = layer.attended(query, whole, rows, positions)
+    attended = attention.attention_rows(
         queries,
         attended,
         query_positions=rows,
         positions=positions,
         form=layer.form,
         window=layer.window,
-        see=see_slots(layer, mask, held.positions),
-    ):
-        outputs.append(weights.to(values.dtype) @ attends[2].unsqueeze(2))
-        if weighs:
-            recorded.append(weights)
-        if observes:
-            seen = layer.accumulate(seen, weights.detach(), own, positions)
+        see=layer.see(mask, held.positions),
+    )
+    result = weigh(attended, values, weighs=weighs, observe=observe)
+    # A graph through the slots would live as long as the cache.
+    query, key, value, whole, values = (x.detach() for x in (query, key, value, whole, values))
+    keys, key_kept = channels.kept(layer, whole), channels.kept(layer, key)
+    notes = torch.cat([held.notes, layer.note(key_kept, value, new_positions)], dim=2)
     if observes:
         # A row that only had padding saw nothing new.
         saw = (count > 0).view(-1, *[1] * (seen.dim() - 1))
@@ -242,8 +216,36 @@ def read_block(
         layer.values.index_copy_(2, free, value)
         layer.positions.index_copy_(2, free, new_positions)
     layer.counts[:, 1] += key.shape[2]
-    weights = torch.cat(recorded, dim=3).flatten(1, 2) if weighs else None
-    return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2), weights
+    return result
+
+
+def weigh(
+    rows: Iterator[tuple[Tensor, Tensor]],
+    values: Tensor,
+    *,
+    weighs: bool,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What many queries read.
+
+    Args:
+        rows: what :func:`~compressed_cache.attention.attention_rows` yields.
+        values: ``[B, H, S, D]``.
+        weighs: whether the weights are wanted.
+        observe: given each block of weights and the positions of its queries.
+
+    Returns:
+        The output ``[B, L, H * G, D]`` and the weights ``[B, H * G, L, S]``, or None.
+    """
+    outputs, recorded = [], []
+    for weights, own in rows:
+        outputs.append(weights.to(values.dtype) @ values.unsqueeze(2))
+        if weighs:
+            recorded.append(weights)
+        if observe is not None:
+            observe(weights, own)
+    output = torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
+    return output, torch.cat(recorded, dim=3).flatten(1, 2) if weighs else None
 
 
 def _read_steps(
@@ -254,14 +256,9 @@ def _read_steps(
     for token in range(states.real.shape[1]):
         # What a mask says of drafted tokens is that they follow one another.
         mask = states.mask if states.real.shape[1] == 1 else None
-        one = states.split(token)[1].split(1)[0]
-        output, weights = layer.step(
-            *one[:3],
-            ranks=layer.clock.ranks_at(token),
-            weighs=weighs,
-            real=one.real[:, 0],
-            mask=mask,
-        )
+        one = states.take(slice(token, token + 1))
+        ranks = layer.clock.ranks_at(token)
+        output, weights = layer.step(NewToken(*one[:3], ranks, weighs, one.real[:, 0], mask))
         outputs.append(output)
         if weights is not None:
             recorded.append(weights.flatten(1, 2))

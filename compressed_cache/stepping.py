@@ -1,12 +1,11 @@
 """How a layer takes one token: into the slot of a victim, then attention, then the policy."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from compressed_cache import attention, channels, gradients
-from compressed_cache.columns import columns_of
 from compressed_cache.kernels import ops
 from compressed_cache.masks import Mask
 from compressed_cache.slots import where_real
@@ -15,34 +14,38 @@ if TYPE_CHECKING:
     from compressed_cache.layer import CompressedLayer
 
 
-def step(
-    layer: "CompressedLayer",
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    ranks: bool,
-    weighs: bool = False,
-    real: Tensor | None = None,
-    mask: Mask | None = None,
-) -> tuple[Tensor, Tensor | None]:
+class NewToken(NamedTuple):
+    """One token per row that comes in, and what is asked of the step."""
+
+    query: Tensor
+    """``[B, H * G, 1, D]``."""
+    key: Tensor
+    """``[B, H, 1, D]``."""
+    value: Tensor
+    """``[B, H, 1, D]``."""
+    ranks: bool
+    """Whether the slots are ranked before, for this step and the next ``interval - 1``."""
+    weighs: bool = False
+    """Whether the weights are wanted even where they must be made for it."""
+    real: Tensor | None = None
+    """``[B]`` bool, ``False`` in rows whose token is padding: they hold on to what they have. None:
+    no row is padded."""
+    mask: Mask | None = None
+    """What the tokens see; None: all that is held."""
+
+
+def step(layer: "CompressedLayer", token: NewToken) -> tuple[Tensor, Tensor | None]:
     """Puts one token per row into the slot of the victim, and attends with its query.
 
     Args:
         layer: a filled layer.
-        query: ``[B, H * G, 1, D]``.
-        key: ``[B, H, 1, D]``.
-        value: ``[B, H, 1, D]``.
-        ranks: whether the slots are ranked before, for this step and the next ``interval - 1``.
-        weighs: whether the weights are wanted even where they must be made for it.
-        real: ``[B]`` bool, ``False`` in rows whose token is padding: they hold on to what they
-            have. None: no row is padded.
-        mask: what the tokens see; None: all that is held.
+        token: what comes in.
 
     Returns:
         The output ``[B, H * G, 1, D]``, zero where a row is padded, and the attention weights
         ``[B, H, G, 1, S]`` float32, None where there are none.
     """
+    query, key, value, ranks, weighs, real, mask = token
     traced = (query, key, value) if gradients.wants_gradient(query, key, value) else None
     # Detached everywhere: a graph through the slots would live as long as the cache.
     query, key, value = query.detach(), key.detach(), value.detach()
@@ -122,12 +125,12 @@ def visible_slots(layer: "CompressedLayer", mask: Mask | None) -> tuple[Tensor, 
     positions = layer.held_positions()
     if mask is None:
         return positions >= 0, None
-    assert layer.sizes is not None and mask.past is not None and mask.own is not None
-    past = torch.cat([mask.past, mask.own], dim=3)
-    columns = columns_of(positions, layer.columns.until(past.shape[3], layer.next_position))
+    assert mask.past is not None and mask.own is not None
+    # The token is among the slots by now.
+    see = layer.see(Mask(None, torch.cat([mask.past, mask.own], dim=3)), positions)
+    assert see is not None
     held = (positions >= 0).unsqueeze(2)
-    groups = layer.sizes.groups
-    visible, bias = Mask(None, past).see(held, held, columns=columns, groups=groups)
+    visible, bias = see(held, held, 0)
     return visible.squeeze(3), None if bias is None else bias.squeeze(3)
 
 
@@ -170,7 +173,7 @@ def ranked(layer: "CompressedLayer", real: Tensor | None = None) -> Tensor:
     scores = layer.protected_scores(held)
     if layer.policy.drops:
         gone = layer.policy.dropped(held, scores) & (scores < torch.inf)
-        gone = where_real(real, gone, torch.zeros_like(gone))
+        gone = gone if real is None else gone & real[:, None, None]
         if layer.policy.merges:
             present = layer.positions >= 0
             evicted = layer.keys, layer.values, present & gone
@@ -188,21 +191,24 @@ def write(
     if layer.policy.prunes_channels:
         key, tail = key.split([layer.keys.shape[3], layer.tails.shape[3]], dim=3)
         place = (layer.next_position % layer.tails.shape[2])[:, None, None].expand_as(slot)
-        _put(layer.tails, place, tail, real)
-    _put(layer.keys, slot, key, real)
-    _put(layer.values, slot, value, real)
-    _put(layer.positions, slot, layer.next_position[:, None, None].expand_as(slot), real)
+        put(layer.tails, place, tail, real)
+    put(layer.keys, slot, key, real)
+    put(layer.values, slot, value, real)
+    put(layer.positions, slot, layer.next_position[:, None, None].expand_as(slot), real)
     if layer.policy.observes_attention:
         _forget(layer, slot, real)
 
 
-def _put(memory: Tensor, slot: Tensor, new: Tensor, real: Tensor | None) -> None:
+def put(memory: Tensor, slot: Tensor, new: Tensor, real: Tensor | None) -> None:
     """Overwrites ``[B, H, S, ...]`` with ``[B, H, L, ...]`` where tokens are real."""
-    index = _index(slot, memory)
+    _scatter(memory, 2, _index(slot, memory), new, real)
+
+
+def _scatter(memory: Tensor, dim: int, index: Tensor, new: Tensor, real: Tensor | None) -> None:
     # Without padding nothing is read, which keeps the write in place in a compiled step.
     if real is not None:
-        new = where_real(real, new, memory.gather(2, index))
-    memory.scatter_(2, index, new)
+        new = where_real(real, new, memory.gather(dim, index))
+    memory.scatter_(dim, index, new)
 
 
 def _merge(layer: "CompressedLayer", slot: Tensor, real: Tensor | None) -> None:
@@ -210,7 +216,7 @@ def _merge(layer: "CompressedLayer", slot: Tensor, real: Tensor | None) -> None:
     held = layer.positions >= 0
     tensors = layer.keys, layer.values, held
     key, value, present = (tensor.gather(2, _index(slot, tensor)) for tensor in tensors)
-    present = where_real(real, present, torch.zeros_like(present))
+    present = present if real is None else present & real[:, None, None]
     others = held.scatter(2, slot, False)
     merged = layer.policy.merged(layer.keys, layer.values, others, (key, value, present))
     layer.values.copy_(where_real(real, merged, layer.values))
@@ -226,14 +232,14 @@ def _forget(layer: "CompressedLayer", slot: Tensor, real: Tensor | None) -> None
         layer.attention.scatter_(2, _index(slot, layer.attention), 0.0)
     else:
         nothing = layer.attention.new_zeros(()).expand(*slot.shape, *layer.attention.shape[3:])
-        _put(layer.attention, slot, nothing, real)
+        put(layer.attention, slot, nothing, real)
 
 
 def _note(
     layer: "CompressedLayer", key: Tensor, value: Tensor, slot: Tensor, real: Tensor | None
 ) -> None:
     notes = layer.note(key, value, layer.next_position[:, None, None].expand_as(slot))
-    _put(layer.notes, slot, notes, real)
+    put(layer.notes, slot, notes, real)
 
 
 def _remember(layer: "CompressedLayer", weights: Tensor, real: Tensor | None) -> None:
@@ -250,9 +256,5 @@ def record_query(layer: "CompressedLayer", query: Tensor, real: Tensor | None) -
         place = (layer.next_position % layer.query_positions.shape[1])[:, None]
         grouped = attention.group_queries(channels.kept(layer, query), layer.keys.shape[1])
         index = place[:, None, None, :, None].expand_as(grouped)
-        grouped, own = grouped.to(layer.queries.dtype), layer.next_position[:, None]
-        if real is not None:
-            grouped = where_real(real, grouped, layer.queries.gather(3, index))
-            own = where_real(real, own, layer.query_positions.gather(1, place))
-        layer.queries.scatter_(3, index, grouped)
-        layer.query_positions.scatter_(1, place, own)
+        _scatter(layer.queries, 3, index, grouped.to(layer.queries.dtype), real)
+        _scatter(layer.query_positions, 1, place, layer.next_position[:, None], real)

@@ -56,12 +56,21 @@ def _cooler(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: f
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling / 2, **more)
 
 
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
+    """Gives an attention function a name, with the masks of sdpa, for one test."""
+
+    def register(name: str, function: Any) -> None:
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, function)
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, sdpa_mask)
+
+    return register
+
+
 def test_an_attention_function_of_ones_own_is_refused_by_its_name(
-    make_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., LlamaForCausalLM], register: Callable[[str, Any], None]
 ) -> None:
-    mapping, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
-    monkeypatch.setitem(mapping, "cooler", _cooler)
-    monkeypatch.setitem(masks, "cooler", sdpa_mask)
+    register("cooler", _cooler)
     model, ids = make_model(attn_implementation="cooler"), distinct_tokens(1, 20)
     model.generate(ids, max_new_tokens=2, do_sample=False)
     for policy in ("full", "h2o"):
@@ -72,11 +81,9 @@ def test_an_attention_function_of_ones_own_is_refused_by_its_name(
 
 
 def test_another_name_for_a_function_of_transformers_changes_nothing(
-    make_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., LlamaForCausalLM], register: Callable[[str, Any], None]
 ) -> None:
-    mapping, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
-    monkeypatch.setitem(mapping, "mine", sdpa_attention_forward)
-    monkeypatch.setitem(masks, "mine", sdpa_mask)
+    register("mine", sdpa_attention_forward)
     ids, texts = distinct_tokens(1, 20), []
     for name in ("sdpa", "mine"):
         model: Any = make_model(attn_implementation=name)
