@@ -25,6 +25,8 @@ from compressed_cache.shards import Shard
 from compressed_cache.stepping import NewToken, step
 from compressed_cache.watching import Listener
 
+_AS_IT_IS = nullcontext()
+
 
 class LayerState(NamedTuple):
     """What one layer holds, apart from where."""
@@ -136,21 +138,22 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             float32 over the slots of a decode step, or ``[B, H * G, L, S + L]`` over the slots as
             they were and then the new tokens where several come at once.
         """
-        if not torch.compiler.is_compiling():
-            handed, self.handed = self.handed, ()
-            are_own = any(value is one for one in handed)
+        is_eager = not torch.compiler.is_compiling()
+        if is_eager:
+            (handed,), self.handed = self.handed or (None,), ()
+            are_own = value is handed
             checks.check_handed(self.index, awaits=self.awaits_attention, values_are_own=are_own)
         is_step = self.is_filled and query.shape[2] == 1 and not masks.is_wide(attention_mask)
         if not is_step:
             return self._read(function, module, query, key, value, attention_mask, scaling, kwargs)
-        if not torch.compiler.is_compiling():
+        if is_eager:
             self.awaits_attention = False
             checks.check_module(self.reader, module)
             self.calls += 1
             self.last_call = None
         assert self.incoming is not None
         (key, value), self.incoming = self.incoming, None
-        real = self.columns.real_of_step(attention_mask, len(query))
+        real = self.columns.real_of_step(attention_mask, query.shape[0])
         token = NewToken(query, key, value, self.clock.ranks, _weighs(module), real)
         with _exact(query.device):
             output, weights = self.step(token)
@@ -158,9 +161,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             output = output.to(query.dtype)
         if gradients.wants_gradient(key, value):
             self.has_gradients = True
-        if not torch.compiler.is_compiling() and self.listener is not None:
+        if is_eager and self.listener is not None:
             if real is None:
-                real = torch.ones(len(query), dtype=torch.bool, device=query.device)
+                real = torch.ones(query.shape[0], dtype=torch.bool, device=query.device)
             states = States(query, key, value, real[:, None])
             self.listener(self, states.detached())
         return output.transpose(1, 2), None if weights is None else weights.flatten(1, 2)
@@ -552,7 +555,7 @@ def _exact(device: torch.device) -> AbstractContextManager[Any]:
     """Work in the precision written down, also where the model is under autocast."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _AS_IT_IS
 
 
 def _text_config(module: Any) -> Any:
