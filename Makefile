@@ -25,9 +25,9 @@ bench: $(VENV)/installed
 # The demo, all policies and the evaluation of the README, then all its tables.
 readme: $(VENV)/installed
 	$(BIN)/python -m compressed_cache demo --out bench/results
-	$(BIN)/python -m compressed_cache.bench.catalogue
-	$(BIN)/python -m compressed_cache.bench.harness
-	$(BIN)/python -m compressed_cache.bench.readme
+	$(BIN)/python -m bench.catalogue
+	$(BIN)/python -m bench.harness
+	$(BIN)/python -m bench.readme
 
 # The core under the oldest transformers that is supported and under the newest there is. What it
 # needs of a release comes first, so that a failure names what has moved.

@@ -1,6 +1,6 @@
 """Accuracy of every policy, and of modifiers behind one, on the problems of the demo.
 
-    python -m compressed_cache.bench.catalogue
+    python -m bench.catalogue
 
 Writes ``bench/results/catalogue.json``, of which the README makes a table.
 """
@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compressed_cache.bench.every_policy import EVERY
+from bench.every_policy import EVERY
 from compressed_cache.cache import CompressedCache
-from compressed_cache.demo import report
-from compressed_cache.demo.measure import BUDGETS, Exam, Row, Setting, rows, settings
+from compressed_cache.eval.demo import report
+from compressed_cache.eval.demo.measure import BUDGETS, Exam, Row, Setting, rows, settings
 
 RESULTS = Path(__file__).resolve().parent / "results" / "catalogue.json"
 

@@ -6,15 +6,9 @@ import tempfile
 import torch
 from transformers import LlamaConfig
 
+from bench.contenders import ENDLESS, STATIC, Generation, compressed, random_model
+from bench.prompts import apart
 from compressed_cache import compile_layers_once
-from compressed_cache.bench.contenders import (
-    ENDLESS,
-    STATIC,
-    Generation,
-    compressed,
-    random_model,
-)
-from compressed_cache.bench.prompts import apart
 
 PROMPT = 64  # tokens
 TOKENS = 8  # decoded, enough for a step with a ranking and one without

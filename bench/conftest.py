@@ -13,8 +13,8 @@ import torch
 import transformers
 
 import compressed_cache
-from compressed_cache.bench.results import FOLDER, Results
-from compressed_cache.demo.report import processor
+from bench.results import FOLDER, Results
+from compressed_cache.eval.demo.report import processor
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MEASURED = pytest.StashKey[dict[str, Any]]()

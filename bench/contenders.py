@@ -19,9 +19,9 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
+from bench.grouped import GROUPED
 from compressed_cache import CompressedCache, decode
-from compressed_cache.bench.grouped import GROUPED
-from compressed_cache.demo.measure import CORE
+from compressed_cache.eval.demo.measure import CORE
 from compressed_cache.versions import cache_argument
 
 BUDGET = 128

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from compressed_cache.calibration import files
 from compressed_cache.calibration.recording import collect
 from compressed_cache.calibration.statistics import STATISTICS
 from compressed_cache.policies import POLICIES, split_name
+from compressed_cache.policies import statistics_file as files
 
 COMBINATIONS = (
     "snapkv+adakv",

@@ -1,6 +1,6 @@
 """The shipped model's problems in lm-evaluation-harness, under every policy.
 
-    python -m compressed_cache.bench.harness
+    python -m bench.harness
 
 Writes ``bench/results/harness.json``. Each cell is what this command prints::
 
@@ -19,7 +19,7 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
-from compressed_cache.demo.measure import CORE
+from compressed_cache.eval.demo.measure import CORE
 from compressed_cache.integrations.harness.autoload import install
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import PATH

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from compressed_cache.bench.contenders import BUDGET, Generation
+from bench.contenders import BUDGET, Generation
 
 FOLDER = Path(__file__).resolve().parent
 ENVIRONMENT = FOLDER.parent / ".venv-kvpress"

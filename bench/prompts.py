@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import DynamicCache, LlamaConfig
 
+from bench.contenders import ENDLESS, Place, make_model, random_model
 from compressed_cache import CompressedCache
-from compressed_cache.bench.contenders import ENDLESS, Place, make_model, random_model
 from compressed_cache.versions import cache_argument
 
 Result = TypeVar("Result")

@@ -1,10 +1,10 @@
 """Writes the tables of the README from results and docstrings, so that none is typed.
 
     python -m compressed_cache demo --out bench/results
-    python -m compressed_cache.bench.catalogue
-    python -m compressed_cache.bench.harness
+    python -m bench.catalogue
+    python -m bench.harness
     pytest bench/ --benchmark-only
-    python -m compressed_cache.bench.readme
+    python -m bench.readme
 
 Each part stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 """
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compressed_cache.bench import report as bench_report
-from compressed_cache.catalogue import entries, page
-from compressed_cache.catalogue.presses import PRESSES
-from compressed_cache.demo import report as demo_report
-from compressed_cache.markdown import markdown
+from bench import report as bench_report
+from compressed_cache.eval.catalogue import entries, page
+from compressed_cache.eval.catalogue.presses import PRESSES
+from compressed_cache.eval.demo import report as demo_report
+from compressed_cache.wording import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -62,7 +62,7 @@ def demo() -> str:
 def accuracy(path: Path = RESULTS / "catalogue.json") -> str:
     """Accuracy of every policy, and which of them do worse than chance."""
     if not path.exists():
-        return "Not measured: `python -m compressed_cache.bench.catalogue` fills this in."
+        return "Not measured: `python -m bench.catalogue` fills this in."
     document = json.loads(path.read_text())
     columns, found = _by_column(document)
     chance = [row["accuracy"] for row in found["random"]]

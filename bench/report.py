@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from compressed_cache.bench.results import Results
-from compressed_cache.markdown import markdown
+from bench.results import Results
+from compressed_cache.wording import markdown
 
 COMMAND = "pytest bench/ --benchmark-only"
 DEVICES = ("cpu", "cuda")

@@ -12,10 +12,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import DynamicCache
 
+from bench.bandwidth import cache_bytes
+from bench.contenders import EACH_PLACE, EVICTING, Place
+from bench.test_decode import make_model
 from compressed_cache import CompressedCache
-from compressed_cache.bench.bandwidth import cache_bytes
-from compressed_cache.bench.contenders import EACH_PLACE, EVICTING, Place
-from compressed_cache.bench.test_decode import make_model
 from compressed_cache.versions import cache_argument
 
 MEMORY = 16 * 2**30  # bytes

@@ -6,8 +6,8 @@ pytest bench/test_compile.py --benchmark-only
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from compressed_cache.bench.compilation import measure
-from compressed_cache.bench.contenders import EACH_DEVICE
+from bench.compilation import measure
+from bench.contenders import EACH_DEVICE
 
 LAYERS = (4, 16, 32)
 CONTENDERS = [

@@ -15,9 +15,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from compressed_cache.bench import contenders
-from compressed_cache.bench.bandwidth import cache_bytes, copy_bandwidth, step_bytes
-from compressed_cache.bench.contenders import (
+from bench import contenders
+from bench.bandwidth import cache_bytes, copy_bandwidth, step_bytes
+from bench.contenders import (
     BASELINE,
     EACH_PLACE,
     EVICTING,

@@ -12,16 +12,9 @@ from subprocess import CalledProcessError
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from compressed_cache.bench.contenders import (
-    BASELINE,
-    BUDGET,
-    EACH_PLACE,
-    PROMPT,
-    Generation,
-    Place,
-)
-from compressed_cache.bench.kvpress import VERSIONS, KvpressGeneration, Press, environment
-from compressed_cache.bench.test_decode import FEW_ROUNDS, ROUNDS, compare, make_model
+from bench.contenders import BASELINE, BUDGET, EACH_PLACE, PROMPT, Generation, Place
+from bench.kvpress import VERSIONS, KvpressGeneration, Press, environment
+from bench.test_decode import FEW_ROUNDS, ROUNDS, compare, make_model
 
 PLAIN = f"{BASELINE.name} of transformers {VERSIONS['transformers']}"
 PRESSES = [

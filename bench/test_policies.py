@@ -8,10 +8,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers.cache_utils import Cache
 
+from bench.contenders import BUDGET, EACH_PLACE, Place, compressed
+from bench.every_policy import EVERY, statistics
+from bench.test_decode import FEW_ROUNDS, make_model, measure
 from compressed_cache import CompressedCache
-from compressed_cache.bench.contenders import BUDGET, EACH_PLACE, Place, compressed
-from compressed_cache.bench.every_policy import EVERY, statistics
-from compressed_cache.bench.test_decode import FEW_ROUNDS, make_model, measure
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ pytest bench/test_prompt.py --benchmark-only
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from compressed_cache.bench.contenders import EACH_DEVICE, EACH_PLACE, EVICTING, Place
-from compressed_cache.bench.prompts import BUDGET, CHUNK, measure_chunks, measure_prefill
+from bench.contenders import EACH_DEVICE, EACH_PLACE, EVICTING, Place
+from bench.prompts import BUDGET, CHUNK, measure_chunks, measure_prefill
 
 LENGTHS = (8_192, 32_768, 65_536, 200_000)
 PREFILL_LENGTHS = (1024, 8192, 32768, 131072)

@@ -17,8 +17,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import LogitsProcessorList
 
-from compressed_cache import CompressedCache
-from compressed_cache.bench.contenders import (
+from bench.contenders import (
     BASELINE,
     BUDGET,
     EACH_PLACE,
@@ -28,7 +27,8 @@ from compressed_cache.bench.contenders import (
     Place,
     compressed,
 )
-from compressed_cache.bench.test_decode import FEW_ROUNDS, TOKENS, compare, make_model
+from bench.test_decode import FEW_ROUNDS, TOKENS, compare, make_model
+from compressed_cache import CompressedCache
 from compressed_cache.telemetry import Recorder, measure
 from compressed_cache.telemetry.timer import Timer
 

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
-    from compressed_cache.loop import decode
+    from compressed_cache.hf.compile_once import compile_layers_once
+    from compressed_cache.hf.decode_loop import decode
     from compressed_cache.policies import POLICIES, Defaults, Policy, Slots
-    from compressed_cache.regions import compile_layers_once
 
 __all__ = [
     "POLICIES",
@@ -23,8 +23,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CompressedCache": "compressed_cache.cache",
-    "compile_layers_once": "compressed_cache.regions",
-    "decode": "compressed_cache.loop",
+    "compile_layers_once": "compressed_cache.hf.compile_once",
+    "decode": "compressed_cache.hf.decode_loop",
 }
 
 

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
     try:
-        from compressed_cache.demo.command import run
+        from compressed_cache.eval.demo.command import run
     except ModuleNotFoundError as error:
         return _missing(error, "demo")
     return run(options)
@@ -92,7 +92,7 @@ def _calibrate(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
     try:
-        from compressed_cache.sweep.command import run
+        from compressed_cache.eval.sweep.command import run
     except ModuleNotFoundError as error:
         return _missing(error, "eval")
     return run(options)
@@ -100,7 +100,7 @@ def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     try:
-        from compressed_cache.results.command import compare
+        from compressed_cache.eval.results.command import compare
     except ModuleNotFoundError as error:
         return _missing(error, "eval")
     return compare(options)
@@ -108,7 +108,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
     try:
-        from compressed_cache.report.command import run
+        from compressed_cache.eval.report.command import run
     except ModuleNotFoundError as error:
         return _missing(error, "report")
     return run(options)
@@ -122,7 +122,7 @@ def _model(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _catalogue(options: argparse.Namespace, rest: list[str]) -> int:
-    from compressed_cache.catalogue import command
+    from compressed_cache.eval.catalogue import command
 
     return getattr(command, options.command)(options)
 

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from compressed_cache import budgets, checks, hook
-from compressed_cache.clock import Clock
-from compressed_cache.columns import Columns, positions_without
-from compressed_cache.drafts import Drafts
+from compressed_cache.hf import attention_hook as hook
+from compressed_cache.hf import checks
+from compressed_cache.hf.columns import Columns, positions_without
+from compressed_cache.hf.drafting import Drafts
+from compressed_cache.hf.linear_attention import LinearLayers, states
 from compressed_cache.layer import CompressedLayer
-from compressed_cache.lazy import LazyLayer
-from compressed_cache.linear import LinearLayers, states
-from compressed_cache.offload import OffloadedLayer
-from compressed_cache.policies import Policy, make_policy
-from compressed_cache.pool import PoolLayer
-from compressed_cache.rules import Rules, resolve_rules
+from compressed_cache.observers import Listener, Watcher
+from compressed_cache.policies import Policy, budgets, make_policy
+from compressed_cache.policies.eviction_config import Rules, resolve_rules
 from compressed_cache.snapshot import Snapshot
-from compressed_cache.watching import Listener, Watcher
+from compressed_cache.step_counter import Clock
+from compressed_cache.stores.lazy import LazyLayer
+from compressed_cache.stores.offloaded import OffloadedLayer
+from compressed_cache.stores.pool import PoolLayer
 
 if TYPE_CHECKING:
     from compressed_cache.telemetry import Timing
@@ -69,7 +70,7 @@ class CompressedCache(LinearLayers):
             ``[B, H, S, D]`` and ``positions`` ``[B, H, S]`` int64, ``-1`` where empty or padding.
             Slots are in no particular order. Sliding-window layers have ``S = window`` and keep
             their window; linear-attention layers are transformers' own. Where heads have different
-            numbers of slots, a layer is a :class:`~compressed_cache.pool.PoolLayer`, with one pool
+            numbers of slots, a layer is a :class:`~compressed_cache.stores.pool.PoolLayer`, with one pool
             of slots for all heads; ``layer.held()`` shows them head by head.
 
     Raises:

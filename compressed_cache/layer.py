@@ -8,22 +8,26 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from compressed_cache import budgets, checks, gradients, hook, masks, reading, slots
-from compressed_cache.attention import Form
-from compressed_cache.clock import Clock
-from compressed_cache.columns import Columns, See
-from compressed_cache.contiguous import closed_up
-from compressed_cache.kernels import ops
-from compressed_cache.masks import Mask
-from compressed_cache.memory import Sizes, SlotMemory
-from compressed_cache.policies import Policy, Rows, Site, Slots
-from compressed_cache.policies.streaming_llm import StreamingLLM
-from compressed_cache.reader import Reader
-from compressed_cache.reading import States, read
-from compressed_cache.rules import Rules
-from compressed_cache.shards import Shard
-from compressed_cache.stepping import NewToken, step
-from compressed_cache.watching import Listener
+from compressed_cache.hf import attention_hook as hook
+from compressed_cache.hf import checks
+from compressed_cache.hf.columns import Columns, See
+from compressed_cache.hf.module_identity import Reader
+from compressed_cache.observers import Listener
+from compressed_cache.ops import eviction as slots
+from compressed_cache.ops import gradients, masks
+from compressed_cache.ops.attention import Form
+from compressed_cache.ops.kernels import operators
+from compressed_cache.ops.masks import Mask
+from compressed_cache.ops.rerotation import closed_up
+from compressed_cache.ops.tensor_parallel import Shard
+from compressed_cache.policies import Policy, Rows, Site, Slots, budgets
+from compressed_cache.policies.eviction_config import Rules
+from compressed_cache.policies.methods.streaming_llm import StreamingLLM
+from compressed_cache.step_counter import Clock
+from compressed_cache.stores import prefill as reading
+from compressed_cache.stores.decode_step import NewToken, step
+from compressed_cache.stores.prefill import States, read
+from compressed_cache.stores.slots import Sizes, SlotMemory
 
 _AS_IT_IS = nullcontext()
 
@@ -247,15 +251,15 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     # How tokens come in: what another layout does in its own way.
 
     def step(self, token: NewToken) -> tuple[Tensor, Tensor | None]:
-        """See :func:`compressed_cache.stepping.step`."""
+        """See :func:`compressed_cache.stores.decode_step.step`."""
         return step(self, token)
 
     def fill(self, states: States) -> None:
-        """See :func:`compressed_cache.reading.fill`."""
+        """See :func:`compressed_cache.stores.prefill.fill`."""
         reading.fill(self, states)
 
     def read_block(self, states: States, *, weighs: bool = False) -> tuple[Tensor, Tensor | None]:
-        """See :func:`compressed_cache.reading.read_block`."""
+        """See :func:`compressed_cache.stores.prefill.read_block`."""
         return reading.read_block(self, states, weighs=weighs)
 
     def keep_best(
@@ -267,7 +271,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         notes: Tensor,
         scores: Tensor | None = None,
     ) -> None:
-        """See :func:`compressed_cache.reading.keep_best`."""
+        """See :func:`compressed_cache.stores.prefill.keep_best`."""
         reading.keep_best(self, keys, values, positions, seen, notes, scores)
 
     # A prompt.
@@ -384,7 +388,7 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     def _allocate(self, sizes: Sizes) -> None:
         super()._allocate(sizes)
         alters = self.policy.contiguous or self.policy.prunes_channels
-        self.is_fused = self.policy.evicts and not alters and ops.serves(sizes)
+        self.is_fused = self.policy.evicts and not alters and operators.serves(sizes)
 
     def mark(self) -> None:
         """Says what these tensors are to attention and to the compiler."""

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from compressed_cache.attention import Form
-from compressed_cache.budgets import to_budget
 from compressed_cache.layer import CompressedLayer, LayerState
-from compressed_cache.memory import Sizes
+from compressed_cache.ops.attention import Form
 from compressed_cache.policies import Policy, make_policy, split_name
-from compressed_cache.rules import Rules
+from compressed_cache.policies.budgets import to_budget
+from compressed_cache.policies.eviction_config import Rules
+from compressed_cache.stores.slots import Sizes
 from compressed_cache.tensorfile import opened
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Snapshot:
     rules: Rules
     clock: dict[str, int | bool]
     columns: Tensor | None
-    """``[B, T]`` bool, see :class:`~compressed_cache.columns.Columns`."""
+    """``[B, T]`` bool, see :class:`~compressed_cache.hf.columns.Columns`."""
     layers: tuple[LayerState | LinearAttentionLayer | None, ...]
     """One per layer of the model; None for a layer without a cache."""
 

@@ -213,7 +213,7 @@ class CompressedTextGenerationPipeline(Pipeline):
 
 def _check_budget(request: Request, prompts: list[Prompt]) -> None:
     """Refuses what a later batch would be refused for."""
-    from compressed_cache.checks import check_prompt
+    from compressed_cache.hf.checks import check_prompt
 
     rules = request.cache.rules
     if prompts and isinstance(rules.budget, int) and not request.cache.policy.shares_budget:

@@ -4,7 +4,7 @@ import inspect
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from compressed_cache.names import listing, nearest
+from compressed_cache.wording import listing, nearest
 
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
@@ -69,7 +69,7 @@ def make_request(model: Any, arguments: dict[str, Any]) -> Request:
 
 def _own_names(press: Any) -> list[str]:
     from compressed_cache.policies import Policy, option_names
-    from compressed_cache.rules import Rules
+    from compressed_cache.policies.eviction_config import Rules
 
     rules = [field.name for field in fields(Rules)]
     if press is None or isinstance(press, Policy):

@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compressed_cache.calibration import files
+from compressed_cache.policies import statistics_file as files
 from tests.reference import comparison
 from tests.reference.llama import ReferenceLlama
 from tests.reference.policies import Rules, full

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from compressed_cache.markdown import markdown
+from compressed_cache.wording import markdown
 
 VOCABULARY = 160
 WINDOW = 10

@@ -20,8 +20,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compressed_cache import CompressedCache
-from compressed_cache.markdown import markdown
 from compressed_cache.versions import cache_argument
+from compressed_cache.wording import markdown
 
 TABLE = Path(__file__).with_name("model_types.md")
 REFUSAL = "CompressedCache cannot serve this model: "

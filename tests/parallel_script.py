@@ -12,7 +12,7 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from compressed_cache import CompressedCache
-from compressed_cache.calibration import files
+from compressed_cache.policies import statistics_file as files
 from tests.parallel import CASES, RULES
 from tests.statistics import load_or_make_up
 

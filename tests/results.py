@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from compressed_cache.results.row import Result
+from compressed_cache.eval.results.row import Result
 
 
 def make_result(**changes: Any) -> Result:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressed_cache.calibration import files
 from compressed_cache.policies import Site
+from compressed_cache.policies import statistics_file as files
 from tests.reference.policies import made_up
 
 _load = files.load

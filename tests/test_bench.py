@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from compressed_cache.bench.bandwidth import cache_bytes, step_bytes
-from compressed_cache.bench.contenders import BASELINE, GROUPED_STATIC, Generation, compressed
-from compressed_cache.bench.results import Results
+from bench.bandwidth import cache_bytes, step_bytes
+from bench.contenders import BASELINE, GROUPED_STATIC, Generation, compressed
+from bench.results import Results
 
 ROOT = Path(__file__).parent.parent
 

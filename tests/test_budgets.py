@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from compressed_cache import CompressedCache
-from compressed_cache.calibration import files
 from compressed_cache.integrations.harness.arguments import take_press
-from compressed_cache.policies.duo_attention import DuoAttention
-from compressed_cache.policies.h2o import H2O
-from compressed_cache.policies.pyramidkv import PyramidKV
+from compressed_cache.policies import statistics_file as files
+from compressed_cache.policies.methods.duo_attention import DuoAttention
+from compressed_cache.policies.methods.h2o import H2O
+from compressed_cache.policies.methods.pyramidkv import PyramidKV
 from compressed_cache.reasoner import MODEL_PATH
 from tests.compiling import CountingBackend, compiled
 from tests.reference.comparison import NUM_STEPS, OPTIONS, assert_agree, distinct_tokens, make_model

@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compressed_cache import CompressedCache
 from compressed_cache.__main__ import main
-from compressed_cache.calibration import files
 from compressed_cache.calibration.command import CORPUS
 from compressed_cache.calibration.recording import CHUNK, chunks, collect
 from compressed_cache.calibration.statistics import STATISTICS
+from compressed_cache.ops.rotary import rotary_of
 from compressed_cache.policies import POLICIES, make_policy
-from compressed_cache.policies.calibrated import Calibrated
-from compressed_cache.policies.triattention import expected_logits, virtual_query
+from compressed_cache.policies import statistics_file as files
+from compressed_cache.policies.methods.calibrated import Calibrated
+from compressed_cache.policies.methods.triattention import expected_logits, virtual_query
 from compressed_cache.reasoner import MODEL_PATH
-from compressed_cache.rotary import rotary_of
 from tests.families import FAMILIES, LINEAR, VOCABULARY
 from tests.reference.comparison import distinct_tokens, make_model
 from tests.reference.llama import ReferenceLlama

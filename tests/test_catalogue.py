@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from bench.every_policy import COMBINATIONS, EVERY, statistics
+from bench.kvpress import ENVIRONMENT
 from compressed_cache import CompressedCache
 from compressed_cache.__main__ import main
-from compressed_cache.bench.every_policy import COMBINATIONS, EVERY, statistics
-from compressed_cache.bench.kvpress import ENVIRONMENT
-from compressed_cache.catalogue import entries, page
-from compressed_cache.catalogue.docstrings import text_of
-from compressed_cache.catalogue.entries import Entry
-from compressed_cache.catalogue.presses import FORK, KVPRESS, PRESSES, Press
+from compressed_cache.eval.catalogue import entries, page
+from compressed_cache.eval.catalogue.docstrings import text_of
+from compressed_cache.eval.catalogue.entries import Entry
+from compressed_cache.eval.catalogue.presses import FORK, KVPRESS, PRESSES, Press
 from compressed_cache.policies import MODIFIERS, POLICIES, Policy, split_name
 from tests.conftest import distinct_tokens
 
@@ -100,7 +100,7 @@ def test_a_docstring_falls_into_its_parts() -> None:
         tokens.
 
         One (https://a.org/1), two (https://a.org/2, https://a.org/1). Differs in one point: it is
-        like :class:`~compressed_cache.policies.rkv.RKV`.
+        like :class:`~compressed_cache.policies.methods.rkv.RKV`.
         """
 
     text = text_of(Example)

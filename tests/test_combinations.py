@@ -11,10 +11,10 @@ from transformers import LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
 from compressed_cache.policies import MODIFIERS, make_policy, option_names
-from compressed_cache.policies.caote import CAOTE
-from compressed_cache.policies.h2o import H2O
-from compressed_cache.policies.phases import InPhases
-from compressed_cache.policies.snapkv import SnapKV
+from compressed_cache.policies.methods.caote import CAOTE
+from compressed_cache.policies.methods.h2o import H2O
+from compressed_cache.policies.methods.snapkv import SnapKV
+from compressed_cache.policies.prefill_decode import InPhases
 from tests.reference import policies as reference_policies
 from tests.reference.comparison import (
     assert_same_kept,

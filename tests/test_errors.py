@@ -22,8 +22,8 @@ from transformers import (
 from transformers.modeling_utils import AttentionInterface
 
 from compressed_cache import POLICIES, CompressedCache, Policy, Slots, decode
-from compressed_cache.policies.rkv import RKV
-from compressed_cache.policies.snapkv import SnapKV
+from compressed_cache.policies.methods.rkv import RKV
+from compressed_cache.policies.methods.snapkv import SnapKV
 from compressed_cache.versions import cache_argument
 from tests.conftest import distinct_tokens
 from tests.model_types import MODELS, WINDOW, make

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
-from compressed_cache.attention import Form
+from compressed_cache.ops.attention import Form
 from compressed_cache.policies import POLICIES, Site, Slots, make_policy
 from tests.reference.comparison import distinct_tokens
 

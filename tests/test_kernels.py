@@ -14,17 +14,17 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache, compile_layers_once, layer
-from compressed_cache import totals as torch_totals
-from compressed_cache.attention import Form, attention_rows
-from compressed_cache.kernels import ops
-from compressed_cache.memory import Sizes
+from compressed_cache.ops import attention_sums as torch_totals
+from compressed_cache.ops.attention import Form, attention_rows
+from compressed_cache.ops.kernels import operators
+from compressed_cache.stores.slots import Sizes
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens
 from tests.kinds import KINDS
 
 pytest.importorskip("triton")
-from compressed_cache.kernels import decode, totals
+from compressed_cache.ops.kernels import attention_sums, decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -243,7 +243,7 @@ def test_attention_totals(
     sinks = normal(heads * groups) if with_sinks else None
     padding = torch.tensor([0, 9, length][:batch])
     if way == "kernel":
-        found = totals.attention_totals(
+        found = attention_sums.attention_totals(
             queries, keys, padding.to(DEVICE), sinks, scaling=0.3, softcap=softcap
         )
     else:
@@ -290,7 +290,7 @@ def test_a_broken_key_leaves_the_totals_of_the_others() -> None:
 def test_totals_pass_over_what_is_not_a_number() -> None:
     queries, keys = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
     keys[0, 1, 5] = torch.nan
-    found = totals.attention_totals(
+    found = attention_sums.attention_totals(
         queries.to(DEVICE),
         keys.to(DEVICE),
         torch.zeros(1, dtype=torch.int64, device=DEVICE),
@@ -309,7 +309,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Whether layers use the kernels, whatever the device is."""
 
     def serve(answer: bool) -> None:
-        monkeypatch.setattr(layer.ops, "serves", lambda sizes: answer)
+        monkeypatch.setattr(operators, "serves", lambda sizes: answer)
 
     return serve
 
@@ -392,12 +392,12 @@ def test_operators_keep_their_promises() -> None:
     )
     for record in ("total", "weights"):
         torch.library.opcheck(
-            ops.decode_step,
+            operators.decode_step,
             tuple(step),
             {"recent": 3, "scaling": 0.2, "softcap": None, "record": record},
         )
     torch.library.opcheck(
-        ops.attention_totals,
+        operators.attention_totals,
         (
             step.query.repeat(1, 1, 20, 1),
             step.memory.new_ones(1, 2, 20, 16),
@@ -427,18 +427,18 @@ SERVED = Sizes(*(1, 2, 4, 16, 128, 128), torch.bfloat16, torch.bfloat16, torch.d
 def test_sizes_out_of_range_are_left_to_torch(
     change: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "has_device", lambda device: True)
-    assert ops.serves(SERVED._replace(**change)) is expected
+    monkeypatch.setattr(operators, "has_device", lambda device: True)
+    assert operators.serves(SERVED._replace(**change)) is expected
 
 
 def test_a_cpu_is_left_to_torch() -> None:
-    assert not ops.serves(SERVED._replace(device=torch.device("cpu")))
+    assert not operators.serves(SERVED._replace(device=torch.device("cpu")))
 
 
 COMPILE = """
 import itertools, triton
 from triton.backends.compiler import GPUTarget
-from compressed_cache.kernels import decode, totals
+from compressed_cache.ops.kernels import attention_sums, decode
 TYPES = {"bf16": 2, "fp32": 4}
 POINTERS = dict(
     query="*{t}", key="*{t}", value="*{t}", keys="*{t}", values="*{t}", queries="*{t}",
@@ -455,8 +455,8 @@ for (name, size), capability in itertools.product(TYPES.items(), (80, 90)):
     for kernel, splits, block, warps in (
         (decode._attend_kernel, 1, decode._TILE_BYTES[size] // 128 // size, decode._WARPS[size]),
         (decode._merge_kernel, 4, 0, 4),
-        (totals._log_sum_exp_kernel, 0, totals._BLOCK[size], totals._WARPS[size]),
-        (totals._column_sums_kernel, 0, totals._BLOCK[size], totals._WARPS[size]),
+        (attention_sums._log_sum_exp_kernel, 0, attention_sums._BLOCK[size], attention_sums._WARPS[size]),
+        (attention_sums._column_sums_kernel, 0, attention_sums._BLOCK[size], attention_sums._WARPS[size]),
     ):
         constants = {**CONSTANTS, "SPLITS": splits, "BLOCK": block}
         kinds = {

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
-from compressed_cache.bench.contenders import BASELINE, Generation
-from compressed_cache.bench.kvpress import KvpressGeneration, Press
+from bench.contenders import BASELINE, Generation
+from bench.kvpress import KvpressGeneration, Press
 
 PYTHON = Path(sys.executable)
 

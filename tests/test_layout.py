@@ -18,13 +18,13 @@ from transformers import (
 )
 
 from compressed_cache import CompressedCache
-from compressed_cache.contiguous import closed_up
-from compressed_cache.kernels import ops
+from compressed_cache.ops.kernels import operators
+from compressed_cache.ops.rerotation import closed_up
+from compressed_cache.ops.rotary import rotary_of
 from compressed_cache.policies import InPhases, Policy, Site, make_policy
-from compressed_cache.policies.h2o import H2O
-from compressed_cache.policies.snapkv import SnapKV
-from compressed_cache.policies.think import ThinK
-from compressed_cache.rotary import rotary_of
+from compressed_cache.policies.methods.h2o import H2O
+from compressed_cache.policies.methods.snapkv import SnapKV
+from compressed_cache.policies.methods.think import ThinK
 from tests.compiling import CountingBackend, compiled
 from tests.families import VOCABULARY, Family
 from tests.reference.comparison import (
@@ -426,7 +426,7 @@ def test_a_step_is_one_graph(precise_model: LlamaForCausalLM, name: str) -> None
 def test_the_kernel_for_whole_keys_at_true_positions_stays_out(
     precise_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "serves", lambda sizes: True)
+    monkeypatch.setattr(operators, "serves", lambda sizes: True)
     text = torch.tensor([distinct_tokens(20, seed=1)])
     for name, fused in [("snapkv", True), *((name, False) for name in BOTH)]:
         cache = CompressedCache(name, 12)

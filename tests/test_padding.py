@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
-from compressed_cache.masks import real_tokens
+from compressed_cache.ops.masks import real_tokens
 from compressed_cache.policies import SLOTTED
 from tests.conftest import distinct_tokens, held
 

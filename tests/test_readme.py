@@ -11,9 +11,9 @@ import torch
 from lm_eval.utils import simple_parse_args_string
 from transformers import LlamaForCausalLM
 
+from bench import readme
 from compressed_cache import CompressedCache, policies
 from compressed_cache.__main__ import main
-from compressed_cache.bench import readme
 from compressed_cache.integrations.harness.arguments import take_press
 from tests.conftest import distinct_tokens
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache.__main__ import main
-from compressed_cache.demo.measure import CORE, STEPS, Exam, Setting, settings
+from compressed_cache.eval.demo.measure import CORE, STEPS, Exam, Setting, settings
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import extract_answer, make_problem, split_of
 

@@ -16,17 +16,17 @@ from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
 from compressed_cache.__main__ import main
-from compressed_cache.report import attention, costs, figures, quality
-from compressed_cache.report.benches import Bench
-from compressed_cache.report.comparison import comparison
-from compressed_cache.report.figures import Curve
-from compressed_cache.report.inputs import read
-from compressed_cache.report.page import page
-from compressed_cache.report.rows import groups, of_harness, series, to_random, with_prompt
-from compressed_cache.report.sections import sections
-from compressed_cache.report.svg import Picture
-from compressed_cache.report.tables import MISSING, Table
-from compressed_cache.report.traces import POSITIONS, Head, Losses
+from compressed_cache.eval.report import attention, costs, figures, quality
+from compressed_cache.eval.report.benches import Bench
+from compressed_cache.eval.report.comparison import comparison
+from compressed_cache.eval.report.figures import Curve
+from compressed_cache.eval.report.inputs import read
+from compressed_cache.eval.report.page import page
+from compressed_cache.eval.report.rows import groups, of_harness, series, to_random, with_prompt
+from compressed_cache.eval.report.sections import sections
+from compressed_cache.eval.report.svg import Picture
+from compressed_cache.eval.report.tables import MISSING, Table
+from compressed_cache.eval.report.traces import POSITIONS, Head, Losses
 from compressed_cache.telemetry import Recorder, measure
 from tests.conftest import distinct_tokens
 from tests.reports import (

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import pytest
 
-from compressed_cache.report.inputs import read
-from compressed_cache.report.page import page as make_page
-from compressed_cache.report.page import write
+from compressed_cache.eval.report.inputs import read
+from compressed_cache.eval.report.page import page as make_page
+from compressed_cache.eval.report.page import write
 from tests.reports import one_of_each
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 from scipy.stats import binomtest
 
 from compressed_cache.__main__ import main
-from compressed_cache.results.comparison import compare
-from compressed_cache.results.row import FILE, Result, append, read
+from compressed_cache.eval.results.comparison import compare
+from compressed_cache.eval.results.row import FILE, Result, append, read
 from tests.results import make_result
 
 LINE = make_result().to_json()

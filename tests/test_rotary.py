@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from compressed_cache.rotary import Rotary, rotary_of
+from compressed_cache.ops.rotary import Rotary, rotary_of
 from tests.families import FAMILIES, LINEAR, VOCABULARY, Family
 
 LENGTH = 200

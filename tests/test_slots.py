@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from compressed_cache import slots
+from compressed_cache.ops import eviction as slots
 
 B, H, S = 2, 3, 7
 

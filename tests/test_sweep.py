@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from compressed_cache.__main__ import main
-from compressed_cache.results.row import FILE, Result, read
-from compressed_cache.sweep import estimate, tasks
-from compressed_cache.sweep.folder import RESULT, Folder, write_error
-from compressed_cache.sweep.plan import Cell, Plan
+from compressed_cache.eval.results.row import FILE, Result, read
+from compressed_cache.eval.sweep import estimate, tasks
+from compressed_cache.eval.sweep.folder import RESULT, Folder, write_error
+from compressed_cache.eval.sweep.plan import Cell, Plan
 from tests.results import make_result
 
 EASY = "reasoning_shipped_easy"

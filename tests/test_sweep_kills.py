@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from compressed_cache.results.row import FILE, Result, read
-from compressed_cache.sweep.cell import take
-from compressed_cache.sweep.folder import RESULT, Folder
-from compressed_cache.sweep.plan import Plan
+from compressed_cache.eval.results.row import FILE, Result, read
+from compressed_cache.eval.sweep.cell import take
+from compressed_cache.eval.sweep.folder import RESULT, Folder
+from compressed_cache.eval.sweep.plan import Plan
 
 PLAN = Plan(
     model="shipped",

@@ -160,7 +160,7 @@ def test_chunks_with_a_budget_for_everything_give_the_tokens_of_the_dynamic_cach
 def test_chunks_never_hold_more_than_budget_and_chunk(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compressed_cache import attention
+    from compressed_cache.ops import attention
 
     sizes: list[int] = []
     original = attention.attention_rows

@@ -9,11 +9,11 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressed_cache.calibration import files
 from compressed_cache.calibration.recording import chunks, collect
 from compressed_cache.calibration.statistics import STATISTICS
-from compressed_cache.names import nearest
+from compressed_cache.policies import statistics_file as files
 from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.wording import nearest
 
 CORPUS = Path(__file__).parent / "corpus.txt"
 WALKS = 60

@@ -11,8 +11,8 @@ from torch import Tensor
 from compressed_cache.cache import CompressedCache
 from compressed_cache.calibration.statistics import STATISTICS, Sample, Statistics, Sums
 from compressed_cache.layer import CompressedLayer
+from compressed_cache.ops.rotary import Rotary, cache_argument, rotary_of
 from compressed_cache.policies.base import Policy, Site
-from compressed_cache.rotary import Rotary, cache_argument, rotary_of
 
 CHUNK = 1024
 """Tokens read at once: as many queries of every layer are in memory."""

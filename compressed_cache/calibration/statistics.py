@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compressed_cache.attention import Form, attention_rows
-from compressed_cache.rotary import Rotary
+from compressed_cache.ops.attention import Form, attention_rows
+from compressed_cache.ops.rotary import Rotary
 
 IGNORED_SINKS = 4
 """First queries left out by the expected attention, whose queries are not like later ones."""

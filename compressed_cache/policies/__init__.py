@@ -2,45 +2,45 @@
 
 from typing import Any
 
-from compressed_cache.names import listing, nearest
-from compressed_cache.policies.adakv import AdaKV
 from compressed_cache.policies.base import Defaults, Policy, Rows, Site, Slots, own_options
-from compressed_cache.policies.caote import CAOTE
-from compressed_cache.policies.chunk import Chunk
-from compressed_cache.policies.chunkkv import ChunkKV
-from compressed_cache.policies.criticalkv import CriticalKV
-from compressed_cache.policies.duo_attention import DuoAttention
-from compressed_cache.policies.expected_attention import ExpectedAttention
-from compressed_cache.policies.finch import Finch
-from compressed_cache.policies.full import Full
-from compressed_cache.policies.gkv import GKV
-from compressed_cache.policies.h2o import H2O
-from compressed_cache.policies.key_rerotation import KeyRerotation
-from compressed_cache.policies.keydiff import KeyDiff
-from compressed_cache.policies.knorm import KNorm
-from compressed_cache.policies.lagkv import LagKV
-from compressed_cache.policies.merging import Merging
+from compressed_cache.policies.methods.adakv import AdaKV
+from compressed_cache.policies.methods.caote import CAOTE
+from compressed_cache.policies.methods.chunk import Chunk
+from compressed_cache.policies.methods.chunkkv import ChunkKV
+from compressed_cache.policies.methods.criticalkv import CriticalKV
+from compressed_cache.policies.methods.duo_attention import DuoAttention
+from compressed_cache.policies.methods.expected_attention import ExpectedAttention
+from compressed_cache.policies.methods.finch import Finch
+from compressed_cache.policies.methods.full import Full
+from compressed_cache.policies.methods.gkv import GKV
+from compressed_cache.policies.methods.h2o import H2O
+from compressed_cache.policies.methods.key_rerotation import KeyRerotation
+from compressed_cache.policies.methods.keydiff import KeyDiff
+from compressed_cache.policies.methods.knorm import KNorm
+from compressed_cache.policies.methods.lagkv import LagKV
+from compressed_cache.policies.methods.merging import Merging
+from compressed_cache.policies.methods.morphkv import MorphKV
+from compressed_cache.policies.methods.observed_attention import ObservedAttention
+from compressed_cache.policies.methods.pyramidkv import PyramidKV
+from compressed_cache.policies.methods.qfilter import QFilter
+from compressed_cache.policies.methods.raas import RaaS
+from compressed_cache.policies.methods.random import Random
+from compressed_cache.policies.methods.random_prompt import RandomPrompt
+from compressed_cache.policies.methods.rkv import RKV
+from compressed_cache.policies.methods.rkv_lsh import RKVLSH
+from compressed_cache.policies.methods.rpc import RPC
+from compressed_cache.policies.methods.shadowkv import ShadowKV
+from compressed_cache.policies.methods.simlayerkv import SimLayerKV
+from compressed_cache.policies.methods.snapkv import SnapKV
+from compressed_cache.policies.methods.streaming_llm import StreamingLLM
+from compressed_cache.policies.methods.think import ThinK
+from compressed_cache.policies.methods.tova import TOVA
+from compressed_cache.policies.methods.triattention import TriAttention
+from compressed_cache.policies.methods.vase import VaSE
+from compressed_cache.policies.methods.vase_dkv import VaSEDKV
 from compressed_cache.policies.modifier import Modifier
-from compressed_cache.policies.morphkv import MorphKV
-from compressed_cache.policies.observed_attention import ObservedAttention
-from compressed_cache.policies.phases import InPhases
-from compressed_cache.policies.pyramidkv import PyramidKV
-from compressed_cache.policies.qfilter import QFilter
-from compressed_cache.policies.raas import RaaS
-from compressed_cache.policies.random import Random
-from compressed_cache.policies.random_prompt import RandomPrompt
-from compressed_cache.policies.rkv import RKV
-from compressed_cache.policies.rkv_lsh import RKVLSH
-from compressed_cache.policies.rpc import RPC
-from compressed_cache.policies.shadowkv import ShadowKV
-from compressed_cache.policies.simlayerkv import SimLayerKV
-from compressed_cache.policies.snapkv import SnapKV
-from compressed_cache.policies.streaming_llm import StreamingLLM
-from compressed_cache.policies.think import ThinK
-from compressed_cache.policies.tova import TOVA
-from compressed_cache.policies.triattention import TriAttention
-from compressed_cache.policies.vase import VaSE
-from compressed_cache.policies.vase_dkv import VaSEDKV
+from compressed_cache.policies.prefill_decode import InPhases
+from compressed_cache.wording import listing, nearest
 
 __all__ = [
     "MODIFIERS",

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from compressed_cache.attention import Form
-from compressed_cache.budgets import compressed_layers
+from compressed_cache.ops.attention import Form
+from compressed_cache.policies.budgets import compressed_layers
 
 _CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "int": (int, "an int"),
@@ -22,7 +22,7 @@ _PARTS = ("base", "prompt", "decoding")
 
 
 class Slots(NamedTuple):
-    """What a policy sees of one layer (legend in :mod:`compressed_cache.slots`).
+    """What a policy sees of one layer (legend in :mod:`compressed_cache.ops.eviction`).
 
     While decoding these are the slots of the cache. At prefill the same fields describe the prompt,
     with ``S`` its length. Policies must not change the tensors.
@@ -170,7 +170,7 @@ class Policy:
     """Whether :meth:`revise` is called before each ranking."""
     contiguous: ClassVar[bool] = False
     """Whether held tokens are attended as if they followed one another, see
-    :mod:`compressed_cache.contiguous`, which needs constants."""
+    :mod:`compressed_cache.ops.rerotation`, which needs constants."""
     prunes_channels: ClassVar[bool] = False
     """Whether slots hold :meth:`key_channels` channels of each key, those with the highest
     :meth:`channel_scores`, and policies see no others."""
@@ -282,7 +282,7 @@ class Policy:
 
         Returns:
             Slots of every head, or of each head, of each of the
-            :func:`~compressed_cache.budgets.compressed_layers`; all more than ``protected``.
+            :func:`~compressed_cache.policies.budgets.compressed_layers`; all more than ``protected``.
         """
         return [budget] * len(compressed_layers(config))
 

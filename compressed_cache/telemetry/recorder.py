@@ -10,11 +10,11 @@ import transformers
 import compressed_cache
 from compressed_cache.cache import CompressedCache
 from compressed_cache.layer import CompressedLayer
-from compressed_cache.reading import States
+from compressed_cache.observers import Progress, Watcher
+from compressed_cache.stores.prefill import States
 from compressed_cache.telemetry.lives import Lives
 from compressed_cache.telemetry.shadow import Shadow
 from compressed_cache.telemetry.trace import FORMAT, LOSSES, TOKENS, Columns, Trace
-from compressed_cache.watching import Progress, Watcher
 
 
 class Recorder:

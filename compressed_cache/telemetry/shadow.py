@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from compressed_cache import attention
 from compressed_cache.layer import CompressedLayer
-from compressed_cache.memory import power_of_two
-from compressed_cache.reading import States, positions_of
+from compressed_cache.ops import attention
+from compressed_cache.stores.prefill import States, positions_of
+from compressed_cache.stores.slots import power_of_two
 
 
 class Shadow:

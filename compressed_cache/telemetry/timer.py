@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from compressed_cache.observers import Progress, Watcher
 from compressed_cache.telemetry import peaks
 from compressed_cache.telemetry.marks import Mark, seconds_between
 from compressed_cache.telemetry.timing import Timing, finished
-from compressed_cache.watching import Progress, Watcher
 
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from compressed_cache.names import listing, nearest
+from compressed_cache.wording import listing, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -1,0 +1,1 @@
+"""Evaluation: sweeps, their results, reports, the demo and the catalogue of policies."""

@@ -1,0 +1,176 @@
+"""The catalogue as text for a terminal and as Markdown for the README."""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from compressed_cache.eval.catalogue.entries import BUDGET, HEAD_DIM, Entry, Option
+from compressed_cache.eval.catalogue.presses import Press
+from compressed_cache.wording import markdown
+
+_WIDTH = 100
+
+
+def short(entry: Entry) -> str:
+    """An entry in a few lines."""
+    told = [_facts(entry)]
+    if entry.papers:
+        told.append(" ".join(entry.papers))
+    return "\n".join([entry.name, *map(_indented, [_bare(entry.summary), *told])])
+
+
+def full(entry: Entry) -> str:
+    """All of an entry."""
+    lines = [short(entry), _indented(entry.file)]
+    for option in entry.options:
+        lines.append(_indented(f"{_typed(option)}  {_bare(option.meaning)}", hang=4))
+    if entry.works_on:
+        lines.append(_indented(f"behind {', '.join(entry.works_on)}"))
+    if entry.deviations:
+        lines.append(_indented(_bare(entry.deviations)))
+    return "\n".join(lines)
+
+
+def press(row: Press) -> str:
+    """A row of the table of presses."""
+    here = f"CompressedCache({row.here}, budget=...)" if row.here else "not here"
+    lines = [f"{row.name}({row.arguments})  [{row.origin}]", _indented(here)]
+    return "\n".join([*lines, *([_indented(_bare(row.note))] if row.note else [])])
+
+
+def tables(policies: Sequence[Entry], modifiers: Sequence[Entry]) -> str:
+    """The Policies section of the README."""
+    entries = [*policies, *modifiers]
+    options = [
+        [f"`{entry.name}`", f"`{_typed(option)}`", option.meaning]
+        for entry in entries
+        for option in entry.options
+    ]
+    header = ("in one line", "paper", "evicts at", "looks at", "state", f"defaults at {BUDGET}")
+    added = ("in one line", "paper", "works at", "looks at", "state", "behind")
+    behind = len([policy for policy in policies if policy.evicts])
+    return "\n".join(
+        [
+            _table(["policy", *header], [[*_cells(e), _defaults(e) or "-"] for e in policies]),
+            "",
+            "*Looks at*: beside keys and positions. *State*: beside key, value and position, in "
+            "each slot of a key/value head, and where queries are recorded, in each layer for each "
+            f"query head (of {HEAD_DIM} in bfloat16). *Defaults*: what `None` means for the "
+            "arguments of `CompressedCache`, where it is not `interval=1`, `sinks=0`, `recent=0`, "
+            "`protect_prompt=False`.",
+            "",
+            "Modifiers go behind a policy, as in `h2o+caote`; what they look at and hold is beside "
+            "what it does:",
+            "",
+            _table(
+                ["modifier", *added],
+                [
+                    [*_cells(e), "any" if len(e.works_on) == behind else _names(e.works_on)]
+                    for e in modifiers
+                ],
+            ),
+            "",
+            _folded("Options", _table(["of", "option", "meaning"], options)),
+            "",
+            _folded(
+                "Where they differ from their papers",
+                "\n".join(f"- `{e.name}`: {e.deviations}" for e in entries if e.deviations),
+            ),
+        ]
+    )
+
+
+def presses(rows: Sequence[Press]) -> str:
+    """The table of presses for the README, and how budgets are told."""
+    cells = [
+        [
+            f"`{row.name}`{f' ({row.origin})' * (row.origin == 'fork')}",
+            f"`{row.arguments}`" if row.arguments else "-",
+            f"`{row.here}`" if row.here else "not here",
+            row.note or "-",
+        ]
+        for row in rows
+    ]
+    return "\n".join(
+        [
+            "What stands under *here* goes into `CompressedCache(..., budget=...)`, or into the "
+            "arguments of `lm_eval` as `kv_press=snapkv,kv_window=64`. `compression_ratio=r` of a "
+            "prompt of `n` tokens is `budget=int(n * (1 - r))`, which also holds while decoding; "
+            "the `cache_budget` of the fork is `budget`. Policies rank at prefill and while "
+            "decoding, so nothing wraps them for either; options are those of the press, with its "
+            "defaults.",
+            "",
+            _table(["press", "its arguments", "here", "note"], cells),
+        ]
+    )
+
+
+def _facts(entry: Entry) -> str:
+    facts = [
+        f"at {entry.phases}" if entry.evicts else entry.phases,
+        f"looks at {_needs(entry)}",
+        f"state {_state(entry)}",
+        f"{_defaults(entry).replace('`', '')} at budget {BUDGET}" if entry.defaults else "",
+    ]
+    return "; ".join(filter(None, facts))
+
+
+def _cells(entry: Entry) -> list[str]:
+    papers = [f"[{url.split('/')[-1]}]({url})" for url in entry.papers]
+    return [
+        f"[`{entry.name}`]({entry.file})",
+        entry.summary,
+        ", ".join(papers) or "-",
+        entry.phases,
+        _needs(entry),
+        _state(entry),
+    ]
+
+
+def _needs(entry: Entry) -> str:
+    return ", ".join(entry.needs) or "nothing"
+
+
+def _state(entry: Entry) -> str:
+    if not entry.evicts:
+        return "grows"
+    parts = []
+    if entry.bytes_per_slot:
+        parts.append(f"{entry.bytes_per_slot} B per slot")
+    if entry.bytes_per_query_head:
+        parts.append(f"{entry.bytes_per_query_head / 1024:.1f} KiB per query head")
+    return " + ".join(parts) or "none"
+
+
+def _defaults(entry: Entry) -> str:
+    return ", ".join(f"`{name}={value}`" for name, value in entry.defaults.items())
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _typed(option: Option) -> str:
+    return f"{option.name}: {option.type} = {option.default!r}"
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    return markdown(header, [[cell.replace("|", r"\|") for cell in row] for row in rows])
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def _bare(text: str) -> str:
+    return text.replace("`", "")
+
+
+def _indented(text: str, hang: int = 0) -> str:
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=" " * 4,
+        subsequent_indent=" " * (4 + hang),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,59 @@
+"""What the demo command does with its options."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from compressed_cache.eval.demo import report, text
+from compressed_cache.eval.demo.measure import BUDGETS, CORE, Exam, rows, settings
+from compressed_cache.policies import make_policy
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the demo, or generates with a model of the user's."""
+    policies = options.policies or list(CORE)
+    budgets = options.budgets or list(BUDGETS)
+    try:
+        for policy in policies:
+            make_policy(policy)
+    except ValueError as error:
+        print(f"--policies: {error}", file=sys.stderr)
+        return 2
+    counts = options.problems, options.max_new_tokens, options.workers, *budgets
+    if min(counts) < 1 or options.seed < 0:
+        print(
+            "--problems, --budgets, --workers and --max-new-tokens must be >= 1, --seed >= 0",
+            file=sys.stderr,
+        )
+        return 2
+    if bool(options.model) != bool(options.prompt):
+        print("--model and --prompt must be given together", file=sys.stderr)
+        return 2
+    console = Console()
+    if options.model:
+        text.generate(console, options.model, options.prompt, policies, budgets, options)
+        return 0
+
+    exam = Exam(problems=options.problems, seed=options.seed)
+    planned = settings(policies, budgets)
+    found = []
+    workers = min(options.workers, len(planned))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(planned))
+        for row in rows(exam, planned, workers=workers, threads=threads):
+            found.append(row)
+            progress.update(task, advance=1, description=f"{row.policy} {row.accuracy:.0%}")
+    document = report.document(exam, found, workers=workers, threads=threads)
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_json(document, folder / "demo.json")
+    report.draw(document, folder / "demo.png")
+    console.print(report.table(document))
+    console.print(f"written to {folder}/demo.json and {folder}/demo.png")
+    return 0

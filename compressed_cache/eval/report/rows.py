@@ -1,0 +1,148 @@
+"""What policies reached on tasks, in one shape whatever file it comes from."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from compressed_cache.eval.results.row import Option, Result
+
+_HARNESS = (
+    *("task", "policy", "budget", "documents", "accuracy", "accuracy_low", "accuracy_high"),
+    *("tokens", "truncated", "held_tokens", "cache_bytes"),
+)
+_RESULT = (*_HARNESS, "model", "seed", "evicted_tokens", "tokens_per_s")
+SHIPPED = "shipped model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One policy at one budget on one task. None: the file does not say."""
+
+    source: str
+    """The name of the file."""
+    model: str
+    task: str
+    policy: str
+    budget: int | None
+    """None: the full cache."""
+    protect_prompt: bool | None = None
+    options: dict[str, Option] = field(default_factory=dict)
+    """All others of the policy and the rules."""
+    seed: int | None = None
+    documents: int
+    accuracy: float
+    accuracy_low: float
+    """Lower end of the 95% interval."""
+    accuracy_high: float
+    tokens: float
+    """Mean tokens to the answer."""
+    truncated: float | None = None
+    """Share of the replies that were cut off."""
+    evicted_tokens: float | None = None
+    """Mean per reply."""
+    held_tokens: float | None = None
+    """Mean per reply."""
+    cache_bytes: float
+    """Mean per reply."""
+    tokens_per_s: float | None = None
+    """Of all replies together."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the cache kept everything."""
+        return self.budget is None
+
+    @property
+    def setting(self) -> tuple[int | None, bool | None]:
+        """What a row shares with that of `random` which it is compared with."""
+        return self.budget, self.protect_prompt
+
+
+def of_demo(document: dict[str, Any], source: str) -> list[Row]:
+    """The rows of a ``demo.json`` or a ``catalogue.json``."""
+    problems = document["problems"]
+    return [
+        Row(
+            source=source,
+            model=SHIPPED,
+            task=f"stories of {problems['steps']} steps",
+            policy=row["policy"],
+            budget=row["budget"],
+            protect_prompt=row["protect_prompt"],
+            documents=row["problems"],
+            tokens=row["mean_tokens"],
+            # The demo has the bytes of its whole batch.
+            cache_bytes=row["cache_bytes"] / row["problems"],
+            **_taken(row, "accuracy", "accuracy_low", "accuracy_high", "tokens_per_s"),
+        )
+        for row in document["rows"]
+    ]
+
+
+def of_result(result: Result, source: str) -> Row:
+    """A row of a sweep."""
+    options = dict(result.options)
+    return Row(
+        source=source,
+        protect_prompt=bool(options.pop("protect_prompt", False)),
+        options=options,
+        **_taken(vars(result), *_RESULT),
+    )
+
+
+def of_harness(document: dict[str, Any], source: str) -> list[Row]:
+    """The rows of a ``harness.json``."""
+    return [Row(source=source, model=SHIPPED, **_taken(row, *_HARNESS)) for row in document["rows"]]
+
+
+def groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that may be compared: of one model, on one task with as many documents."""
+    found: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.model, row.task, row.documents), []).append(row)
+    return list(found.values())
+
+
+def series(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of each policy by budget, under its name and those options that tell them apart."""
+    of_policy: dict[str, list[Row]] = {}
+    for row in rows:
+        of_policy.setdefault(row.policy, []).append(row)
+    found: dict[str, list[Row]] = {}
+    for policy, own in of_policy.items():
+        differing = list(_differing([row.options for row in own]))
+        for row in sorted(own, key=lambda row: row.budget or 0):
+            told = ", ".join(f"{name}={row.options.get(name)}" for name in differing)
+            found.setdefault(f"{policy} ({told})" if told else policy, []).append(row)
+    return found
+
+
+def with_prompt(lines: Mapping[str, Sequence[Row]], *, kept: bool) -> dict[str, list[Row]]:
+    """Lines without the rows whose prompt is protected or is not; the full cache stays."""
+    return {
+        name: [row for row in rows if row.is_full or bool(row.protect_prompt) is kept]
+        for name, rows in lines.items()
+    }
+
+
+def to_random(row: Row, rows: Iterable[Row]) -> float | None:
+    """Accuracy of a row less that of `random` at the same setting, the mean of its seeds.
+
+    None where `random` did not take that setting, for `random` itself and for the full cache, which
+    has no budget to share.
+    """
+    random = [r.accuracy for r in rows if r.policy == "random" and r.setting == row.setting]
+    if row.is_full or row.policy == "random" or not random:
+        return None
+    return row.accuracy - fmean(random)
+
+
+def _taken(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: row[name] for name in names}
+
+
+def _differing(options: list[dict[str, Option]]) -> Iterator[str]:
+    for name in dict.fromkeys(name for each in options for name in each):
+        if len({each.get(name) for each in options}) > 1:
+            yield name

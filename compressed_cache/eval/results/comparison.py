@@ -1,0 +1,129 @@
+"""Two policies on the same documents, which tells more than their two intervals."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest, bootstrap
+
+from compressed_cache.eval.results.row import Result
+from compressed_cache.wording import listing, nearest
+
+_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A first and a second policy on one task."""
+
+    model: str
+    task: str
+    budget: int | None
+    """Of whichever has one; None if neither has."""
+    seeds: int
+    """How often each document was asked. Documents, not replies, are the sample."""
+    documents: int
+    accuracies: tuple[float, float]
+    difference: float
+    """Accuracy of the first minus that of the second."""
+    difference_low: float
+    """Lower end of its 95% bootstrap interval."""
+    difference_high: float
+    better: tuple[int, int]
+    """Documents on which the first scored higher, and on which the second did."""
+    p: float
+    """Exact McNemar test: how often so uneven a split, or a worse one, comes by chance."""
+
+
+def compare(results: list[Result], first: str, second: str) -> list[Comparison]:
+    """Every pair of rows that differ in the policy, seeds together.
+
+    Args:
+        results: rows of any policies.
+        first: a policy.
+        second: another; one that has no budget is compared at each budget of the other.
+
+    Raises:
+        ValueError: a policy without rows, one with several rows of the same task, budget and seed,
+            or rows that have no documents in common.
+    """
+    ours, theirs = _by_cell(results, first), _by_cell(results, second)
+    found = []
+    for key, rows in ours.items():
+        for other, rows_ in theirs.items():
+            if key[:2] == other[:2] and (key[2] == other[2] or None in (key[2], other[2])):
+                budget = other[2] if key[2] is None else key[2]
+                found.append(_compared(rows, rows_, budget))
+    if not found:
+        raise ValueError(
+            f"{first!r} and {second!r} must have rows of the same model, task and budget, there "
+            "are none. Sweep both of them over the same tasks."
+        )
+    return found
+
+
+def _by_cell(
+    results: list[Result], policy: str
+) -> dict[tuple[str, str, int | None], dict[int, Result]]:
+    """Rows by model, task and budget, then by seed."""
+    found: dict[tuple[str, str, int | None], dict[int, Result]] = defaultdict(dict)
+    for row in results:
+        if row.policy != policy:
+            continue
+        rows = found[row.model, row.task, row.budget]
+        if row.seed in rows:
+            raise ValueError(
+                f"{policy!r} must have one row of {row.task}, budget {row.budget} and seed "
+                f"{row.seed}, got more: {rows[row.seed].options}, {row.options}. Keep one of them."
+            )
+        rows[row.seed] = row
+    if not found:
+        names = {row.policy for row in results}
+        raise ValueError(
+            f"there are no rows of {policy!r}, only of {listing(names)}{nearest(policy, names)}"
+        )
+    return found
+
+
+def _compared(
+    first: dict[int, Result], second: dict[int, Result], budget: int | None
+) -> Comparison:
+    row = next(iter(first.values()))
+    seeds = sorted(first.keys() & second.keys())
+    each = [first[seed].correct.keys() & second[seed].correct.keys() for seed in seeds]
+    documents = sorted(set.intersection(*map(set, each))) if each else []
+    if not documents:
+        raise ValueError(
+            f"{row.task}, budget {budget}: the rows must have documents in common, they have none. "
+            "Sweep both policies with the same seeds and limit over the same data."
+        )
+    scores = [
+        np.array([[rows[seed].correct[name] for seed in seeds] for name in documents]).mean(axis=1)
+        for rows in (first, second)
+    ]
+    differences = scores[0] - scores[1]
+    better = int((differences > 0).sum()), int((differences < 0).sum())
+    low, high = _interval(differences)
+    return Comparison(
+        model=row.model,
+        task=row.task,
+        budget=budget,
+        seeds=len(seeds),
+        documents=len(documents),
+        accuracies=(float(scores[0].mean()), float(scores[1].mean())),
+        difference=float(differences.mean()),
+        difference_low=low,
+        difference_high=high,
+        better=better,
+        p=float(binomtest(better[0], sum(better)).pvalue) if sum(better) else 1.0,
+    )
+
+
+def _interval(differences: np.ndarray) -> tuple[float, float]:
+    if len(set(differences)) == 1:
+        # All resamples are the same, which scipy has no interval for.
+        return float(differences[0]), float(differences[0])
+    interval = bootstrap(
+        (differences,), np.mean, method="percentile", rng=np.random.default_rng(_SEED)
+    ).confidence_interval
+    return float(interval.low), float(interval.high)

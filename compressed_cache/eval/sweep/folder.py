@@ -1,0 +1,141 @@
+"""The folder of a sweep: what is done, and nothing half done.
+
+    sweep.json      the plan
+    results.jsonl   one row for each finished cell, in the order in which they finished
+    cells/NAME/     log.txt, and result.json with samples.jsonl, or error.json
+
+A cell is written under a name that begins with a dot, and renamed when it is complete.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from compressed_cache.eval.results import row as rows
+from compressed_cache.eval.results.row import Result
+from compressed_cache.eval.sweep.plan import FORMAT, Cell, Plan
+
+LOG, SAMPLES, RESULT, ERROR = "log.txt", "samples.jsonl", "result.json", "error.json"
+
+
+def write_error(folder: Path, error: str) -> None:
+    """Says in a cell's folder why it has no result."""
+    (folder / ERROR).write_text(json.dumps({"format": FORMAT, "error": error}) + "\n")
+
+
+class Folder:
+    """Reads at any time, writes while open."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.cells = self.path / "cells"
+
+    @contextmanager
+    def open(self, plan: Plan) -> Iterator[None]:
+        """Keeps other sweeps out, and mends what a sweep that was killed has left.
+
+        Raises:
+            OSError: a folder that cannot be written to.
+            ValueError: a folder of another plan, or a file in it that is not its own.
+            BlockingIOError: another sweep is at work here.
+        """
+        self.cells.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                self.check(plan)
+                self._mend(plan)
+                yield
+        except Timeout:
+            raise BlockingIOError(
+                f"another sweep is at work in {self.path}. Wait for it, or use another --out"
+            ) from None
+
+    def check(self, plan: Plan) -> None:
+        """Raises ``ValueError`` if the folder holds another plan or something else."""
+        path = self.path / "sweep.json"
+        if not path.exists():
+            return
+        try:
+            found = json.loads(path.read_text())
+            version = found["format"]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path} is no plan of a sweep. Use another --out") from None
+        if version != FORMAT:
+            raise ValueError(
+                f"{path}: format must be {FORMAT}, got {version!r}. A newer compressed-cache wrote "
+                "it: update, or use another --out"
+            )
+        wanted = json.loads(json.dumps(plan.to_json()))
+        names = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+        if names:
+            differing = "; ".join(f"{n} {found.get(n)} there, {wanted.get(n)} here" for n in names)
+            raise ValueError(f"{self.path} holds another plan: {differing}. Use another --out")
+
+    def outcome(self, cell: Cell) -> Result | str | None:
+        """The cell's row, or its error, or None if it is still to do.
+
+        Raises:
+            ValueError: a file that is no row.
+        """
+        folder = self.cells / cell.name
+        if not folder.exists():
+            return None
+        path = folder / (ERROR if (folder / ERROR).exists() else RESULT)
+        try:
+            text = path.read_text()
+            return json.loads(text)["error"] if path.name == ERROR else Result.from_json(text)
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: {error}. Remove {folder} to run this cell again") from None
+
+    def begin(self, cell: Cell) -> Path:
+        """A new folder for the cell, which counts once it is published."""
+        folder = self.cells / f".{cell.name}.{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
+        return folder
+
+    def publish(self, cell: Cell, folder: Path) -> None:
+        """The cell is done, with a result or an error, and the rows have its result."""
+        folder.rename(self.cells / cell.name)
+        result = self.outcome(cell)
+        if isinstance(result, Result):
+            rows.append(self.path / rows.FILE, result)
+
+    def forget(self, cell: Cell) -> None:
+        """The cell is to do again."""
+        shutil.rmtree(self.cells / cell.name)
+
+    def _mend(self, plan: Plan) -> None:
+        for folder in self.cells.glob(".*"):
+            shutil.rmtree(folder)
+        _write(self.path / "sweep.json", json.dumps(plan.to_json(), indent=1) + "\n")
+        outcomes = [_line(self.outcome(cell)) for cell in plan.cells()]
+        finished = [line for line in outcomes if line]
+        path = self.path / rows.FILE
+        text = path.read_text() if path.exists() else ""
+        whole, half = text[: text.rfind("\n") + 1], text[text.rfind("\n") + 1 :]
+        # What a killed sweep leaves of a row that its cell has; anything else is refused below.
+        if any(line.startswith(half) for line in finished):
+            _write(path, whole)
+        known = [row.to_json() for row in rows.read(path)] if text else []
+        kept = [line for line in known if line in finished]
+        kept += [line for line in finished if line not in known]
+        _write(path, "".join(line + "\n" for line in kept))
+
+
+def _line(outcome: Result | str | None) -> str | None:
+    return outcome.to_json() if isinstance(outcome, Result) else None
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file at once, unless it holds this already."""
+    if path.exists() and path.read_text() == text:
+        return
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    partial.replace(path)

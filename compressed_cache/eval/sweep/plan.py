@@ -1,0 +1,132 @@
+"""Which cells a sweep has."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from compressed_cache.cache import CompressedCache
+from compressed_cache.eval.results.row import Option
+from compressed_cache.policies import option_names
+from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.wording import listing
+
+FORMAT = 1
+SHIPPED = "shipped"
+"""What the shipped model is called, whose folder differs from machine to machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of the harness."""
+
+    task: str
+    policy: str
+    options: Mapping[str, Option]
+    """Further arguments of the cache, as far as given."""
+    budget: int | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder, which no other cell of the sweep has."""
+        policy = self.policy.replace("/", "-")
+        budget = [] if self.budget is None else [str(self.budget)]
+        return ".".join([self.task, policy, *budget, str(self.seed)])
+
+    @property
+    def cache_arguments(self) -> dict[str, Any]:
+        """Those of ``CompressedCache`` behind the policy."""
+        return dict(self.options) | ({} if self.budget is None else {"budget": self.budget})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was asked for. All of it shapes the rows, so that a folder holds one plan."""
+
+    model: str
+    tasks: list[str]
+    policies: list[str]
+    budgets: list[int]
+    seeds: int
+    options: dict[str, dict[str, Option]] = field(default_factory=dict)
+    """Of policies by name; those under ``""`` are for all of them but ``full``."""
+    limit: int | None = None
+    batch_size: int = 1
+    gen_kwargs: dict[str, Any] = field(default_factory=dict)
+    model_args: dict[str, Any] = field(default_factory=dict)
+    chat: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pretrained(self) -> str:
+        """What the model is loaded from."""
+        return str(MODEL_PATH) if self.model == SHIPPED else self.model
+
+    def cells(self) -> list[Cell]:
+        """All cells; those of the first seed come first, so that a sweep cut short is whole."""
+        return [
+            Cell(
+                task=task,
+                policy=policy,
+                options=self._options(policy, seed),
+                budget=budget,
+                seed=seed,
+            )
+            for seed in range(self.seeds)
+            for task in self.tasks
+            for policy in self.policies
+            for budget in ([None] if policy == "full" else self.budgets)
+        ]
+
+    def repeating(self) -> list[str]:
+        """The policies whose rows are the same under every seed: decoding is greedy."""
+        if self.gen_kwargs.get("do_sample") or self.seeds == 1:
+            return []
+        return [policy for policy in self.policies if not self._draws(policy)]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the folder keeps."""
+        return {"format": FORMAT} | asdict(self)
+
+    def _options(self, policy: str, seed: int) -> dict[str, Option]:
+        shared = {} if policy == "full" else self.options.get("", {})
+        drawn = {"seed": seed} if self._draws(policy) else {}
+        return drawn | shared | self.options.get(policy, {})
+
+    def _draws(self, policy: str) -> bool:
+        given = self.options.get("", {}) | self.options.get(policy, {})
+        return "seed" in option_names(policy) and "seed" not in given
+
+
+def problems(plan: Plan, config: Any) -> Iterator[str]:
+    """Everything about policies, options and budgets that a cache would refuse.
+
+    Args:
+        plan: whose tasks are not looked at.
+        config: of the model, None where it is not known.
+    """
+    for policy in plan.policies:
+        try:
+            option_names(policy)
+        except ValueError as error:
+            yield f"--policies: {error}"
+    if strangers := [name for name in plan.options if name and name not in plan.policies]:
+        yield f"--policy-args: {listing(strangers)} not among --policies {listing(plan.policies)}"
+    if not plan.budgets and any(policy != "full" for policy in plan.policies):
+        yield "--budgets must be given, all policies but full need one"
+    heard = set()
+    for cell in plan.cells() if _all_known(plan) else []:
+        try:
+            CompressedCache(cell.policy, config=config, **cell.cache_arguments)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            where = cell.policy if cell.budget is None else f"{cell.policy} at {cell.budget}"
+            if (problem := f"{where}: {error}") not in heard:
+                heard.add(problem)
+                yield problem
+
+
+def _all_known(plan: Plan) -> bool:
+    try:
+        return all(option_names(policy) is not None for policy in plan.policies)
+    except ValueError:
+        return False

@@ -1,0 +1,139 @@
+"""Cells in processes of this machine, one per GPU.
+
+Not a pool of ``concurrent.futures``, which gives up all its work when one process is killed: here
+that is the error of one cell, and a new process takes the next.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from compressed_cache.eval.sweep.folder import Folder, write_error
+from compressed_cache.eval.sweep.plan import Cell, Plan
+
+# A forked process cannot use the GPU.
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+def run(plan: Plan, cells: Iterable[Cell], folder: Folder, *, processes: int) -> Iterator[Cell]:
+    """Runs cells, each of which is published in the folder when it is yielded."""
+    waiting = deque(cells)
+    workers = [_Worker(plan, folder, number, processes) for number in range(processes)]
+    busy: dict[Connection, _Worker] = {}
+    try:
+        while waiting or busy:
+            for worker in workers:
+                if waiting and worker not in busy.values():
+                    busy[worker.begin(waiting.popleft())] = worker
+            for pipe in wait(list(busy)):
+                assert isinstance(pipe, Connection)
+                yield busy.pop(pipe).end()
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Worker:
+    """A process that is started when it is needed and keeps its model from cell to cell."""
+
+    def __init__(self, plan: Plan, folder: Folder, number: int, processes: int) -> None:
+        self._plan, self._folder = plan, folder
+        self._number, self._processes = number, processes
+        self._process: Any = None
+        self._pipe: Any = None
+        self._cell: Any = None
+        self._partial: Any = None
+
+    def begin(self, cell: Cell) -> Connection:
+        """Starts a cell and returns what becomes readable at its end."""
+        if self._process is not None and not self._process.is_alive():
+            self.stop()
+        if self._process is None:
+            self._pipe, theirs = _CONTEXT.Pipe()
+            arguments = (theirs, self._plan, self._number, self._processes)
+            self._process = _CONTEXT.Process(target=_serve, args=arguments)
+            self._process.start()
+            # Else the pipe would not end with the process.
+            theirs.close()
+        self._cell, self._partial = cell, self._folder.begin(cell)
+        # If it ends just now, the pipe ends too.
+        with suppress(BrokenPipeError):
+            self._pipe.send((cell, self._partial))
+        return self._pipe
+
+    def end(self) -> Cell:
+        """The cell, published."""
+        try:
+            is_well = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            write_error(self._partial, _cause(self._process.exitcode))
+            is_well = False
+        self._folder.publish(self._cell, self._partial)
+        if not is_well:
+            self.stop()
+        return self._cell
+
+    def stop(self) -> None:
+        """Ends the process, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
+
+
+def _cause(exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"its process ended with status {exitcode}, see log.txt"
+    name = signal.Signals(-exitcode).name
+    memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+    return f"its process was ended by {name}{memory}"
+
+
+def _serve(pipe: Connection, plan: Plan, number: int, processes: int) -> None:
+    # Ctrl-C reaches all processes of a terminal; the sweep itself ends these.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _choose_gpu(number)
+
+    import torch
+    from tqdm import tqdm
+
+    from compressed_cache.eval.sweep.cell import take
+
+    # Its own is a semaphore of the system, which a process that is killed leaves behind.
+    tqdm.set_lock(threading.RLock())
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    while True:
+        try:
+            cell, partial = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(take(plan, cell, Path(partial)))
+
+
+def _end_with_parent() -> None:
+    """A sweep that was killed must not have cells that go on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process was started by a sweep"
+    parent.join()
+    os._exit(1)
+
+
+def _choose_gpu(number: int) -> None:
+    """Lets this process see one GPU of those that the sweep may use."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[number % count]

@@ -1,0 +1,267 @@
+"""What a layer refuses, in words, before any work is done."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.models.auto import modeling_auto
+
+from compressed_cache.hf.module_identity import Reader
+from compressed_cache.policies.eviction_config import Rules
+from compressed_cache.stores.slots import Sizes
+from compressed_cache.versions import CACHE
+
+ATTENTION = ("full_attention", "sliding_attention")
+"""Types of layers that a cache can serve."""
+# Of these transformers keeps the state, if they have one.
+_OTHERS = ("linear_attention", "conv", "moe", "mlp")
+# Numbers by which a config tells of a form of attention.
+_FORMS = {
+    "keep_window_size": "its attention is biased by what the values say, in every step anew",
+    "lambda_std_dev": "differential attention attends twice to the same keys",
+    "cross_attn_k": "it reads its text in patches of bytes, which it keeps beside the cache",
+}
+_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{n}" for n in (2, 3, 4)))
+_RESET = "Call cache.reset() or use a new CompressedCache."
+
+
+def check_states(held: Sizes | None, keys: Tensor, values: Tensor) -> None:
+    """Raises ``ValueError`` if new keys and values do not fit those of ``held``."""
+    if held is None:
+        return
+    if held.batch != keys.shape[0]:
+        raise ValueError(
+            f"batch size must stay {held.batch} until the cache is reset, got {keys.shape[0]}. "
+            f"{_RESET}"
+        )
+    kept = held.heads, held.dim, held.value_dim, held.device
+    given = keys.shape[1], keys.shape[3], values.shape[3], keys.device
+    # Under autocast they may be of another dtype.
+    if kept != given:
+        raise ValueError(
+            f"keys must be those of the model that read the prompt ({_states(*kept, held.dtype)}), "
+            f"got {_states(*given, keys.dtype)}. {_RESET}"
+        )
+
+
+def _states(heads: int, dim: int, value_dim: int, device: Any, dtype: Any) -> str:
+    values = "" if value_dim == dim else f", values of {value_dim}"
+    return f"{heads} heads of {dim}{values}, {str(dtype).removeprefix('torch.')} on {device}"
+
+
+def check_module(reader: Reader, module: Any) -> None:
+    """Raises ``ValueError`` if the text held was read by another attention module."""
+    if not reader.knows(module):
+        raise ValueError(f"model must be the one that read the prompt, got another. {_RESET}")
+
+
+def check_calls(layer: int, calls: int, *, expected: int) -> None:
+    """Raises ``ValueError`` unless a layer took part in as many calls as the first one."""
+    if calls != expected:
+        raise ValueError(
+            f"all layers must hold the same text, but a call failed before layer {layer} had read "
+            f"it. {_RESET}"
+        )
+
+
+def check_attended(layer: int, *, awaits: bool) -> None:
+    """Raises ``NotImplementedError`` if a layer still awaits attention when it is too late."""
+    if awaits:
+        raise NotImplementedError(
+            _refusal(
+                f"the attention of layer {layer} never reached the cache. It must call what "
+                "transformers' AttentionInterface.get_interface returns, with the keys that "
+                "cache.update returned"
+            )
+        )
+
+
+def check_handed(layer: int, *, awaits: bool, values_are_own: bool) -> None:
+    """Raises ``NotImplementedError`` unless attention is once over what the layer handed out.
+
+    A prompt would be right all the same, and only the tokens after it wrong.
+    """
+    if not awaits:
+        raise NotImplementedError(
+            _refusal(f"the keys of layer {layer} are attended to more than once in one call")
+        )
+    if not values_are_own:
+        raise NotImplementedError(
+            _refusal(f"layer {layer} attends to other values than those cache.update returned")
+        )
+
+
+def check_prompt(lengths: Tensor, rules: Rules, budget: int) -> None:
+    """Raises ``ValueError`` if protected prompts of these ``lengths`` ``[B]`` leave no room."""
+    if not rules.protect_prompt:
+        return
+    longest = int(lengths.max())
+    least = longest + rules.recent + 1
+    if least > budget:
+        raise ValueError(
+            "budget must be at least prompt + recent + 1 with protect_prompt=True "
+            f"({longest} + {rules.recent} + 1 = {least}), got {budget}. "
+            "Raise budget, lower recent, or set protect_prompt=False."
+        )
+
+
+def check_text(seen: int, tokens: int) -> None:
+    """Raises ``ValueError`` if a text of so many tokens cannot go on with what was read."""
+    if seen and tokens <= seen:
+        raise ValueError(
+            f"the text must begin with the {seen} tokens the cache has seen (padding included) and "
+            f"be longer, got {tokens}. For a new text: {_RESET}"
+        )
+
+
+def check_mask(attention_mask: Tensor, seen: int, tokens: int) -> None:
+    """Raises ``ValueError`` if a 2-D mask is shorter than the text, as that of another text is."""
+    width = attention_mask.shape[1]
+    if width < seen + tokens:
+        raise ValueError(
+            f"attention_mask must cover the {seen} tokens the cache has seen (padding included) "
+            f"and {tokens} new ones, got {width} columns. For a new text: {_RESET}"
+        )
+
+
+def check_shown(known: Tensor, shown: Tensor) -> None:
+    """Raises ``ValueError`` if a mask shows as tokens what was read as padding, ``[B, T]`` bool."""
+    more = (shown & ~known).sum(dim=1)
+    if bool(more.any()):
+        row = int(more.argmax())
+        raise ValueError(
+            f"attention_mask must hide what was read as padding, of rows that had ended or by an "
+            f"earlier mask, because it is not held; it shows {int(more[row])} such tokens of row "
+            f"{row}"
+        )
+
+
+def check_function(function: Callable[..., Any], module: Any) -> None:
+    """Raises ``NotImplementedError`` for an attention function that steps would leave out.
+
+    Steps compute what the functions of transformers compute, and what stands under their names.
+    """
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation is None or implementation in _IMPLEMENTATIONS:
+        return
+    while isinstance(function, functools.partial):
+        function = function.func
+    home = getattr(function, "__globals__", {}).get("__name__", "")
+    if home.partition(".")[0] != "transformers" and home != type(module).__module__:
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        raise NotImplementedError(
+            f"attn_implementation {implementation!r} calls {name!r}, a function of your own: the "
+            "decode steps of CompressedCache attend over slots by themselves and would leave it "
+            "out. Use 'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'."
+        )
+
+
+def check_attention(layer: int, module: Any, arguments: dict[str, Any]) -> None:
+    """Raises ``NotImplementedError`` for an attention layer that slots cannot serve."""
+    config = getattr(module, "config", None)
+    implementation = getattr(config, "_attn_implementation", None) or ""
+    if implementation.startswith("paged|"):
+        raise NotImplementedError(
+            f"attn_implementation {implementation!r} keeps keys and values in pages of its own, so "
+            "CompressedCache cannot work with it. Use 'sdpa', 'eager', 'flash_attention_2' or "
+            "'flex_attention'."
+        )
+    if config is not None:
+        check_config(config)
+    kinds = getattr(config, "layer_types", None) or []
+    kind = kinds[layer] if layer < len(kinds) else "full_attention"
+    if kind not in ATTENTION:
+        raise NotImplementedError(_refusal(f"layer {layer} is of type {kind!r}"))
+    if arguments.get("position_bias") is not None:
+        raise NotImplementedError(
+            _refusal(f"layer {layer} adds a position bias, which is counted in slots, not tokens")
+        )
+
+
+def check_config(config: Any) -> None:
+    """Raises ``NotImplementedError`` for a model whose config tells that it cannot be served."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            _refusal("an encoder-decoder model attends to its encoder, where nothing is decoded")
+        )
+    text = config.get_text_config(decoder=True)
+    if _has(text, "kv_lora_rank"):
+        raise NotImplementedError(
+            _refusal("multi-head latent attention caches one latent vector for all heads, not keys")
+        )
+    sharing = getattr(text, "kv_sharing_modes", None) or []
+    if _has(text, "num_kv_shared_layers") or "reuse" in sharing:
+        raise NotImplementedError(_refusal("its last layers read the keys of earlier ones"))
+    kinds = getattr(text, "layer_types", None) or []
+    unknown = sorted({kind for kind in kinds if kind not in (*ATTENTION, *_OTHERS)})
+    if unknown:
+        raise NotImplementedError(
+            _refusal(f"it has layers of type {', '.join(map(repr, unknown))}")
+        )
+    check_keys(any(kind in ATTENTION for kind in kinds or ATTENTION))
+    if "diffusion" in (getattr(text, "model_type", None) or ""):
+        raise NotImplementedError(
+            _refusal("it writes a block of tokens many times over, not one token after another")
+        )
+    if getattr(text, "recurrent_kv_cache_mode", None) == "last_loop":
+        raise NotImplementedError(_refusal("its loops read the keys that are held by themselves"))
+    for name, reason in _FORMS.items():
+        if _has(text, name):
+            raise NotImplementedError(_refusal(reason))
+
+
+def check_keys(has_some: bool) -> None:
+    """Raises ``NotImplementedError`` for a model without a layer that keeps keys and values."""
+    if not has_some:
+        raise NotImplementedError(
+            _refusal("it keeps no keys and values, so there is nothing to compress")
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raises ``NotImplementedError`` for a model that cannot generate with a cache it is given."""
+    check_config(model.config)
+    check_class(type(model))
+    # With a cache that could be compiled, generate builds the masks.
+    if any(hasattr(part, "_prepare_decoder_attention_mask") for part in model.children()):
+        raise NotImplementedError(_refusal("it takes no masks but those it builds itself"))
+
+
+@functools.cache
+def check_class(model: type) -> None:
+    """Raises ``NotImplementedError`` for a class of models that has no use for a cache it is given.
+
+    Such a model would go on without it, or say so in words of its own.
+    """
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        raise NotImplementedError(_refusal("it keeps its states in a way of its own"))
+    takers = (getattr(model, name, None) for name in ("forward", "prepare_inputs_for_generation"))
+    if not any(taker and CACHE in inspect.signature(taker).parameters for taker in takers):
+        raise NotImplementedError(_refusal("it cannot be given a cache"))
+
+
+def class_of(config: Any) -> Any:
+    """The class of the model that transformers makes of a config, None if it knows none."""
+    for mapping in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    ):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    return None
+
+
+def _has(config: Any, name: str) -> bool:
+    """Whether a number of a config, or of one of its layers, is there and not zero."""
+    try:
+        return bool(getattr(config, name, None))
+    except RuntimeError:
+        # It differs between layers and is not told of all at once.
+        return any(getattr(layer, name, None) for layer in config.per_layer_config)
+
+
+def _refusal(reason: str) -> str:
+    return f"CompressedCache cannot serve this model: {reason}."

@@ -1,0 +1,195 @@
+"""A loop for ``generate`` that leaves the host little to do between two steps."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+from compressed_cache.cache import CompressedCache
+from compressed_cache.hf import attention_hook as hook
+from compressed_cache.hf.checks import ATTENTION
+from compressed_cache.versions import CACHE
+
+hook.install()
+
+_MASK = "attention_mask"
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# A model with one of these of its own may need more than another token in each step.
+_METHODS = (
+    "_sample",
+    "_prefill",
+    "_update_model_kwargs_for_generation",
+    "prepare_inputs_for_generation",
+)
+
+
+@hook.takes_all_arguments
+def decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
+    """The tokens of plain ``generate`` with less work for the host in each step::
+
+        model.generate(**inputs, past_key_values=CompressedCache(), custom_generate=decode)
+
+    What a model reads in a step over a :class:`CompressedCache` is the same each time but for the
+    token and its position, so it is prepared once and then written in place. The compiled step,
+    the logits processors, the stopping criteria and the streamer are those of plain ``generate``.
+    Nothing waits for the device where only a length ends the text.
+
+    A row that has ended is padded, and here the cache is told so: once it has read the token that
+    ended it, a row holds what it held, and a conversation goes on in a batch as it does alone. For
+    that, the last of these tokens is read too, in one more step. (Plain ``generate`` does not tell,
+    so there padding is read as text, until the mask of a later call shows what it was.)
+
+    This is for greedy decoding and sampling. Whatever else is asked for (beams, drafts,
+    ``return_dict_in_generate``, another cache, a model that prepares its inputs in a way of its
+    own) is left to the loop ``generate`` would have used.
+
+    Args:
+        model: the model.
+        input_ids: ``[B, L]`` int64 the prompt.
+        arguments: what ``generate`` passes to its own loops.
+
+    Returns:
+        What ``generate`` returns.
+    """
+    config: GenerationConfig = arguments["generation_config"]
+    mode = config.get_generation_mode(arguments.get("assistant_model"))
+    if mode in _MODES and _is_simple(model, config, arguments):
+        return _decode(model, input_ids, **arguments)
+    return getattr(type(model), GENERATION_MODES_MAPPING[mode])(model, input_ids, **arguments)
+
+
+def _is_simple(model: Any, config: GenerationConfig, arguments: dict[str, Any]) -> bool:
+    cache = arguments.get(CACHE)
+    return (
+        isinstance(cache, CompressedCache)
+        # Not while it drafts.
+        and cache.is_compileable
+        and bool(arguments["use_cache"])
+        and arguments.get("position_ids") is not None
+        and not arguments.get("synced_gpus")
+        and not config.return_dict_in_generate
+        and not config.is_assistant
+        and not model.is_remote_code()
+        and all(_is_inherited(model, method) for method in _METHODS)
+    )
+
+
+def _is_inherited(model: Any, method: str) -> bool:
+    return getattr(getattr(model, method), "__func__", None) is getattr(GenerationMixin, method)
+
+
+def _decode(
+    model: Any,
+    ids: Tensor,
+    *,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any = None,
+    synced_gpus: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    forward = (
+        model.get_compiled_call(generation_config.compile_config)
+        if model._valid_auto_compile_criteria(kwargs, generation_config)
+        else model.__call__
+    )
+    outputs = model._prefill(ids, generation_config, kwargs)
+    kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+
+    criteria = [c for c in stopping_criteria if type(c) is not MaxLengthCriteria]
+    limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
+    longest = min(limits, default=math.inf)
+    pad = generation_config._pad_token_tensor
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    unfinished = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
+    inputs: Any = None
+    padding: _Padding | None = None
+    with model._optimize_model_for_decode():
+        while True:
+            # A copy, or the logits of a whole prompt would stay in memory.
+            scores = outputs.logits[:, -1].to(ids.device, torch.float32, copy=True)
+            del outputs
+            for processor in logits_processor:
+                scores = processor(ids, scores)
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+            else:
+                tokens = scores.argmax(dim=-1, keepdim=True)
+            if pads:
+                tokens = torch.where(unfinished, tokens, pad.to(ids.device))
+            ids = torch.cat([ids, tokens], dim=-1)
+            # What ends a row is still read as text.
+            real = unfinished
+            for criterion in criteria:
+                unfinished = unfinished & ~criterion(ids, None)[:, None]
+            if streamer is not None:
+                streamer.put(tokens[:, 0].cpu())
+            has_ended = bool(criteria) and not unfinished.any()
+            if ids.shape[1] >= longest or (has_ended and not pads):
+                break
+            # Ends the step before, as transformers does when it asks for the size of a mask.
+            kwargs[CACHE].get_mask_sizes(1, 0)
+            if inputs is None:
+                inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
+                if pads and len(ids) > 1:
+                    padding = _Padding(model, inputs)
+            else:
+                inputs["input_ids"].copy_(tokens)
+                inputs["position_ids"].add_(1)
+                if padding is not None:
+                    padding.write(real)
+            outputs = forward(**inputs, return_dict=True)
+            if has_ended:
+                # Alone or beside longer ones, a row has read the token that ended it.
+                break
+    if streamer is not None:
+        streamer.end()
+    return ids
+
+
+class _Padding:
+    """Tells a cache, by the mask of each step, in which rows the token is padding.
+
+    Args:
+        model: the model.
+        inputs: of its first step; what they have of masks is replaced by memory that stays.
+    """
+
+    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
+        self.inputs, self.masks = inputs, list[Tensor]()
+        self.is_flash = "flash" in (model.config._attn_implementation or "")
+        mask = inputs.get(_MASK)
+        if isinstance(mask, dict):
+            inputs[_MASK] = {
+                kind: self._own(part) if kind in ATTENTION else part for kind, part in mask.items()
+            }
+        elif not isinstance(mask, Tensor) or mask.dim() == 4:
+            inputs[_MASK] = self._own(mask)
+
+    def write(self, real: Tensor) -> None:
+        """Takes rows ``[B, 1]`` bool for text, the others for padding."""
+        for mask in self.masks:
+            if mask.dtype == torch.bool:
+                mask.copy_(real[:, :, None, None])
+            else:
+                mask.fill_(torch.finfo(mask.dtype).min).masked_fill_(real[:, :, None, None], 0.0)
+        mask = self.inputs.get(_MASK)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            # The model makes its masks from the whole one.
+            self.inputs[_MASK] = torch.cat([mask, real.to(mask.dtype)], dim=1)
+
+    def _own(self, mask: Any) -> Any:
+        if mask is None and not self.is_flash:
+            return None
+        batch = len(self.inputs["input_ids"])
+        kind = mask.dtype if isinstance(mask, Tensor) else torch.bool
+        own = torch.zeros(batch, 1, 1, 1, dtype=kind, device=self.inputs["input_ids"].device)
+        own = own.logical_not_() if kind == torch.bool else own
+        self.masks.append(own)
+        return own

@@ -1,0 +1,70 @@
+"""Linear attention, for models that mix it with the other kind."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from compressed_cache.hf import checks
+
+
+class LinearLayers(Cache):
+    """The part of a cache that serves linear-attention layers, with transformers' own layers.
+
+    Which layers these are shows when the model first asks for the state of one.
+    """
+
+    layers: list[Any]
+
+    def make_layers(self, count: int) -> None:
+        """Makes layers up to this number."""
+        raise NotImplementedError
+
+    def linear_layer(self, index: int) -> LinearAttentionLayer:
+        """The linear-attention layer of this index, made where there is none yet."""
+        if len(self.layers) <= index:
+            self.make_layers(index)
+            self.layers.append(LinearAttentionLayer())
+        layer = self.layers[index]
+        if not isinstance(layer, LinearAttentionLayer):
+            raise ValueError(
+                f"layer {index} held keys and values, got the state of linear attention. Use a new "
+                "CompressedCache for another model."
+            )
+        return layer
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The convolution state of a linear-attention layer, None before its first token."""
+        self.linear_layer(layer_idx)
+        return self._held(super().get_conv_state(layer_idx, state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The recurrent state of a linear-attention layer, None before its first token."""
+        self.linear_layer(layer_idx)
+        return self._held(super().get_recurrent_state(layer_idx, state_idx))
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Takes the new convolution state of a linear-attention layer."""
+        self.linear_layer(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Takes the new recurrent state of a linear-attention layer."""
+        self.linear_layer(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def _held(self, state: Tensor | None) -> Tensor | None:
+        """A state that is asked for, which only the second call of a model finds."""
+        if state is not None:
+            checks.check_keys(not all(isinstance(one, LinearAttentionLayer) for one in self.layers))
+        return state
+
+
+def states(layer: LinearAttentionLayer) -> list[Tensor]:
+    """The tensors that a linear-attention layer holds."""
+    held = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    return [state for state in held if state is not None]

@@ -1,0 +1,1 @@
+"""Pure tensor operations. The letters of all shapes are in :mod:`compressed_cache.ops.eviction`."""

@@ -1,0 +1,86 @@
+"""How much attention each token of a prompt received in all, without the weights in memory."""
+
+import torch
+from torch import Tensor
+
+from compressed_cache.ops.attention import Form, group_queries
+from compressed_cache.ops.kernels import operators
+from compressed_cache.stores.slots import Sizes
+
+_BLOCK_ELEMENTS = 1 << 21
+"""Weights held at once on a CPU: 8 MiB of float32, which stay in its cache between two passes."""
+
+
+def attention_totals(
+    queries: Tensor, keys: Tensor, real: Tensor, *, form: Form, sizes: Sizes
+) -> Tensor | None:
+    """Sum over all queries of a prompt of their causal attention, averaged over the group.
+
+    The weights of a block of queries are made, added up by column and forgotten. On CUDA two
+    kernels do it: one finds the log-sum-exp of each query, the second needs only that to add up a
+    column of keys from top to bottom. Values are never read.
+
+    Args:
+        queries: ``[B, H * G, L, D]`` after RoPE.
+        keys: ``[B, H, L, D]`` after RoPE.
+        real: ``[B, L]`` bool, ``False`` at padding, which is on the left.
+        form: how logits become weights.
+        sizes: of the layer.
+
+    Returns:
+        ``[B, H, L]`` float32, zero at padding. None where these ways do not serve: on other devices
+        without the kernels, and on a CPU where a logit is not a number.
+    """
+    if operators.serves(sizes):
+        padding = (~real).sum(dim=1)
+        return operators.attention_totals(
+            queries, keys, padding, form.sinks, scaling=form.scaling, softcap=form.softcap
+        )
+    if keys.device.type == "cpu":
+        totals = _block_totals(queries, keys, real, form)
+        if totals.isfinite().all():
+            return totals
+    return None
+
+
+def _block_totals(queries: Tensor, keys: Tensor, real: Tensor, form: Form) -> Tensor:
+    """Head by head, so that a block of weights is small; what is after a query is not computed."""
+    batch, heads, length = keys.shape[:3]
+    exact = torch.promote_types(keys.dtype, torch.float32)
+    grouped = group_queries(queries, heads)
+    groups = grouped.shape[2]
+    block = max(1, _BLOCK_ELEMENTS // (groups * length))
+    memory = torch.empty(groups * block * length, dtype=exact)
+    totals = torch.zeros(batch, heads, length, dtype=exact)
+    for row, padding in enumerate((~real).sum(dim=1).tolist()):
+        for head in range(heads):
+            sinks = None
+            if form.sinks is not None:
+                sinks = form.sinks.to(exact).view(heads, groups, 1, 1)[head]
+            own_keys = keys[row, head, padding:].to(exact).mT
+            own_queries = grouped[row, head, :, padding:]
+            for start in range(0, length - padding, block):
+                queries_here = own_queries[:, start : start + block].to(exact)
+                end = start + queries_here.shape[1]
+                shape = groups, end - start, end
+                weights = memory[: groups * (end - start) * end].view(shape)
+                torch.mm(
+                    (queries_here * form.scaling).flatten(0, 1),
+                    own_keys[:, :end],
+                    out=weights.flatten(0, 1),
+                )
+                if form.softcap is not None:
+                    weights.div_(form.softcap).tanh_().mul_(form.softcap)
+                later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+                weights[:, :, start:].masked_fill_(later, -torch.inf)
+                # The share of a row that its sink leaves to the tokens.
+                share = (
+                    None
+                    if sinks is None
+                    else (weights.logsumexp(-1, keepdim=True) - sinks).sigmoid()
+                )
+                torch.softmax(weights, dim=-1, out=weights)
+                if share is not None:
+                    weights.mul_(share)
+                totals[row, head, padding : padding + end] += weights.sum(dim=(0, 1))
+    return (totals / groups).float()

@@ -1,0 +1,70 @@
+"""The last few rows of attention, without what was recent to them."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compressed_cache.ops.attention import masked_softmax
+from compressed_cache.policies.base import Defaults, Policy, Rows, Slots
+from compressed_cache.policies.methods.snapkv import check_window
+
+
+@dataclass(frozen=True, kw_only=True)
+class MorphKV(Policy):
+    """Keeps what the last ``window`` queries attended to among the tokens old to each of them.
+
+    MorphKV (https://arxiv.org/abs/2503.00979), in the form of the authors' code: at its own step
+    each query leaves one row per key/value head, a softmax of the logits summed over the query
+    heads that share the head, without the last ``window + 1`` tokens (its own and the ``window``
+    before). The rows of the last ``window`` queries are fused by maximum or sum. Those
+    ``window + 1`` tokens are always kept; ``recent`` can only extend it.
+
+    Differs in one point: the paper drops a token right after a step, this cache right before the
+    next, by the same rows; so attention sees ``budget`` tokens where the paper sees one more.
+    """
+
+    name: ClassVar[str] = "morphkv"
+    observes_attention: ClassVar = True
+    window: int = 3
+    """Queries that vote (the default of the authors' code; their experiments use up to 200)."""
+    fuse: str = "max"
+    """How the rows become one score: ``"max"`` or ``"sum"``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_window(self.window, 1)
+        if self.fuse not in ("max", "sum"):
+            raise ValueError(f"fuse must be 'max' or 'sum', got {self.fuse!r}")
+        object.__setattr__(self, "prompt_queries", self.window)
+
+    @property
+    def kept_recent(self) -> int:
+        return self.window + 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.window
+
+    def defaults(self, budget: int) -> Defaults:
+        return Defaults(recent=self.window + 1)
+
+    def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
+        own = rows.query_positions
+        old = rows.positions[:, :, None] < (own - self.window)[:, None, :, None]
+        old = old & (rows.positions >= 0)[:, :, None] & (rows.weights > 0).all(dim=2)
+        # Logarithms of weights are logits but for a number that the softmax takes out again.
+        new = masked_softmax(rows.weights.log().sum(dim=2), old)
+        register = torch.cat([attention.view(*new.shape[:2], new.shape[3], -1), new.mT], dim=-1)
+        # Padding must not push out what real queries left.
+        real = torch.nn.functional.pad((own >= 0).int(), (self.window, 0), value=1)
+        newest = real.argsort(dim=1, stable=True)[:, -self.window :]
+        index = newest[:, None, None].expand(*register.shape[:3], -1)
+        return register.gather(-1, index).view_as(attention)
+
+    def scores(self, slots: Slots) -> Tensor:
+        register = slots.attention.view(*slots.positions.shape, -1)
+        fused = register.amax(dim=-1) if self.fuse == "max" else register.sum(dim=-1)
+        window = slots.positions >= (slots.next_position - self.kept_recent)[:, None, None]
+        return fused.masked_fill(window, torch.inf)

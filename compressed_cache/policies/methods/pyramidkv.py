@@ -1,0 +1,44 @@
+"""The last queries vote, and deep layers get fewer slots."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from compressed_cache.policies.budgets import compressed_layers, share_out
+from compressed_cache.policies.methods.snapkv import SnapKV
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidKV(SnapKV):
+    """Keeps what ``snapkv`` keeps, with a budget that falls linearly from layer to layer.
+
+    PyramidKV, section 4 (https://arxiv.org/abs/2406.02069). Beside what is protected (``sinks`` and
+    ``recent``, by default the window), which every layer holds, the last layer has a ``beta``-th of
+    the mean number of slots and the first as much more than the mean as the last has less.
+
+    Differs from the authors' code in five points: those of ``snapkv``; budgets are whole numbers
+    whose sum is exactly that of a uniform budget (they round the step down); the last layer has
+    at least one slot beside what is protected; budgets are the same however short the prompt is
+    (they fall back to the same budget in every layer); and they hold while decoding too.
+    """
+
+    name: ClassVar[str] = "pyramidkv"
+    shares_budget: ClassVar = True
+    beta: int = 20
+    """How many times fewer slots than the mean the last layer has (the authors' code has 20)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta < 1:
+            raise ValueError(f"beta must be >= 1, got {self.beta}")
+
+    def budgets(self, budget: int, num_heads: int, protected: int, config: Any) -> list[int]:
+        num_layers = len(compressed_layers(config))
+        free = budget - protected
+        if num_layers == 1 or free <= 1:
+            return [budget] * num_layers
+        least = max(Fraction(free, self.beta), Fraction(1))
+        most = 2 * free - least
+        step = (most - least) / (num_layers - 1)
+        shares = share_out(num_layers * free, [most - step * depth for depth in range(num_layers)])
+        return [protected + share for share in shares]

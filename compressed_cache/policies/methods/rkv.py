@@ -1,0 +1,145 @@
+"""Attended by the last queries, and not said before."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compressed_cache.ops.attention import masked_softmax
+from compressed_cache.ops.eviction import pool_by_position
+from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
+from compressed_cache.policies.methods.snapkv import check_window, window_logits
+
+_BLOCK_ROWS = 512
+"""Rows of the similarity matrix held at once, so that a long prompt needs memory linear in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceAndRedundancy(Policy):
+    """What R-KV and its relatives share: a window that votes, and a redundancy to be subtracted."""
+
+    window: int = 8
+    """Queries that vote, and tokens always kept."""
+    kernel_size: int = 7
+    """Odd width of the max pooling, in held tokens; 1 switches it off."""
+    mix_lambda: float = 0.1
+    """Weight of importance against redundancy, 0 to 1 (the paper's; later studies used 0.5)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_window(self.window, self.kernel_size)
+        check_mix(self.mix_lambda)
+
+    @property
+    def kept_recent(self) -> int:
+        return self.window
+
+    @property
+    def num_queries(self) -> int:
+        return self.window
+
+    def defaults(self, budget: int) -> Defaults:
+        return Defaults(interval=usual_interval(budget, longest=128), recent=self.window)
+
+    def scores(self, slots: Slots) -> Tensor:
+        before = slots.positions < (slots.next_position - self.window)[:, None, None]
+        before = before & (slots.positions >= 0)
+        importance = self.importance(slots, before)
+        redundancy = self.redundancy(slots)
+        scores = self.mix_lambda * importance - (1 - self.mix_lambda) * redundancy
+        return scores.masked_fill(~before, torch.inf)
+
+    def importance(self, slots: Slots, before: Tensor) -> Tensor:
+        """What the window attends to among the tokens ``before`` it, ``[B, H, S]``."""
+        logits = window_logits(slots).amax(dim=2)
+        votes = masked_softmax(logits, before[:, :, None])
+        seen = slots.query_positions >= 0
+        votes = (votes * seen[:, None, :, None]).sum(dim=2) / seen.sum(dim=1)[:, None, None]
+        # The window takes no part in the pooling, so it is passed as if empty.
+        prefix = slots.positions.masked_fill(~before, -1)
+        return pool_by_position(votes, prefix, kernel_size=self.kernel_size, reduce="max")
+
+    def redundancy(self, slots: Slots) -> Tensor:
+        """How much each key resembles the others, ``[B, H, S]``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RKV(ImportanceAndRedundancy):
+    """Trades the attention of the last queries against redundancy among the keys.
+
+    R-KV (https://arxiv.org/abs/2505.24133), in the form of the authors' code
+    (Zefan-Cai/R-KV@d15c976): ``mix_lambda * importance - (1 - mix_lambda) * redundancy``.
+    Importance is the attention of the last ``window`` queries to the tokens before the window
+    (group maximum of the logits, softmax without the window, mean, max-pooled). Redundancy is a
+    softmax over the mean cosine of each key to all others, where each key spares its newest
+    near-duplicate, or the oldest held token when it has none, as the authors' code does. The window
+    is always kept; ``recent`` can only extend it.
+
+    Differs in one point: slots are overwritten one by one in the order of the ranking, where the
+    authors let the cache grow by 128 tokens and cut it back, so the budget here includes that
+    buffer.
+    """
+
+    name: ClassVar[str] = "rkv"
+    similarity_threshold: float = 0.5
+    """Cosine above which two keys count as near-duplicates."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_similarity(self.similarity_threshold)
+
+    def redundancy(self, slots: Slots) -> Tensor:
+        return spared_redundancy(slots, self.similarity_threshold)
+
+
+def check_mix(mix_lambda: float) -> None:
+    """Raises ``ValueError`` for what is no share."""
+    if not 0 <= mix_lambda <= 1:
+        raise ValueError(f"mix_lambda must be from 0 to 1, got {mix_lambda}")
+
+
+def check_similarity(similarity_threshold: float) -> None:
+    """Raises ``ValueError`` for what no cosine can be."""
+    if not -1 <= similarity_threshold <= 1:
+        raise ValueError(f"similarity_threshold must be from -1 to 1, got {similarity_threshold}")
+
+
+def directions(slots: Slots) -> tuple[Tensor, Tensor]:
+    """Held keys divided by their length, zero where there is none, and which of them count.
+
+    Returns:
+        ``[B, H, S, D]`` float32 and ``[B, H, S]`` bool: held, and all numbers.
+    """
+    keys = slots.keys.float()
+    keys = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
+    counted = (slots.positions >= 0) & ~keys.isnan().any(dim=-1)
+    return keys.masked_fill(~counted.unsqueeze(-1), 0.0), counted
+
+
+def as_shares(similarity: Tensor, slots: Slots, counted: Tensor) -> Tensor:
+    """Summed similarities to all others as a softmax over held keys; ``inf`` at broken ones."""
+    held = slots.positions >= 0
+    shares = masked_softmax(similarity / held.sum(dim=-1, keepdim=True), held)
+    # Not NaN, which differs from itself: the compiler would take all layers for different ones.
+    return shares.masked_fill(held & ~counted, torch.inf)
+
+
+def spared_redundancy(slots: Slots, similarity_threshold: float) -> Tensor:
+    """Mean cosine to all other keys but a spared one, as shares: see :class:`RKV`."""
+    positions = slots.positions
+    held = positions >= 0
+    keys, counted = directions(slots)
+    columns = torch.arange(keys.shape[2], device=keys.device)
+    oldest = positions.masked_fill(~held, torch.iinfo(torch.int64).max).argmin(-1, keepdim=True)
+    total = torch.zeros_like(positions, dtype=torch.float32)
+    for start in range(0, keys.shape[2], _BLOCK_ROWS):
+        rows = columns[start : start + _BLOCK_ROWS]
+        cosine = keys[:, :, start : start + _BLOCK_ROWS] @ keys.mT
+        cosine = cosine.masked_fill(rows[:, None] == columns, 0.0)
+        similar = (cosine > similarity_threshold) & held[:, :, None, :]
+        newest, spared = positions[:, :, None].masked_fill(~similar, -1).max(-1, keepdim=True)
+        spared = torch.where(newest >= 0, spared, oldest[:, :, None])
+        total += cosine.scatter(-1, spared, 0.0).sum(dim=2)
+    return as_shares(total, slots, counted)

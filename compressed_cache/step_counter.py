@@ -1,0 +1,73 @@
+"""The host's count of tokens, kept out of the compiled graphs."""
+
+
+class Clock:
+    """Counts tokens on the host and says whether the next decode step ranks the slots.
+
+    A compiled decode step must not read a Python int that changes (each value would be compiled in,
+    and CUDA graphs would be recorded once per value), but a cache that ranks every ``interval``
+    steps has to know when. So a step only *reads* the bool :attr:`ranks` and *writes* a constant to
+    :attr:`running`; the counting is done by :meth:`tick`, which transformers triggers eagerly
+    between two steps when it asks for the size of the mask. Compiled code is then guarded on one
+    bool: two graphs. Where nobody asks (a model compiled by hand), the cache ticks inside the step:
+    correct, with two more graphs, because the int is first taken for a constant.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to before the prompt."""
+        self.prompt = 0
+        self.steps = 0
+        self.running = 0
+        self.ranks = True
+        self.is_first_prompt = True
+        """Whether no token has been decoded yet, so that a further prompt is one more chunk."""
+        self.records = False
+        """Whether layers remember what they read, because it may be taken back."""
+        self.prompt_tokens = 0
+        """How many tokens of the call that began last are read as a prompt; the others as steps."""
+        self.is_read = False
+        """Whether the graph of the running step has read how many tokens were seen, and the layer
+        that counts them has not gone on: see :mod:`compressed_cache.hf.compile_once`."""
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of all prompts and of all steps begun, padding included."""
+        return self.prompt + self.steps + self.running
+
+    def tick(self) -> None:
+        """Ends the step that is running, if one is."""
+        if self.running:
+            self.steps += self.running
+            self.running = 0
+            self.ranks = self.steps % self.interval == 0
+
+    def begin(self, prompt_tokens: int, steps: int) -> None:
+        """Counts a call: tokens read as a prompt, then tokens read one by one.
+
+        After a prompt the slots are ranked anew in the next step.
+        """
+        self.prompt_tokens = prompt_tokens
+        self.is_read = False
+        if prompt_tokens:
+            self.is_first_prompt = self.is_first_prompt and self.steps == 0
+            self.prompt += self.steps + prompt_tokens
+            self.steps = 0
+            self.ranks = True
+        self.running = steps
+
+    def ranks_at(self, token: int) -> bool:
+        """Whether the slots are ranked before the given token of the running step."""
+        return (self.steps + token) % self.interval == 0
+
+    def state(self) -> dict[str, int | bool]:
+        """What :meth:`restore` needs."""
+        names = ("prompt", "steps", "running", "ranks", "is_first_prompt")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, state: dict[str, int | bool]) -> None:
+        """Back to the moment of :meth:`state`."""
+        vars(self).update(state)

@@ -1,0 +1,1 @@
+"""Where a layer keeps its tokens, and how it reads prompts and decode steps."""
