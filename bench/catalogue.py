@@ -16,6 +16,7 @@ from bench.every_policy import EVERY
 from compressed_cache.cache import CompressedCache
 from compressed_cache.eval.demo import report
 from compressed_cache.eval.demo.measure import BUDGETS, Exam, Row, Setting, rows, settings
+from compressed_cache.policies.capabilities import SharesBudget, find
 
 RESULTS = Path(__file__).resolve().parent / "results" / "catalogue.json"
 
@@ -61,7 +62,7 @@ def _is_refused(setting: Setting) -> bool:
         )
     except ValueError:
         return True
-    return setting.protect_prompt and cache.policy.shares_budget
+    return setting.protect_prompt and find(cache.policy, SharesBudget) is not None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The public face: a transformers cache with a fixed number of slots per layer."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,30 +9,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from compressed_cache.hf import attention_hook as hook
-from compressed_cache.hf import checks
-from compressed_cache.hf.columns import Columns, positions_without
-from compressed_cache.hf.drafting import Drafts
-from compressed_cache.hf.linear_attention import LinearLayers, states
+from compressed_cache.drafting import Drafting, check_crop
+from compressed_cache.hf import attention_hook, checks
+from compressed_cache.hf.columns import Columns
+from compressed_cache.hf.linear_attention import LinearLayers
 from compressed_cache.layer import CompressedLayer
-from compressed_cache.observers import Listener, Watcher
-from compressed_cache.policies import Policy, budgets, make_policy
-from compressed_cache.policies.eviction_config import Rules, resolve_rules
-from compressed_cache.snapshot import Snapshot
-from compressed_cache.step_counter import Clock
-from compressed_cache.stores.lazy import LazyLayer
-from compressed_cache.stores.offloaded import OffloadedLayer
-from compressed_cache.stores.pool import PoolLayer
+from compressed_cache.observers import Observer
+from compressed_cache.policies.base import Policy
+from compressed_cache.policies.eviction_config import (
+    EvictionConfig,
+    resolve_eviction,
+    share_budget,
+)
+from compressed_cache.policies.registry import as_policy
+from compressed_cache.snapshot import LayerState, Snapshot
+from compressed_cache.step_counter import StepCounter
 
 if TYPE_CHECKING:
-    from compressed_cache.telemetry import Timing
-
-_LAYERS = {
-    "slots": CompressedLayer,
-    "offloaded": OffloadedLayer,
-    "pool": PoolLayer,
-    "lazy": LazyLayer,
-}
+    from compressed_cache.telemetry.timing import Timing
 
 
 class CompressedCache(LinearLayers):
@@ -70,8 +65,8 @@ class CompressedCache(LinearLayers):
             ``[B, H, S, D]`` and ``positions`` ``[B, H, S]`` int64, ``-1`` where empty or padding.
             Slots are in no particular order. Sliding-window layers have ``S = window`` and keep
             their window; linear-attention layers are transformers' own. Where heads have different
-            numbers of slots, a layer is a :class:`~compressed_cache.stores.pool.PoolLayer`, with one pool
-            of slots for all heads; ``layer.held()`` shows them head by head.
+            numbers of slots, a layer has one pool of slots for all heads, ``[B, 1, P, ...]``, see
+            :class:`~compressed_cache.stores.pool.PoolStore`.
 
     Raises:
         ValueError: an unknown policy, a value out of range, or a budget too small for what is
@@ -93,8 +88,8 @@ class CompressedCache(LinearLayers):
         telemetry: bool = False,
         **policy_options: Any,
     ) -> None:
-        self.policy = _policy(policy, policy_options)
-        self.rules: Rules = resolve_rules(
+        self.policy = as_policy(policy, policy_options)
+        self.eviction: EvictionConfig = resolve_eviction(
             self.policy,
             budget=budget,
             interval=interval,
@@ -106,34 +101,45 @@ class CompressedCache(LinearLayers):
             checks.check_config(config)
             if (model := checks.class_of(config)) is not None:
                 checks.check_class(model)
-            if not isinstance(self.rules.budget, int):
-                budgets.resolve(self.rules, self.policy, config.get_text_config())
+            if not isinstance(self.eviction.budget, int):
+                share_budget(self.eviction, self.policy, config.get_text_config())
         super().__init__(layers=[])
-        self.clock = Clock(self.rules.interval)
+        self.counter = StepCounter(self.eviction.interval)
         self.columns = Columns()
-        self.watchers: list[Watcher] = []
+        self.observers: list[Observer] = []
+        self.readers: list[Observer] = []
+        """Those of the observers who are told what each layer reads."""
         self._timer: Any = None
         if telemetry:
             from compressed_cache.telemetry.timer import Timer
 
             self._timer = Timer()
-            self.watchers.append(self._timer)
-        self._drafts = Drafts()
+            self.add_observer(self._timer)
+        self._drafting: Drafting | None = None
+        self._expected_prompt: int | None = None
         # Any: None before the first call, and the type checker would ask at each use.
         self._first: Any = None
-        self.listener: Listener | None = None
-        hook.install()
+        attention_hook.install()
+
+    # What transformers calls.
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Takes new keys and values ``[B, H, L, D]`` of one layer; called by the model."""
         layer = self.attention_layer(layer_idx)
-        if not torch.compiler.is_compiling():
-            self._check(layer, key_states, value_states)
+        is_eager = not torch.compiler.is_compiling()
+        if is_eager:
+            checks.check_order(self._attention_layers(), layer, self.layers[self._first])
+            layer.check_states(key_states, value_states)
         if layer_idx == self._first:
             self.columns.begin_call()
-            self._begin(key_states.shape[2])
+            tokens = key_states.shape[2]
+            if is_eager:
+                for observer in tuple(self.observers):
+                    observer.call_begins(self, tokens)
+            steps = tokens if self.takes_step(tokens) else self.counter.drafted
+            self.begin_call(tokens - steps, steps)
         return layer.update(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -151,9 +157,9 @@ class CompressedCache(LinearLayers):
         for layer in self._attention_layers():
             layer.check_attended()
         if self._is_filled:
-            self._tick(query_length)
-        for watcher in self.watchers:
-            watcher.call_begins(self, query_length)
+            self._end_step(query_length)
+        for observer in self.observers:
+            observer.call_announced(self, query_length)
         return query_length, self.get_seq_length()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -162,9 +168,9 @@ class CompressedCache(LinearLayers):
             return 0
         if torch.compiler.is_compiling():
             # An int would be compiled in as a constant.
-            self.clock.is_read = True
-            return self.layers[self._first].tokens_seen
-        return self.clock.tokens_seen
+            self.counter.is_read = True
+            return self.layers[self._first].store.tokens_seen
+        return self.counter.tokens_seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: the text may grow without limit."""
@@ -174,10 +180,142 @@ class CompressedCache(LinearLayers):
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the decode step, as it does for its own static cache.
 
-        Not while it drafts: another number of drafted tokens would be another graph each time. Nor
-        while somebody is told what each layer reads, which compiled code does not do.
+        Not while somebody is told what each layer reads, which compiled code does not do; nor while
+        it drafts, where another number of drafted tokens would be another graph each time.
         """
-        return not self._drafts.active and self.listener is None
+        return not self.readers
+
+    def activate_past_recording(self) -> None:
+        """From the next call on :meth:`crop` can take tokens back; assisted decoding calls it."""
+        self._notify("activate_past_recording")
+        expected = self._expected_prompt
+        self._stop_drafting()
+        self._drafting = Drafting(expected)
+        self.add_observer(self._drafting)
+        super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last ``-tokens_to_remove`` tokens of the last call, evictions included.
+
+        Raises:
+            ValueError: a positive number, or more tokens than that call had.
+            NotImplementedError: a model with linear-attention layers.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "tokens_to_remove must be <= 0, the number of tokens to take back as transformers "
+                f"counts it, got {tokens_to_remove}"
+            )
+        if not all(isinstance(layer, CompressedLayer) for layer in self.layers):
+            raise NotImplementedError(
+                "CompressedCache cannot take tokens back from linear-attention layers. Generate "
+                "without assisted decoding or prompt lookup."
+            )
+        # Some releases count on the device.
+        tokens = -int(tokens_to_remove)
+        if self._drafting is None:
+            check_crop(tokens, 0)
+        else:
+            self._drafting.take_back(self, tokens)
+
+    def reset(self) -> None:
+        """Makes the cache as new, in place: buffers are kept for the next prompt."""
+        self._notify("reset")
+        self.counter.reset()
+        self.columns.reset()
+        self._stop_drafting()
+        self._first = None
+        super().reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows become copies of the rows ``beam_idx`` ``[B]``, in place; beam search calls it."""
+        self._notify("reorder_cache")
+        self.columns.select(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times, one copy beside the other, in new memory."""
+        keys = self._filled_layer("batch_repeat_interleave").store.tokens.keys
+        rows = torch.arange(len(keys), device=keys.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows ``indices``, in new memory where their number is another."""
+        self._filled_layer("batch_select_indices")
+        self._notify("batch_select_indices")
+        self.columns.select(indices)
+        for layer in self.layers:
+            layer.select(indices) if isinstance(layer, CompressedLayer) else layer.reorder_cache(
+                indices
+            )
+
+    # What generate tells before a call, see :mod:`compressed_cache.hf.attention_hook`.
+
+    def expect_model(self, model: Any) -> None:
+        """Says what model is about to generate.
+
+        Raises:
+            NotImplementedError: a model this cache cannot serve.
+        """
+        checks.check_model(model)
+
+    def expect_text(self, tokens: int) -> None:
+        """Says how long the text is that ``generate`` goes on with, what it held included.
+
+        Raises:
+            ValueError: nothing would be new, as with another text.
+        """
+        checks.check_text(self.get_seq_length(), tokens)
+
+    def expect_prompt(self, tokens: int) -> None:
+        """Says how long the text is that the next call begins with, what it held included.
+
+        Assisted decoding reads the prompt and the first drafted tokens in one call, and only what
+        the user wrote is a prompt.
+        """
+        self._expected_prompt = tokens
+
+    def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
+        """Says what a call is like that begins, unless it is compiled.
+
+        What a 2-D mask shows as padding from now on is dropped, as if it had never been read. That
+        is not looked at for the single token of a decode step on another device than the CPU,
+        which would have to be waited for.
+
+        Args:
+            config: of the model.
+            attention_mask: as the model was given it.
+            tokens: of each row in this call.
+
+        Raises:
+            NotImplementedError: a model this cache cannot serve, or a prompt off the device of
+                which something would be dropped.
+            ValueError: a mask that is not of the text held.
+        """
+        if not self._is_filled:
+            checks.check_config(config)
+            return
+        next_position = self.layers[self._first].store.next_position
+        seen = self.counter.tokens_seen
+        real = self.columns.announce(attention_mask, tokens, seen=seen, like=next_position)
+        if real is None:
+            return
+        moved = self.columns.moved_by(real, seen=seen, next_position=next_position)
+        if moved is not None:
+            stores = [layer.store for layer in self._attention_layers() if layer.is_filled]
+            for store in stores:
+                store.check_renumber(moved)
+            self._notify("attention_mask")
+            for store in stores:
+                store.renumber(moved)
+        self.columns.known = real.expand(len(next_position), -1)
+
+    # What users look at and do.
+
+    @property
+    def rules(self) -> EvictionConfig:
+        """Deprecated name of :attr:`eviction`."""
+        return self.eviction
 
     @property
     def compressed_layer(self) -> CompressedLayer | None:
@@ -191,20 +329,19 @@ class CompressedCache(LinearLayers):
         """Tokens seen minus tokens held per head of :attr:`compressed_layer`, on average; the most
         of all rows."""
         layer = self.compressed_layer
-        if layer is None or not layer.policy.evicts:
+        if layer is None or not layer.store.bound.policy.evicts:
             return 0
-        held = (layer.held().positions >= 0).sum(dim=-1).float().mean(dim=-1)
-        return int((layer.next_position - held).max())
+        held = (layer.store.held_positions() >= 0).sum(dim=-1).float().mean(dim=-1)
+        return int((layer.store.next_position - held).max())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on the device, the policy's state included."""
-        held = sum(tensor.nbytes for layer in self.layers for tensor in _tensors(layer))
-        return held - self.offloaded_bytes
+        return sum(layer.nbytes for layer in self._attention_layers()) + self.linear_nbytes
 
     @property
     def offloaded_bytes(self) -> int:
-        """Bytes held off the device (policies of the layout ``offloaded``; 0 for the others)."""
+        """Bytes held off the device (``shadowkv``; 0 for the others)."""
         return sum(layer.offloaded_bytes for layer in self._attention_layers())
 
     def timing(self) -> "Timing":
@@ -222,33 +359,29 @@ class CompressedCache(LinearLayers):
             raise ValueError("telemetry must be True for timing, got False")
         return self._timer.timing(self)
 
-    def reset(self) -> None:
-        """Makes the cache as new, in place: buffers are kept for the next prompt."""
-        self._tell("reset")
-        self.clock.reset()
-        self.columns.reset()
-        self._drafts.stop()
-        self._first = None
-        super().reset()
-
     def snapshot(self) -> Snapshot:
         """A copy of what is held, for :meth:`restore`: one prompt can then begin many texts."""
-        return Snapshot.take(self)
+        return Snapshot(
+            self.policy,
+            self.eviction,
+            self.counter.state(),
+            self.columns.known_until(self.counter.tokens_seen),
+            tuple(
+                layer.state() if isinstance(layer, CompressedLayer) else copy.deepcopy(layer)
+                for layer in self.layers
+            ),
+        )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Holds again what it held at :meth:`snapshot`, in place where the batch is as large.
 
         Raises:
-            ValueError: a snapshot of a cache with another policy or other rules.
+            ValueError: a snapshot of a cache with another policy or other arguments.
         """
-        if (snapshot.policy, snapshot.rules) != (self.policy, self.rules):
-            raise ValueError(
-                f"snapshot must be of a cache like this one ({self.policy}, {self.rules}), got one "
-                f"with {snapshot.policy}, {snapshot.rules}"
-            )
-        self._tell("restore")
-        self._drafts.stop()
-        snapshot.put(self)
+        snapshot.check(self.policy, self.eviction)
+        self._notify("restore")
+        self._stop_drafting()
+        self.hold(snapshot)
 
     def save(self, path: str | Path) -> None:
         """Writes what is held to a safetensors file.
@@ -274,155 +407,35 @@ class CompressedCache(LinearLayers):
             ValueError: a file of something else, or of another version of the format.
         """
         snapshot = Snapshot.load(path, policy=policy, device=device)
-        cache = cls(snapshot.policy, **vars(snapshot.rules))
-        snapshot.put(cache)
+        cache = cls(snapshot.policy, **vars(snapshot.eviction))
+        cache.hold(snapshot)
         return cache
 
-    def activate_past_recording(self) -> None:
-        """From the next call on :meth:`crop` can take tokens back; assisted decoding calls it."""
-        self._tell("activate_past_recording")
-        self._drafts.start()
-        super().activate_past_recording()
+    def add_observer(self, observer: Observer) -> None:
+        """From now on tells somebody what happens."""
+        self.observers.append(observer)
+        if observer.reads_layers:
+            self.readers.append(observer)
 
-    def expect_model(self, model: Any) -> None:
-        """Says what model is about to generate: called by ``generate`` before any work.
-
-        Raises:
-            NotImplementedError: a model this cache cannot serve.
-        """
-        checks.check_model(model)
-
-    def expect_text(self, tokens: int) -> None:
-        """Says how long the text is that ``generate`` goes on with, what it held included.
-
-        Raises:
-            ValueError: nothing would be new, as with another text.
-        """
-        checks.check_text(self.get_seq_length(), tokens)
-
-    def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
-        """Says what a call is like that begins: called before the first layer, unless compiled.
-
-        What a 2-D mask shows as padding from now on is dropped, as if it had never been read. That
-        is not looked at for the single token of a decode step on another device than the CPU,
-        which would have to be waited for.
-
-        Args:
-            config: of the model.
-            attention_mask: as the model was given it.
-            tokens: of each row in this call.
-
-        Raises:
-            NotImplementedError: a model this cache cannot serve, or a prompt off the device of
-                which something would be dropped.
-            ValueError: a mask that is not of the text held.
-        """
-        if not self._is_filled:
-            checks.check_config(config)
-            return
-        columns, seen = self.columns, self.clock.tokens_seen
-        is_new = columns.announced is not attention_mask or columns.announced_at != seen
-        # What generate has built for the call before comes without the text.
-        width = 0 if attention_mask is None else attention_mask.shape[-1]
-        if not is_new or (columns.is_asked and width == tokens):
-            return
-        columns.announced, columns.announced_at = attention_mask, seen
-        columns.truncate(seen)
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            checks.check_mask(attention_mask, seen, tokens)
-            device = self.layers[self._first].keys.device
-            if tokens > 1 or device.type == "cpu":
-                real = attention_mask[:, : seen + tokens].to(device, torch.bool)
-                self._drop_padding(real, seen)
-
-    def _drop_padding(self, real: Tensor, seen: int) -> None:
-        """Takes columns ``[B, T + L]`` bool for real or not, ``seen`` of which were read."""
-        known, past = self.columns.known, real[:, :seen]
-        if known is None or known.shape != past.shape or not torch.equal(known, past):
-            first = self.layers[self._first]
-            known = self.columns.until(seen, first.next_position)
-            real = real.expand(len(known), -1)
-            past = real[:, :seen]
-            checks.check_shown(known, past)
-            hidden = known & ~past
-            if bool(hidden.any()):
-                moved = positions_without(hidden, known)
-                layers = [layer for layer in self._attention_layers() if layer.is_filled]
-                for layer in layers:
-                    layer.check_renumber(moved)
-                self._tell("attention_mask")
-                for layer in layers:
-                    layer.renumber(moved)
-        self.columns.known = real
-
-    def expect_prompt(self, tokens: int) -> None:
-        """Says how long the text is that the next call begins with, what it held included.
-
-        Assisted decoding reads the prompt and the first drafted tokens in one call, and only what
-        the user wrote is a prompt.
-        """
-        self._drafts.prompt_length = tokens
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last ``-tokens_to_remove`` tokens of the last call, evictions included.
-
-        Raises:
-            ValueError: a positive number, or more tokens than that call had.
-            NotImplementedError: a model with linear-attention layers.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(
-                "tokens_to_remove must be <= 0, the number of tokens to take back as transformers "
-                f"counts it, got {tokens_to_remove}"
-            )
-        if not all(isinstance(layer, CompressedLayer) for layer in self.layers):
-            raise NotImplementedError(
-                "CompressedCache cannot take tokens back from linear-attention layers. Generate "
-                "without assisted decoding or prompt lookup."
-            )
-        # Some releases count on the device.
-        self._drafts.take_back(self, -int(tokens_to_remove))
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Rows become copies of the rows ``beam_idx`` ``[B]``, in place; beam search calls it."""
-        self._tell("reorder_cache")
-        self.columns.select(beam_idx)
-        super().reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row ``repeats`` times, one copy beside the other, in new memory."""
-        first = self._filled_layer("batch_repeat_interleave")
-        rows = torch.arange(first.keys.shape[0], device=first.keys.device)
-        self.batch_select_indices(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows ``indices``, in new memory where their number is another."""
-        self._filled_layer("batch_select_indices")
-        self._tell("batch_select_indices")
-        self.columns.select(indices)
-        for layer in self.layers:
-            if isinstance(layer, CompressedLayer):
-                layer.select(indices)
-            else:
-                layer.reorder_cache(indices)
+    def remove_observer(self, observer: Observer) -> None:
+        """Tells somebody no longer."""
+        self.observers.remove(observer)
+        if observer.reads_layers:
+            self.readers.remove(observer)
+        if observer is self._drafting:
+            self._drafting = None
 
     def __repr__(self) -> str:
-        rules = ", ".join(f"{name}={value!r}" for name, value in vars(self.rules).items())
+        eviction = ", ".join(f"{name}={value!r}" for name, value in vars(self.eviction).items())
         seen = self.get_seq_length()
-        return f"CompressedCache(policy={self.policy.label!r}, {rules}, tokens_seen={seen})"
+        return f"CompressedCache(policy={self.policy.label!r}, {eviction}, tokens_seen={seen})"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         # It may be the first of this process.
-        hook.install()
+        attention_hook.install()
 
-    # What the parts of a cache call, and those who watch it.
-
-    def listen(self, listener: Listener | None) -> None:
-        """Lets every layer tell what it reads, or no longer."""
-        self.listener = listener
-        for layer in self._attention_layers():
-            layer.listener = listener
+    # What the parts of a cache call.
 
     def attention_layer(self, index: int) -> CompressedLayer:
         """The layer of this index, made where there is none yet."""
@@ -437,28 +450,36 @@ class CompressedCache(LinearLayers):
             )
         return layer
 
+    def make_layers(self, count: int) -> None:
+        """Makes layers up to this number; one that never asks for a cache stays empty."""
+        shared = self.counter, self.columns
+        for index in range(len(self.layers), count):
+            layer = CompressedLayer(self.policy, self.eviction, *shared, index, self.readers)
+            self.layers.append(layer)
+
     def takes_step(self, tokens: int) -> bool:
         """Whether a call with so many tokens is a decode step."""
         return tokens == 1 and self._is_filled
 
-    def count(self, prompt_tokens: int, steps: int) -> None:
+    def begin_call(self, prompt_tokens: int, steps: int) -> None:
         """Counts a call that begins: tokens read as a prompt, then tokens read one by one."""
-        if self._is_filled and (self.clock.running or prompt_tokens + steps > 1):
-            self._tick(prompt_tokens + steps)
-        self.clock.begin(prompt_tokens, steps)
+        if self._is_filled and (self.counter.running or prompt_tokens + steps > 1):
+            self._end_step(prompt_tokens + steps)
+        self.counter.begin(prompt_tokens, steps)
 
-    def make_layers(self, count: int) -> None:
-        """Makes layers up to this number; one that never asks for a cache stays empty."""
-        for index in range(len(self.layers), count):
-            layer = _LAYERS[self.layout](self.policy, self.rules, self.clock, self.columns, index)
-            layer.listener = self.listener
-            self.layers.append(layer)
-
-    @property
-    def layout(self) -> str:
-        """Where the layers have their tokens, see :attr:`Policy.layout`."""
-        own = self.policy.evicts and budgets.is_per_head(self.rules.budget)
-        return "pool" if own else self.policy.layout
+    def hold(self, snapshot: Snapshot) -> None:
+        """Holds what a snapshot says, in place where it fits."""
+        for index, layer in enumerate(self.layers):
+            if index >= len(snapshot.layers) or snapshot.layers[index] is None:
+                layer.empty() if isinstance(layer, CompressedLayer) else layer.reset()
+        for index, state in enumerate(snapshot.layers):
+            if isinstance(state, LayerState):
+                self.attention_layer(index).restore(state)
+            elif state is not None:
+                self.restore_linear_layer(index, state)
+        self.counter.restore(snapshot.counter)
+        self.columns.reset()
+        self.columns.known = snapshot.columns
 
     @property
     def _is_filled(self) -> bool:
@@ -467,59 +488,23 @@ class CompressedCache(LinearLayers):
     def _attention_layers(self) -> Iterator[CompressedLayer]:
         return (layer for layer in self.layers if isinstance(layer, CompressedLayer))
 
-    def _tell(self, what: str) -> None:
-        for watcher in self.watchers:
-            watcher.rearranged(self, what)
-
     def _filled_layer(self, method: str) -> CompressedLayer:
         if not self._is_filled:
             raise ValueError(f"{method} needs a cache that holds a prompt, got an empty one")
         return self.layers[self._first]
 
-    def _check(self, layer: CompressedLayer, keys: Tensor, values: Tensor) -> None:
-        first = self.layers[self._first]
-        if layer is first:
-            for other in self._attention_layers():
-                other.check_attended()
-                if other.is_filled:
-                    checks.check_calls(other.index, other.calls, expected=first.calls)
-        else:
-            if isinstance(previous := self.layers[layer.index - 1], CompressedLayer):
-                previous.check_attended()
-            checks.check_calls(layer.index, layer.calls, expected=first.calls - 1)
-        if layer.is_filled:
-            checks.check_states(layer.sizes, keys, values)
+    def _notify(self, what: str) -> None:
+        for observer in self.observers:
+            observer.rearranged(self, what)
 
-    def _begin(self, tokens: int) -> None:
-        prompt_tokens = tokens
-        if not torch.compiler.is_compiling() and (self._drafts.active or self.clock.records):
-            prompt_tokens = self._drafts.begin_call(self, tokens)
-        if self.takes_step(tokens):
-            prompt_tokens = 0
-        self.count(prompt_tokens, tokens - prompt_tokens)
+    def _stop_drafting(self) -> None:
+        self._expected_prompt = None
+        if self._drafting is not None:
+            self.remove_observer(self._drafting)
 
-    def _tick(self, tokens: int) -> None:
-        self.clock.tick()
+    def _end_step(self, tokens: int) -> None:
+        """Ends the step that is running, before so many tokens come."""
+        self.counter.end_step()
         if not self.policy.evicts:
             for layer in self._attention_layers():
-                if not layer.is_sliding:
-                    layer.grow(self.clock.tokens_seen + tokens)
-
-
-def _policy(policy: Any, options: dict[str, Any]) -> Policy:
-    if isinstance(policy, str):
-        return make_policy(policy, **options)
-    if not isinstance(policy, Policy):
-        raise TypeError(
-            f"policy must be a name or a Policy object, got {policy!r} ({type(policy).__name__})"
-        )
-    if options:
-        raise TypeError(
-            "policy options must be given to the policy object itself, got "
-            f"{sorted(options)} beside {policy!r}"
-        )
-    return policy
-
-
-def _tensors(layer: Any) -> list[Tensor]:
-    return layer.tensors() if isinstance(layer, CompressedLayer) else states(layer)
+                layer.grow(self.counter.tokens_seen + tokens)

@@ -1,62 +1,50 @@
-"""One attention layer: choose a victim, write, attend, let the policy observe."""
+"""One attention layer as transformers calls it: it hands tokens to its store."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from compressed_cache.hf import attention_hook as hook
-from compressed_cache.hf import checks
-from compressed_cache.hf.columns import Columns, See
-from compressed_cache.hf.module_identity import Reader
-from compressed_cache.observers import Listener
-from compressed_cache.ops import eviction as slots
+from compressed_cache.hf import attention_hook, checks
+from compressed_cache.hf.columns import Columns
+from compressed_cache.hf.module_identity import ModuleIdentity
+from compressed_cache.observers import Observer
 from compressed_cache.ops import gradients, masks
-from compressed_cache.ops.attention import Form
-from compressed_cache.ops.kernels import operators
-from compressed_cache.ops.masks import Mask
-from compressed_cache.ops.rerotation import closed_up
+from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.ops.tensor_parallel import Shard
-from compressed_cache.policies import Policy, Rows, Site, Slots, budgets
-from compressed_cache.policies.eviction_config import Rules
+from compressed_cache.ops.tokens import Tokens
+from compressed_cache.policies.base import Policy
+from compressed_cache.policies.budgets import is_per_head
+from compressed_cache.policies.capabilities import SharesBudget, find, find_store
+from compressed_cache.policies.eviction_config import EvictionConfig, share_budget
 from compressed_cache.policies.methods.streaming_llm import StreamingLLM
-from compressed_cache.step_counter import Clock
-from compressed_cache.stores import prefill as reading
-from compressed_cache.stores.decode_step import NewToken, step
-from compressed_cache.stores.prefill import States, read
-from compressed_cache.stores.slots import Sizes, SlotMemory
+from compressed_cache.policies.view import LayerContext
+from compressed_cache.snapshot import LayerState
+from compressed_cache.step_counter import StepCounter
+from compressed_cache.stores import STORES
+from compressed_cache.stores.bound_policy import BoundPolicy
+from compressed_cache.stores.decode_step import decode_step
+from compressed_cache.stores.inputs import AttentionInputs, NewToken
+from compressed_cache.stores.prefill import prefill, prefill_chunk
+from compressed_cache.stores.slots import SlotStore
 
 _AS_IT_IS = nullcontext()
 
 
-class LayerState(NamedTuple):
-    """What one layer holds, apart from where."""
-
-    sizes: Sizes
-    tensors: dict[str, Tensor]
-    form: Form
-    window: int | None
-    budget: int | tuple[int, ...]
-    """Slots of every head, or of each."""
-    constants: dict[str, Tensor]
-
-
-class Call(NamedTuple):
-    """Tokens that were read at once, kept until it is known which of them stay."""
-
-    states: States
-    prompt_tokens: int
-
-
-class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportIncompatibleVariableOverride]
+class CompressedLayer(CacheLayerMixin):
     """Keys and values of one attention layer in a fixed number of slots.
 
     A prompt (the first call) is attended by the model's own function, then scored and cut to the
     budget. After that, each token overwrites the slot of a victim and attends over the slots. A
     layer with a sliding window has as many slots as its window, and the oldest token is the victim.
+
+    Attributes:
+        index: of the layer.
+        store: where the tokens are; None before the first prompt, when it is chosen by what the
+            attention module is like.
     """
 
     is_compileable = True
@@ -64,54 +52,83 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
     supports_early_init = False
 
     def __init__(
-        self, policy: Policy, rules: Rules, clock: Clock, columns: Columns, index: int
+        self,
+        policy: Policy,
+        eviction: EvictionConfig,
+        counter: StepCounter,
+        columns: Columns,
+        index: int,
+        readers: Sequence[Observer] = (),
     ) -> None:
-        CacheLayerMixin.__init__(self)
-        SlotMemory.__init__(self, policy, rules)
-        self.settings = policy, rules
-        self.clock = clock
+        self.settings = policy, eviction
+        self.counter = counter
         self.columns = columns
         self.index = index
-        self.form = Form(1.0)
-        self.window: int | None = None
-        self.shard = Shard()
-        self.reader = Reader()
-        self.constants: dict[str, Tensor] = {}
-        self.calls = 0
+        self.readers = readers
+        """Those who are told what is read."""
+        # Any: None before the first prompt, and the type checker would ask at each use.
+        self.store: Any = None
+        self.module = ModuleIdentity()
         self.is_filled = False
-        self.is_fused = False
-        self.has_gradients = False
-        """Whether a token was read with gradients, which then end at it."""
-        self.awaits_attention = False
-        # In a tuple: a tensor would be one of those this layer keeps.
-        self.handed: tuple[Tensor, ...] = ()
-        self.incoming: tuple[Tensor, Tensor] | None = None
-        self.last_call: Call | None = None
-        self.listener: Listener | None = None
+        self._forget_call()
+
+    # What users look at.
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """``[B, H, S, D]``, ``[B, 1, P, D]`` of a pool; None before the first prompt."""
+        return None if self.store is None else self.store.tokens.keys
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """``[B, H, S, D]``, in the slots of :attr:`keys`."""
+        return None if self.store is None else self.store.tokens.values
+
+    @property
+    def positions(self) -> Tensor | None:
+        """``[B, H, S]`` int64, in the slots of :attr:`keys`; negative where a slot is empty."""
+        return None if self.store is None else self.store.tokens.positions
+
+    def held(self) -> Tokens:
+        """What each head holds, ``[B, H, S, ...]``; only after a prompt."""
+        return self.store.held()
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether this layer sees a window of the text only."""
+        return self.store is not None and self.store.bound.window is not None
+
+    @property
+    def is_initialized(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether there is memory."""
+        return self.store is not None
 
     # What transformers calls.
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Takes new keys and values ``[B, H, L, D]``; returns tensors tagged for :meth:`attend`."""
-        if not torch.compiler.is_compiling():
+        """Takes new keys and values ``[B, H, L, D]``; returns them tagged for :meth:`forward`."""
+        is_eager = not torch.compiler.is_compiling()
+        if is_eager:
             self.awaits_attention = True
-        given = key_states.dtype, value_states.dtype
-        if self.is_filled and given != (self.keys.dtype, self.values.dtype):
-            key_states, value_states = self._alike(key_states, value_states)
-        if self.is_filled and key_states.shape[2] == 1:
-            # Written when the query is at hand, so that one kernel can do both.
-            self.incoming = key_states, value_states
-            self.handed = () if torch.compiler.is_compiling() else (self.values,)
-            return self.keys, self.values
+        if self.is_filled:
+            held = self.store.tokens
+            if (key_states.dtype, value_states.dtype) != (held.keys.dtype, held.values.dtype):
+                key_states, value_states = self._cast(key_states, value_states)
+                held = self.store.tokens
+            if key_states.shape[2] == 1:
+                # Written when the query is at hand, so that one kernel can do both.
+                self.incoming = key_states, value_states
+                self.handed = (held.values,) if is_eager else ()
+                return held.keys, held.values
         # That of a step that failed is not of this call.
         self.incoming = None
-        self.handed = () if torch.compiler.is_compiling() else (value_states,)
-        hook.tag(key_states, self)
+        self.handed = (value_states,) if is_eager else ()
+        attention_hook.Owner(self).tag(key_states)
         return key_states, value_states
 
-    def attend(
+    def forward(
         self,
         function: Callable[..., Any],
         module: Any,
@@ -152,55 +169,49 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
             return self._read(function, module, query, key, value, attention_mask, scaling, kwargs)
         if is_eager:
             self.awaits_attention = False
-            checks.check_module(self.reader, module)
+            checks.check_module(self.module, module)
             self.calls += 1
-            self.last_call = None
         assert self.incoming is not None
         (key, value), self.incoming = self.incoming, None
         real = self.columns.real_of_step(attention_mask, query.shape[0])
-        token = NewToken(query, key, value, self.clock.ranks, _weighs(module), real)
+        token = NewToken(query, key, value, self.counter.ranks, _wants_weights(module), real)
         with _exact(query.device):
-            output, weights = self.step(token)
+            output, weights = decode_step(self.store, token)
         if output.dtype != query.dtype:
             output = output.to(query.dtype)
         if gradients.wants_gradient(key, value):
-            self.has_gradients = True
-        if is_eager and self.listener is not None:
+            self.store.has_gradients = True
+        if is_eager and self.readers:
             if real is None:
                 real = torch.ones(query.shape[0], dtype=torch.bool, device=query.device)
-            states = States(query, key, value, real[:, None])
-            self.listener(self, states.detached())
+            self._tell(AttentionInputs(query, key, value, real[:, None]))
         return output.transpose(1, 2), None if weights is None else weights.flatten(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask transformers builds: see ``CompressedCache``."""
-        return query_length, self.clock.tokens_seen
+        return query_length, self.counter.tokens_seen
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
-        return self.clock.tokens_seen if self.is_filled else 0
+        return self.counter.tokens_seen if self.is_filled else 0
 
     def get_max_length(self) -> int:
         """-1: the text may grow without limit."""
         return -1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Never called: what to allocate depends on the queries too, see :meth:`attend`."""
+        """Never called: what to allocate depends on the queries too, see :meth:`forward`."""
         raise NotImplementedError("slots are allocated when the prompt is attended")
 
     def reset(self) -> None:
-        """Forgets the tokens and keeps the memory."""
-        self.reader.clear()
+        """Forgets the tokens and keeps the memory; any model may come next."""
+        self.module.clear()
         self.empty()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows become copies of the rows ``beam_idx`` ``[B]``, in place."""
-        self.reorder(beam_idx)
-
-    @property
-    def is_sliding(self) -> bool:
-        """Whether this layer sees a window of the text only."""
-        return self.window is not None
+        if self.store is not None:
+            self.store.reorder(beam_idx)
 
     def __getstate__(self) -> dict[str, Any]:
         # Keys that were given and never attended are of a call that failed.
@@ -208,8 +219,9 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if self.sizes is not None:
-            self.mark()
+        if self.store is not None:
+            self.store.tag = attention_hook.Owner(self).tag
+            self.store.mark()
 
     # What the cache calls.
 
@@ -218,65 +230,84 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         awaits, self.awaits_attention = self.awaits_attention, False
         checks.check_attended(self.index, awaits=awaits)
 
-    def state(self) -> LayerState:
-        """A copy of what is held."""
-        assert self.sizes is not None
-        copies = {name: tensor.clone() for name, tensor in self.named_tensors().items()}
-        budget = self.head_budgets or self.budget
-        return LayerState(self.sizes, copies, self.form, self.window, budget, self.constants)
+    def check_states(self, keys: Tensor, values: Tensor) -> None:
+        """Raises ``ValueError`` if new keys and values do not fit those held."""
+        if self.is_filled:
+            checks.check_states(self.store.sizes, keys, values)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything in memory."""
+        return [] if self.store is None else list(self.store.named_tensors().values())
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one kernel takes a whole step."""
+        return self.store is not None and self.store.is_fused
+
+    @property
+    def slots_per_head(self) -> int:
+        """Slots of a head, on average."""
+        return self.store.slots_per_head
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        if self.store is None:
+            return 0
+        return sum(tensor.nbytes for tensor in self.tensors()) - self.store.offloaded_bytes
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes held off the device."""
+        return 0 if self.store is None else self.store.offloaded_bytes
+
+    def grow(self, tokens: int) -> None:
+        """Makes room for so many tokens where nothing is evicted."""
+        if self.store is not None and not self.store.bound.policy.evicts:
+            self.store.grow(tokens)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given rows, in new memory where their number is another."""
+        if self.store is not None:
+            self.store.select(rows)
+
+    def state(self) -> LayerState | None:
+        """A copy of what is held, None of nothing."""
+        if not self.is_filled:
+            return None
+        store: SlotStore = self.store
+        assert store.sizes is not None
+        copies = {name: tensor.clone() for name, tensor in store.named_tensors().items()}
+        bound = store.bound
+        budget = bound.head_budgets or bound.budget
+        return LayerState(
+            store.sizes, copies, bound.transform, bound.window, budget, bound.constants
+        )
 
     def restore(self, state: LayerState) -> None:
         """Holds again what ``state`` says, in place where it fits."""
-        self.form = state.form
-        self.constants = state.constants
-        self._see(state.window, state.budget)
-        self.load(state.tensors, state.sizes)
-        self.calls = 0
-        self.is_filled = self.is_initialized = True
-        self.awaits_attention = self.has_gradients = False
-        self.handed, self.incoming, self.last_call = (), None, None
+        shard = Shard() if self.store is None else self.store.bound.shard
+        self._bind(state.transform, state.window, state.budget, state.constants, shard)
+        store: Any = self.store
+        store.load(state.tensors, state.sizes)
+        store.has_gradients = False
+        self._forget_call()
+        self.is_filled = True
 
     def empty(self) -> None:
         """Holds nothing."""
-        self.calls = 0
-        self.is_filled = self.awaits_attention = self.has_gradients = False
-        self.handed, self.incoming, self.last_call = (), None, None
-        self.clear()
+        self._forget_call()
+        self.is_filled = False
+        if self.store is not None:
+            self.store.reset()
 
-    def repeat(self, call: Call | None, tokens: int) -> None:
-        """Reads the first tokens of a call that was taken back."""
-        if call is not None:
-            read(self, call.states.split(tokens)[0], min(call.prompt_tokens, tokens))
+    def read(self, inputs: AttentionInputs, prompt_tokens: int) -> None:
+        """Reads tokens once more, of a call that was taken back."""
+        self._attend(inputs, prompt_tokens, wants_weights=False)
 
-    # How tokens come in: what another layout does in its own way.
+    # A prompt, and everything else that is not one token per row.
 
-    def step(self, token: NewToken) -> tuple[Tensor, Tensor | None]:
-        """See :func:`compressed_cache.stores.decode_step.step`."""
-        return step(self, token)
-
-    def fill(self, states: States) -> None:
-        """See :func:`compressed_cache.stores.prefill.fill`."""
-        reading.fill(self, states)
-
-    def read_block(self, states: States, *, weighs: bool = False) -> tuple[Tensor, Tensor | None]:
-        """See :func:`compressed_cache.stores.prefill.read_block`."""
-        return reading.read_block(self, states, weighs=weighs)
-
-    def keep_best(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        seen: Tensor,
-        notes: Tensor,
-        scores: Tensor | None = None,
-    ) -> None:
-        """See :func:`compressed_cache.stores.prefill.keep_best`."""
-        reading.keep_best(self, keys, values, positions, seen, notes, scores)
-
-    # A prompt.
-
-    @torch.compiler.disable(reason=hook.PROMPTS)
+    @torch.compiler.disable(reason=attention_hook.PROMPTS)
     def _read(
         self,
         function: Callable[..., Any],
@@ -291,251 +322,192 @@ class CompressedLayer(SlotMemory, CacheLayerMixin):  # pyright: ignore[reportInc
         self.awaits_attention = False
         if self.incoming is not None:
             (key, value), self.incoming = self.incoming, None
-        seen = self.clock.tokens_seen - key.shape[2]
+        seen = self.counter.tokens_seen - key.shape[2]
         mask = masks.read_mask(attention_mask, key, seen=seen, is_built=self.columns.is_built)
         real = masks.real_tokens(attention_mask, key)
-        states = States(query, key, value, real, mask)
-        count = self.clock.prompt_tokens
+        count = self.counter.prompt_tokens
         if self.is_filled:
-            checks.check_module(self.reader, module)
-            self.columns.extend(real, seen=seen, next_position=self.next_position)
+            checks.check_module(self.module, module)
+            self.columns.extend(real, seen=seen, next_position=self.store.next_position)
+            if mask is not None:
+                columns = self.columns.until(seen + key.shape[2], self.store.next_position)
+                mask = mask._replace(real=columns)
+            inputs = AttentionInputs(query, key, value, real, mask)
             with _exact(query.device):
-                output, weights = read(self, states, count, weighs=_weighs(module))
+                output, weights = self._attend(inputs, count, wants_weights=_wants_weights(module))
             assert output is not None
             result = output.to(query.dtype), weights
         else:
             masks.check_left(real)
             checks.check_attention(self.index, module, kwargs)
             checks.check_function(function, module)
-            self._adopt(module, query, key, value, scaling, kwargs)
-            if self.policy.evicts:
-                checks.check_prompt(real[:, :count].sum(dim=1), self.rules, self.budget)
+            inputs = AttentionInputs(query, key, value, real, mask)
+            self._bind_module(module, inputs, scaling, kwargs)
+            self._check_prompt(real[:, :count].sum(dim=1))
             self.columns.extend(real, seen=0, next_position=real.sum(dim=1))
             prompt = (tensor[:, :, :count] for tensor in (query, key, value))
             own = masks.first_tokens(attention_mask, count, of=key.shape[2])
             result = function(module, *prompt, own, scaling=scaling, **kwargs)
             with _exact(query.device):
-                drafted, _ = read(self, states, count)
+                drafted, _ = self._attend(inputs, count, wants_weights=False)
             if drafted is not None:
                 result = torch.cat([result[0], drafted], dim=1), None
-        self.reader.bind(module)
-        self.last_call = Call(states.detached(), count) if self.clock.records else None
+        self.module.bind(module)
         self.calls += 1
         if gradients.wants_gradient(key, value):
-            self.has_gradients = True
-        if self.listener is not None:
-            self.listener(self, states.detached())
+            self.store.has_gradients = True
+        if self.readers:
+            self._tell(inputs)
         return result
 
-    def _adopt(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        kwargs: dict[str, Any],
+    def _attend(
+        self, inputs: AttentionInputs, prompt_tokens: int, *, wants_weights: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Reads so many tokens as a prompt and the others one by one.
+
+        Returns:
+            The output ``[B, L, H * G, D]``, but of an empty layer only that of the tokens after the
+            prompt, None if there are none: the model itself computes that of the prompt. And the
+            weights ``[B, H * G, L, S + L]`` over what was held before and then the new tokens; None
+            unless all of them were read together.
+        """
+        prompt, steps = inputs.split(prompt_tokens)
+        if not steps.real.shape[1]:
+            return self._attend_prompt(inputs, wants_weights=wants_weights)
+        if not prompt_tokens:
+            return self._attend_steps(inputs, wants_weights=wants_weights)
+        first, _ = self._attend_prompt(prompt, wants_weights=False)
+        rest, _ = self._attend_steps(steps, wants_weights=False)
+        return rest if first is None else torch.cat([first, rest], dim=1), None
+
+    def _attend_prompt(
+        self, inputs: AttentionInputs, *, wants_weights: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not self.is_filled:
+            prefill(self.store, inputs.detach())
+            self.is_filled = True
+            return None, None
+        is_first_prompt = self.counter.is_first_prompt
+        if is_first_prompt:
+            self._check_prompt(self.store.next_position + inputs.real.sum(dim=1))
+        return prefill_chunk(
+            self.store, inputs, is_first_prompt=is_first_prompt, wants_weights=wants_weights
+        )
+
+    def _attend_steps(
+        self, inputs: AttentionInputs, *, wants_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Drafted tokens one by one: exactly what decoding them would give."""
+        outputs, kept = [], []
+        for token in range(inputs.real.shape[1]):
+            # What a mask says of drafted tokens is that they follow one another.
+            mask = inputs.mask if inputs.real.shape[1] == 1 else None
+            query, key, value, real, _ = inputs.part(slice(token, token + 1))
+            ranks = self.counter.ranks_at(token)
+            output, weights = decode_step(
+                self.store, NewToken(query, key, value, ranks, wants_weights, real[:, 0], mask)
+            )
+            outputs.append(output)
+            if weights is not None:
+                kept.append(weights.flatten(1, 2))
+        weights = torch.cat(kept, dim=2) if len(kept) == len(outputs) else None
+        return torch.cat(outputs, dim=2).transpose(1, 2), weights
+
+    def _check_prompt(self, lengths: Tensor) -> None:
+        bound: BoundPolicy = self.store.bound
+        if bound.policy.evicts:
+            checks.check_prompt(lengths, bound.eviction, bound.budget)
+
+    def _tell(self, inputs: AttentionInputs) -> None:
+        for reader in self.readers:
+            reader.layer_read(self, inputs.detach())
+
+    def _forget_call(self) -> None:
+        self.calls = 0
+        self.awaits_attention = False
+        # In a tuple: a tensor would be one of those this layer keeps.
+        self.handed: tuple[Tensor, ...] = ()
+        self.incoming: tuple[Tensor, Tensor] | None = None
+
+    # What the model is like at this layer.
+
+    def _bind_module(
+        self, module: Any, inputs: AttentionInputs, scaling: float | None, kwargs: dict[str, Any]
     ) -> None:
-        """Notes what the model is like at this layer."""
+        """Chooses the store by the attention module of a first prompt."""
+        query, key, value = inputs[:3]
         factor = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        self.form = Form(factor, kwargs.get("softcap"), kwargs.get("s_aux"))
-        self.shard = Shard.of(module, query)
+        transform = LogitTransform(factor, kwargs.get("softcap"), kwargs.get("s_aux"))
+        shard = Shard.of(module, query)
         heads = key.shape[1]
-        site = Site(
+        context = LayerContext(
             config=_text_config(module),
             module=module,
             layer=self.index,
-            first_head=self.shard.rank * heads,
+            first_head=shard.rank * heads,
             heads=heads,
             groups=query.shape[1] // heads,
             dim=key.shape[3],
             value_dim=value.shape[3],
             device=key.device,
         )
-        window = kwargs.get("sliding_window", _window(site.config, self.index))
-        self._see(window, self._share(site) if window is None else window)
-        self.constants = self.policy.constants(site)
+        window = kwargs.get("sliding_window", _window(context.config, self.index))
+        budget = self._budget(context) if window is None else window
+        constants: dict[str, Tensor] = {}
+        if window is None:
+            for part in self.settings[0].parts:
+                constants |= part.constants(context)
+        self._bind(transform, window, budget, constants, shard)
 
-    def _share(self, site: Site) -> int | tuple[int, ...]:
-        """Slots of every head of this layer, or of each."""
-        policy, rules = self.settings
-        if isinstance(rules.budget, int) and not policy.shares_budget:
-            return rules.budget
-        share = budgets.resolve(rules, policy, site.config)[site.layer]
-        return share if isinstance(share, int) else share[site.first_head :][: site.heads]
-
-    def _see(self, window: int | None, budget: int | tuple[int, ...]) -> None:
-        """Keeps so many of the last tokens, or what the policy wants where there is no window."""
-        self.window = window
-        self.head_budgets = () if isinstance(budget, int) else budget
-        self.budget = budget if isinstance(budget, int) else min(budget)
-        self.policy, self.rules = self.settings
+    def _bind(
+        self,
+        transform: LogitTransform,
+        window: int | None,
+        budget: int | tuple[int, ...],
+        constants: dict[str, Tensor],
+        shard: Shard,
+    ) -> None:
+        policy, eviction = self.settings
         if window is not None:
-            self.policy = StreamingLLM()
-            self.rules = Rules(window, interval=1, sinks=0, recent=0, protect_prompt=False)
+            policy = StreamingLLM()
+            eviction = EvictionConfig(window, 1, sinks=0, recent=0, protect_prompt=False)
+        bound = BoundPolicy(
+            policy,
+            eviction,
+            layer=self.index,
+            budget=budget,
+            transform=transform,
+            constants=constants,
+            window=window,
+            shard=shard,
+        )
+        name = find_store(policy)
+        if policy.evicts and is_per_head(eviction.budget):
+            name = "pool"
+        if self.store is not None and self.store.bound.policy == policy:
+            self.store.bound = bound
+        else:
+            self.store = STORES[name](bound, attention_hook.Owner(self).tag)
 
-    def _alike(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _budget(self, context: LayerContext) -> int | tuple[int, ...]:
+        """Slots of every head of this layer, or of each."""
+        policy, eviction = self.settings
+        if isinstance(eviction.budget, int) and not find(policy, SharesBudget):
+            return eviction.budget
+        share = share_budget(eviction, policy, context.config)[context.layer]
+        return share if isinstance(share, int) else share[context.first_head :][: context.heads]
+
+    def _cast(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and values in the dtypes of the slots, or the slots in theirs where these are
         wider: autocast brings both about."""
-        assert self.sizes is not None
-        dtype = torch.promote_types(self.sizes.dtype, keys.dtype)
-        value_dtype = torch.promote_types(self.sizes.value_dtype, values.dtype)
-        if (dtype, value_dtype) != (self.sizes.dtype, self.sizes.value_dtype):
-            sizes = self.sizes._replace(dtype=dtype, value_dtype=value_dtype)
-            self.load(self.named_tensors(), sizes)
+        store: SlotStore = self.store
+        assert store.sizes is not None
+        dtype = torch.promote_types(store.sizes.dtype, keys.dtype)
+        value_dtype = torch.promote_types(store.sizes.value_dtype, values.dtype)
+        if (dtype, value_dtype) != (store.sizes.dtype, store.sizes.value_dtype):
+            sizes = store.sizes._replace(dtype=dtype, value_dtype=value_dtype)
+            store.load(store.named_tensors(), sizes)
         return keys.to(dtype), values.to(value_dtype)
-
-    def _allocate(self, sizes: Sizes) -> None:
-        super()._allocate(sizes)
-        alters = self.policy.contiguous or self.policy.prunes_channels
-        self.is_fused = self.policy.evicts and not alters and operators.serves(sizes)
-
-    def mark(self) -> None:
-        """Says what these tensors are to attention and to the compiler."""
-        super().mark()
-        hook.tag(self.keys, self)
-
-    def attended(
-        self, query: Tensor, keys: Tensor, query_positions: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Queries ``[B, H * G, L, D]`` and keys ``[B, H, S, D]`` as attention is to see them.
-
-        Args:
-            query: of tokens that follow one another.
-            keys: of all they may see, themselves included.
-            query_positions: ``[B, L]`` int64, ``-1`` at padding.
-            positions: ``[B, H, S]`` int64, ``-1`` where there is no token.
-        """
-        if not self.policy.contiguous:
-            return query, keys
-        return closed_up(
-            query,
-            keys,
-            query_positions=query_positions,
-            positions=positions,
-            constants=self.constants,
-        )
-
-    # What the policy sees and says.
-
-    def held(self) -> Slots:
-        """What the policy is shown of the slots."""
-        return self.view(self.keys, self.values, self.positions, self.attention, self.notes)
-
-    def held_positions(self) -> Tensor:
-        """``[B, H, S]`` int64, the token of each slot for each head, negative where none is."""
-        return self.positions
-
-    def revised(self, real: Tensor | None = None) -> Slots:
-        """The same, right before a ranking; in rows ``[B]`` bool only, where given."""
-        if self.policy.revises:
-            notes = self.policy.revise(self.held())
-            self.notes.copy_(slots.where_real(real, notes, self.notes))
-        return self.held()
-
-    def see(self, mask: Mask | None, positions: Tensor) -> See | None:
-        """What a mask of this call shows, see :meth:`Columns.see`."""
-        assert self.sizes is not None
-        return self.columns.see(
-            mask,
-            positions,
-            next_position=self.next_position,
-            groups=self.sizes.groups,
-            window=self.window,
-        )
-
-    def constant(self, held: Tensor, *traced: Tensor) -> Tensor:
-        """What is held of earlier calls, as a constant of one with gradients through ``traced``."""
-        is_past = self.has_gradients and gradients.wants_gradient(*traced)
-        return gradients.constant(held, *traced) if is_past else held
-
-    def drop(self, gone: Tensor) -> None:
-        """Empties slots, ``[B, H, S]`` bool."""
-        self.positions.masked_fill_(gone, -1)
-
-    def note(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        """What the policy writes down of new tokens ``[B, H, L, ...]``."""
-        nothing = self.attention[:, :, :0]
-        return self.policy.note(self.view(keys, values, positions, nothing, self.notes[:, :, :0]))
-
-    def view(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        seen: Tensor,
-        notes: Tensor,
-        *,
-        is_prompt: bool = False,
-    ) -> Slots:
-        """What the policy is shown of these tokens."""
-        return Slots(
-            keys=keys,
-            values=values,
-            positions=positions,
-            next_position=self.next_position,
-            layer=self.index,
-            first_head=self.shard.rank * keys.shape[1],
-            form=self.form,
-            queries=self.queries,
-            query_positions=self.query_positions,
-            attention=seen,
-            notes=notes,
-            prompt_length=self.prompt_length,
-            protected_prefix=self.protected_prefix,
-            recent=self.rules.recent,
-            budget=self.budget,
-            is_prompt=is_prompt,
-            constants=self.constants,
-        )
-
-    def scores(self, held: Slots) -> Tensor:
-        """Scores ``[B, H, S]`` of the policy."""
-        scores = self.policy.scores(held)
-        if scores.shape != held.positions.shape or scores.dtype != torch.float32:
-            raise ValueError(
-                f"{type(self.policy).__name__}.scores must return float32 of shape [B, H, S] = "
-                f"{list(held.positions.shape)}, got {scores.dtype} of shape {list(scores.shape)}"
-            )
-        return self.shard.mean(scores) if self.policy.mixes_scores else scores
-
-    def rank_prompt(
-        self, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor, notes: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Scores of tokens of a prompt, protection applied, and their revised notes."""
-        prompt = self.view(keys, values, positions, seen, notes, is_prompt=True)
-        prompt = prompt._replace(notes=self.policy.revise(prompt))
-        return self.protected_scores(prompt), prompt.notes
-
-    def choose(self, scores: Tensor, count: int) -> Tensor:
-        """The slots to overwrite in so many steps, ``[B, H, count]``, by scores ``[B, H, S]``."""
-        if count == 1:
-            return slots.lowest_slot(scores, self.positions)
-        return slots.next_victims(
-            scores, self.positions, protected_prefix=self.protected_prefix, count=count
-        )
-
-    def protected_scores(self, held: Slots) -> Tensor:
-        """Scores ``[B, H, S]`` with protection applied."""
-        return self.protect(self.scores(held), held.positions)
-
-    def protect(self, scores: Tensor, positions: Tensor) -> Tensor:
-        """The same of scores ``[B, H, S]`` at hand."""
-        return slots.protect(
-            scores,
-            positions,
-            next_position=self.next_position,
-            protected_prefix=self.protected_prefix,
-            recent=self.rules.recent,
-        )
-
-    def accumulate(
-        self, seen: Tensor, weights: Tensor, query_positions: Tensor, positions: Tensor
-    ) -> Tensor:
-        """What the policy remembers once it saw these weights ``[B, H, G, Q, S]``."""
-        rows = Rows(weights.float(), query_positions, positions)
-        seen = self.policy.accumulate(seen, rows)
-        return self.shard.mean(seen) if self.policy.mixes_heads else seen
 
 
 def _window(config: Any, layer: int) -> int | None:
@@ -550,7 +522,7 @@ def _window(config: Any, layer: int) -> int | None:
     return getattr(layers[layer] if layers else config, "sliding_window", None)
 
 
-def _weighs(module: Any) -> bool:
+def _wants_weights(module: Any) -> bool:
     """Whether the model wants attention weights, which only its eager attention gives."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
 

@@ -1,32 +1,61 @@
-"""What a cache tells those who watch it, on the host and between two calls of the model."""
+"""Those who are told what a cache does, on the host and between two compiled steps."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from compressed_cache.stores.prefill import States
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from compressed_cache.cache import CompressedCache
-    from compressed_cache.layer import CompressedLayer
-
-Listener = Callable[["CompressedLayer", States], None]
-"""Told by a layer what it has just read: in eager calls only, so it must not need compiled ones."""
+from compressed_cache.stores.inputs import AttentionInputs
 
 
-class Watcher:
-    """Told of each call of the model. Put one into ``CompressedCache.watchers``.
+class ObservedCache(Protocol):
+    """What an observer may ask of a cache."""
 
-    It is told where transformers asks for the size of the mask, outside of compiled graphs. What
-    was read before is then settled; the last call of all is settled when nobody reads any more.
+    layers: list[Any]
+
+    @property
+    def compressed_layer(self) -> Any:
+        """See :attr:`CompressedCache.compressed_layer`."""
+        ...
+
+    @property
+    def evicted_tokens(self) -> int:
+        """See :attr:`CompressedCache.evicted_tokens`."""
+        ...
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Tokens seen so far."""
+        ...
+
+    def takes_step(self, tokens: int) -> bool:
+        """Whether a call with so many tokens is a decode step."""
+        ...
+
+
+class Observer:
+    """Told of each call of the model: see :meth:`CompressedCache.add_observer`.
+
+    What was read before a call is settled when it begins; the last call of all is settled when
+    nobody reads any more.
     """
 
-    def call_begins(self, cache: "CompressedCache", tokens: int) -> None:
-        """A call begins that reads so many tokens of each row.
+    reads_layers = False
+    """Whether :meth:`layer_read` is called. Compiled code does not do that, so ``generate`` does
+    not compile steps then."""
 
-        Of one call, a model with several kinds of masks tells this several times.
+    def call_announced(self, cache: Any, tokens: int) -> None:
+        """A call is about to begin that reads so many tokens of each row.
+
+        It is told where transformers asks for the size of the mask, outside of compiled graphs. Of
+        one call, a model with several kinds of masks tells this several times.
         """
 
-    def rearranged(self, cache: "CompressedCache", what: str) -> None:
+    def call_begins(self, cache: Any, tokens: int) -> None:
+        """A call begins, and nothing has changed yet; told in eager calls only."""
+
+    def layer_read(self, layer: Any, inputs: AttentionInputs) -> None:
+        """A layer has just read these tokens; told where :attr:`reads_layers`."""
+
+    def rearranged(self, cache: Any, what: str) -> None:
         """Something other than reading is about to change what is held, the call of this name."""
 
 
@@ -41,16 +70,16 @@ class Progress:
         self.tokens = 0
         self._seen: int | None = None
 
-    def begins(self, cache: "CompressedCache", tokens: int) -> bool:
+    def begins(self, cache: ObservedCache, tokens: int) -> bool:
         """Whether this is a call not told of before."""
-        seen = cache.get_seq_length()
+        seen = int(cache.get_seq_length())
         is_new = seen != self._seen
         if is_new and self._seen is not None:
             self.check(cache)
         self._seen, self.tokens = seen, tokens
         return is_new
 
-    def check(self, cache: "CompressedCache") -> None:
+    def check(self, cache: ObservedCache) -> None:
         """Raises if more was read than was announced.
 
         Raises:

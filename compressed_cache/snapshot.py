@@ -1,30 +1,38 @@
 """What a cache holds at one moment, to come back to or to keep on disk."""
 
-import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from compressed_cache.layer import CompressedLayer, LayerState
-from compressed_cache.ops.attention import Form
-from compressed_cache.policies import Policy, make_policy, split_name
+from compressed_cache.ops.attention import LogitTransform
+from compressed_cache.ops.tokens import Sizes
+from compressed_cache.policies.base import Policy
 from compressed_cache.policies.budgets import to_budget
-from compressed_cache.policies.eviction_config import Rules
-from compressed_cache.stores.slots import Sizes
+from compressed_cache.policies.eviction_config import EvictionConfig
+from compressed_cache.policies.registry import make_policy, split_name
 from compressed_cache.tensorfile import opened
 
-if TYPE_CHECKING:
-    from compressed_cache.cache import CompressedCache
-
-_FORMAT = "5"
+_FORMAT = "6"
 _COLUMNS = "columns"
 _CONSTANT = "constants."
+
+
+class LayerState(NamedTuple):
+    """What one layer holds, apart from where."""
+
+    sizes: Sizes
+    tensors: dict[str, Tensor]
+    transform: LogitTransform
+    window: int | None
+    budget: int | tuple[int, ...]
+    """Slots of every head, or of each."""
+    constants: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,37 +40,20 @@ class Snapshot:
     """A copy of everything a cache holds. Later steps of the cache do not change it."""
 
     policy: Policy
-    rules: Rules
-    clock: dict[str, int | bool]
+    eviction: EvictionConfig
+    counter: dict[str, int | bool]
     columns: Tensor | None
     """``[B, T]`` bool, see :class:`~compressed_cache.hf.columns.Columns`."""
     layers: tuple[LayerState | LinearAttentionLayer | None, ...]
     """One per layer of the model; None for a layer without a cache."""
 
-    @classmethod
-    def take(cls, cache: "CompressedCache") -> "Snapshot":
-        """Copies what ``cache`` holds."""
-        return cls(
-            cache.policy,
-            cache.rules,
-            cache.clock.state(),
-            cache.columns.known_until(cache.clock.tokens_seen),
-            tuple(_state(layer) for layer in cache.layers),
-        )
-
-    def put(self, cache: "CompressedCache") -> None:
-        """Makes ``cache`` hold this again, in place where it fits."""
-        for index, layer in enumerate(cache.layers):
-            if index >= len(self.layers) or self.layers[index] is None:
-                layer.empty() if isinstance(layer, CompressedLayer) else layer.reset()
-        for index, state in enumerate(self.layers):
-            if isinstance(state, LayerState):
-                cache.attention_layer(index).restore(state)
-            elif state is not None:
-                vars(cache.linear_layer(index)).update(copy.deepcopy(vars(state)))
-        cache.clock.restore(self.clock)
-        cache.columns.reset()
-        cache.columns.known = self.columns
+    def check(self, policy: Policy, eviction: EvictionConfig) -> None:
+        """Raises ``ValueError`` unless it is of a cache with these."""
+        if (self.policy, self.eviction) != (policy, eviction):
+            raise ValueError(
+                f"snapshot must be of a cache like this one ({policy}, {eviction}), got one with "
+                f"{self.policy}, {self.eviction}"
+            )
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file.
@@ -85,15 +76,15 @@ class Snapshot:
             tensors |= {f"{index}.{name}": part for name, part in state.tensors.items()}
             for name, constant in state.constants.items():
                 tensors[f"{index}.{_CONSTANT}{name}"] = constant.detach()
-            if state.form.sinks is not None:
-                tensors[f"{index}.sinks"] = state.form.sinks.detach()
+            if state.transform.sinks is not None:
+                tensors[f"{index}.sinks"] = state.transform.sinks.detach()
             described.append(
                 {
                     "heads": state.sizes.heads,
                     "groups": state.sizes.groups,
                     "context": state.sizes.context,
-                    "scaling": state.form.scaling,
-                    "softcap": state.form.softcap,
+                    "scaling": state.transform.scaling,
+                    "softcap": state.transform.softcap,
                     "window": state.window,
                     "budget": state.budget,
                 }
@@ -102,8 +93,8 @@ class Snapshot:
             "format": _FORMAT,
             "policy": self.policy.label,
             "options": json.dumps(self.policy.options),
-            "rules": json.dumps(asdict(self.rules)),
-            "clock": json.dumps(self.clock),
+            "eviction": json.dumps(asdict(self.eviction)),
+            "counter": json.dumps(self.counter),
             "layers": json.dumps(described),
         }
         save_file({name: part.contiguous() for name, part in tensors.items()}, path, metadata)
@@ -143,15 +134,9 @@ class Snapshot:
             described and _described_state(described, _part(tensors, f"{index}."))
             for index, described in enumerate(json.loads(found["layers"]))
         )
-        rules = json.loads(found["rules"])
-        rules = Rules(**rules | {"budget": to_budget(rules["budget"])})
-        return cls(policy, rules, json.loads(found["clock"]), tensors.get(_COLUMNS), layers)
-
-
-def _state(layer: Any) -> LayerState | LinearAttentionLayer | None:
-    if isinstance(layer, CompressedLayer):
-        return layer.state() if layer.is_filled else None
-    return copy.deepcopy(layer)
+        eviction = json.loads(found["eviction"])
+        eviction = EvictionConfig(**eviction | {"budget": to_budget(eviction["budget"])})
+        return cls(policy, eviction, json.loads(found["counter"]), tensors.get(_COLUMNS), layers)
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -168,14 +153,16 @@ def _described_state(described: dict[str, Any], tensors: dict[str, Tensor]) -> L
         for name in list(tensors)
         if name.startswith(_CONSTANT)
     }
-    form = Form(described["scaling"], described["softcap"], tensors.pop("sinks", None))
+    transform = LogitTransform(
+        described["scaling"], described["softcap"], tensors.pop("sinks", None)
+    )
     keys, values = tensors["keys"], tensors["values"]
     batch, _, capacity = keys.shape[:3]
-    dim = keys.shape[3] + tensors["tails"].shape[3]
+    dim = keys.shape[3] + tensors["recent_channels"].shape[3]
     sizes = Sizes(
         *(batch, described["heads"], described["groups"], capacity, dim, values.shape[-1]),
         *(keys.dtype, values.dtype, keys.device, described["context"]),
     )
     window, budget = described["window"], described["budget"]
     budget = budget if isinstance(budget, int) else tuple(budget)
-    return LayerState(sizes, tensors, form, window, budget, constants)
+    return LayerState(sizes, tensors, transform, window, budget, constants)

@@ -1,13 +1,13 @@
 """The host's count of tokens, kept out of the compiled graphs."""
 
 
-class Clock:
+class StepCounter:
     """Counts tokens on the host and says whether the next decode step ranks the slots.
 
     A compiled decode step must not read a Python int that changes (each value would be compiled in,
     and CUDA graphs would be recorded once per value), but a cache that ranks every ``interval``
     steps has to know when. So a step only *reads* the bool :attr:`ranks` and *writes* a constant to
-    :attr:`running`; the counting is done by :meth:`tick`, which transformers triggers eagerly
+    :attr:`running`; the counting is done by :meth:`end_step`, which transformers triggers eagerly
     between two steps when it asks for the size of the mask. Compiled code is then guarded on one
     bool: two graphs. Where nobody asks (a model compiled by hand), the cache ticks inside the step:
     correct, with two more graphs, because the int is first taken for a constant.
@@ -25,8 +25,9 @@ class Clock:
         self.ranks = True
         self.is_first_prompt = True
         """Whether no token has been decoded yet, so that a further prompt is one more chunk."""
-        self.records = False
-        """Whether layers remember what they read, because it may be taken back."""
+        self.drafted = 0
+        """How many of the tokens of the next call are drafts, which are read as steps; set by
+        :class:`~compressed_cache.drafting.Drafting`."""
         self.prompt_tokens = 0
         """How many tokens of the call that began last are read as a prompt; the others as steps."""
         self.is_read = False
@@ -38,7 +39,7 @@ class Clock:
         """Tokens of all prompts and of all steps begun, padding included."""
         return self.prompt + self.steps + self.running
 
-    def tick(self) -> None:
+    def end_step(self) -> None:
         """Ends the step that is running, if one is."""
         if self.running:
             self.steps += self.running
@@ -51,6 +52,7 @@ class Clock:
         After a prompt the slots are ranked anew in the next step.
         """
         self.prompt_tokens = prompt_tokens
+        self.drafted = 0
         self.is_read = False
         if prompt_tokens:
             self.is_first_prompt = self.is_first_prompt and self.steps == 0

@@ -6,7 +6,7 @@ python examples/own_policy.py --out pictures
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache import CompressedCache, Defaults, Policy, Slots
-from compressed_cache.policies.base import Rows
+from compressed_cache.policies import AttentionRows, Needs
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import extract_answer, make_problem
 from compressed_cache.versions import cache_argument
@@ -24,19 +24,21 @@ from compressed_cache.versions import cache_argument
 class Breadth(Policy):
     """Keeps the tokens that many queries attended to, be it ever so little."""
 
-    observes_attention: ClassVar = True
-
     power: float = 0.5
     """Of each query's attention: below 1 many weak looks count for more than one strong one."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(attention=True)
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(recent=budget // 2)
 
-    def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
-        return attention + rows.weights.mean(dim=2).pow(self.power).sum(dim=2)
+    def accumulate(self, state: Tensor, rows: AttentionRows) -> Tensor:
+        return state + rows.weights.mean(dim=2).pow(self.power).sum(dim=2)
 
     def scores(self, slots: Slots) -> Tensor:
-        return slots.attention
+        return slots.attention_state
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from transformers.pipelines.base import Pipeline
 
 from compressed_cache.integrations.prompt import Prompt, make_prompt, pair
 from compressed_cache.integrations.request import Request, make_request
+from compressed_cache.policies.capabilities import SharesBudget, find
 
 if TYPE_CHECKING:
     from compressed_cache.telemetry.timing import Timing
@@ -215,7 +216,11 @@ def _check_budget(request: Request, prompts: list[Prompt]) -> None:
     """Refuses what a later batch would be refused for."""
     from compressed_cache.hf.checks import check_prompt
 
-    rules = request.cache.rules
-    if prompts and isinstance(rules.budget, int) and not request.cache.policy.shares_budget:
+    eviction = request.cache.eviction
+    if (
+        prompts
+        and isinstance(eviction.budget, int)
+        and not find(request.cache.policy, SharesBudget)
+    ):
         lengths = [len(prompt.context) + max(map(len, prompt.questions)) for prompt in prompts]
-        check_prompt(torch.tensor(lengths), rules, rules.budget)
+        check_prompt(torch.tensor(lengths), eviction, eviction.budget)

@@ -69,9 +69,9 @@ def make_request(model: Any, arguments: dict[str, Any]) -> Request:
 
 def _own_names(press: Any) -> list[str]:
     from compressed_cache.policies import Policy, option_names
-    from compressed_cache.policies.eviction_config import Rules
+    from compressed_cache.policies.eviction_config import EvictionConfig
 
-    rules = [field.name for field in fields(Rules)]
+    rules = [field.name for field in fields(EvictionConfig)]
     if press is None or isinstance(press, Policy):
         return rules
     if not isinstance(press, str):

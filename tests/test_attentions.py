@@ -31,7 +31,7 @@ def test_weights_of_a_later_call_are_over_the_slots_and_then_the_new_tokens(
     with torch.no_grad():
         for other in (dynamic, cache):
             model(context, **cache_argument(other))
-        owners = [layer.held_positions().clone() for layer in cache.layers]
+        owners = [layer.held().positions.clone() for layer in cache.layers]
         expected, got = (
             model(question, **cache_argument(other), output_attentions=True).attentions
             for other in (dynamic, cache)

@@ -153,10 +153,12 @@ def test_what_a_policy_remembers_is_float32(
         for token in range(300, 390):
             model(ids[:, token : token + 1], past_key_values=cache)
     for layer in cache.layers:
-        assert layer.attention.dtype == torch.float32
+        assert layer.store.tokens.attention_state.dtype == torch.float32
         assert layer.keys.dtype == layer.values.dtype == dtype
         expected = torch.full((1, 2), 390.0)
-        torch.testing.assert_close(layer.attention.sum(-1), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            layer.store.tokens.attention_state.sum(-1), expected, rtol=1e-5, atol=0
+        )
 
 
 @pytest.mark.parametrize("policy", EVICTING)

@@ -248,8 +248,8 @@ def test_a_pool_has_the_slots_of_a_uniform_budget_and_keeps_them(name: str, prom
     slots = sum(layer.positions[0].numel() for layer in cache.layers)
     assert slots == 2 * 2 * 16
     # Owners, and victims where there is a list of them, are numbers of 8 bytes.
-    bookkeeping = [layer.owners.nbytes + layer.victims.nbytes for layer in cache.layers]
-    victims = sum(layer.victims.nbytes for layer in uniform.layers)
+    bookkeeping = [layer.store.owners.nbytes + layer.store.victims.nbytes for layer in cache.layers]
+    victims = sum(layer.store.victims.nbytes for layer in uniform.layers)
     assert cache.nbytes == uniform.nbytes + sum(bookkeeping) - victims
     before = cache.nbytes
     for token in range(NUM_STEPS):

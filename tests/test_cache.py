@@ -15,7 +15,7 @@ from tests.kinds import KINDS
 from tests.reference.comparison import OPTIONS
 
 # Those that give every layer the budget; tests/test_budgets.py has the others.
-UNIFORM = [name for name in KINDS if not POLICIES[name].shares_budget]
+UNIFORM = [name for name in KINDS if not hasattr(POLICIES[name], "budgets")]
 EVICTING = [name for name in UNIFORM if name != "full"]
 
 
@@ -54,7 +54,10 @@ def test_the_budget_is_never_exceeded_and_allocated_once(
     cache = CompressedCache(policy, 16, protect_prompt=False)
     ids = distinct_tokens(2, prompt + 60)
     model(ids[:, :prompt], past_key_values=cache)
-    nbytes, addresses = cache.nbytes, [t.data_ptr() for t in cache.layers[0].tensors()]
+    nbytes, addresses = (
+        cache.nbytes,
+        [t.data_ptr() for t in cache.layers[0].tensors()],
+    )
     for token in range(prompt, prompt + 60):
         model(ids[:, token : token + 1], past_key_values=cache)
         assert cache.layers[0].keys.shape == (2, 2, 16, 12)
@@ -137,7 +140,7 @@ def test_layers_share_no_state(model: LlamaForCausalLM, policy: str) -> None:
     if policy != "streaming_llm":
         assert not torch.equal(first.positions, second.positions)
     before = [t.clone() for t in second.tensors()]
-    first.clear()
+    first.empty()
     for tensor, copied in zip(second.tensors(), before, strict=True):
         assert torch.equal(tensor, copied)
 
@@ -230,7 +233,10 @@ def test_beams_move_every_tensor_in_place(model: LlamaForCausalLM) -> None:
     assert [t.data_ptr() for t in cache.layers[0].tensors()] == addresses
     for mine, old in ((0, 2), (1, 2), (2, 0)):
         assert held(cache, 1, mine) == held(twin, 1, old)
-        assert torch.equal(cache.layers[1].attention[mine], twin.layers[1].attention[old])
+        assert torch.equal(
+            cache.layers[1].store.tokens.attention_state[mine],
+            twin.layers[1].store.tokens.attention_state[old],
+        )
 
 
 def test_repr_says_policy_budget_and_tokens_seen(model: LlamaForCausalLM) -> None:

@@ -55,7 +55,7 @@ def test_needs_follow_from_what_a_policy_asks_for() -> None:
     for_each_head = [
         name
         for name, kind in POLICIES.items()
-        if kind.scores_attention and not (kind.mixes_heads or kind.mixes_scores)
+        if kind.scores_attention and not (kind().needs.all_heads or kind.same_for_all_heads)
     ]
     assert list(ENTRIES["caote"].works_on[:3]) == for_each_head[:3]
 
@@ -70,7 +70,7 @@ def test_state_is_what_a_cache_allocates(entry: Entry, model: LlamaForCausalLM) 
     few, many = (nbytes(entry.name, b) - nbytes("random", b) for b in (128, 192))
     layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
     assert many - few == layers * heads * 64 * entry.bytes_per_slot
-    window = POLICIES[entry.name]().num_queries
+    window = POLICIES[entry.name]().needs.queries
     # Two query heads per key/value head, of 12 float32 numbers; positions are shared by the heads.
     ring = layers * window * (2 * heads * 12 * 4 + 8)
     assert few - layers * heads * 128 * entry.bytes_per_slot == ring

@@ -14,7 +14,7 @@ from compressed_cache.policies import MODIFIERS, make_policy, option_names
 from compressed_cache.policies.methods.caote import CAOTE
 from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.policies.methods.snapkv import SnapKV
-from compressed_cache.policies.prefill_decode import InPhases
+from compressed_cache.policies.prefill_decode import PrefillDecode
 from tests.reference import policies as reference_policies
 from tests.reference.comparison import (
     assert_same_kept,
@@ -31,7 +31,7 @@ SMALL = {"window": 6, "kernel_size": 3}
 
 def test_names_are_objects_written_short() -> None:
     assert make_policy("snapkv+caote", window=9) == CAOTE(base=SnapKV(window=9))
-    phases = InPhases(prompt=SnapKV(window=9), decoding=H2O())
+    phases = PrefillDecode(prompt=SnapKV(window=9), decoding=H2O())
     assert make_policy("snapkv/h2o", window=9) == phases
     assert make_policy("snapkv/h2o+caote", window=9) == CAOTE(base=phases)
     assert make_policy("snapkv/h2o+caote").label == "snapkv/h2o+caote"
@@ -66,7 +66,7 @@ def test_no_option_of_a_modifier_is_one_of_another_part() -> None:
         (lambda: make_policy("h2o+caote", window=3), TypeError, "unknown option 'window'"),
         (lambda: CAOTE(base=3), TypeError, "base must be a Policy, got 3"),  # pyright: ignore
         (
-            lambda: InPhases(prompt=SnapKV(window=3), decoding=SnapKV(window=4)),
+            lambda: PrefillDecode(prompt=SnapKV(window=3), decoding=SnapKV(window=4)),
             ValueError,
             "window must be the same in both parts of 'snapkv/snapkv', got 3 and 4",
         ),

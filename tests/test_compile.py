@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM, StaticCache
 
 from compressed_cache import POLICIES, CompressedCache, compile_layers_once
-from compressed_cache.policies import SLOTTED
+from compressed_cache.policies import SLOT_POLICIES
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
@@ -28,7 +28,7 @@ def _generate(model: LlamaForCausalLM, ids: torch.Tensor, cache: object, **more:
 
 
 @pytest.mark.parametrize(("interval", "graphs"), [(1, 1), (4, 2)])
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", SLOT_POLICIES)
 def test_generate_compiles_once_and_never_again(
     make_model: Callable[..., LlamaForCausalLM],
     backend: CountingBackend,
@@ -184,7 +184,7 @@ def test_a_prompt_compiled_as_one_graph_is_refused_in_words_that_help(
 
 
 @pytest.mark.parametrize(("interval", "graphs"), [(1, 1), (4, 2)])
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", SLOT_POLICIES)
 def test_one_layer_is_compiled_for_all(
     make_model: Callable[..., LlamaForCausalLM],
     backend: CountingBackend,
@@ -209,7 +209,7 @@ def test_one_layer_is_compiled_for_all(
         # Each layer draws other numbers or has another number of slots, so for each there is other
         # code.
         draws = policy in ("random", "random_prompt", "vase", "vase_dkv") and interval == 1
-        differs = draws or POLICIES[policy].shares_budget
+        differs = draws or hasattr(POLICIES[policy], "budgets")
         assert len(backend.regions) == (0 if differs else 4)
         assert len(set(backend.regions)) <= 1
 

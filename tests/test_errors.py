@@ -355,7 +355,7 @@ def test_a_window_that_only_the_config_tells_of_is_kept() -> None:
     # Its attention is handed a mask with the window, and not the window.
     model, cache = make("phimoe", "PhimoeForCausalLM"), CompressedCache("full")
     model(torch.arange(3, 27)[None], **cache_argument(cache))
-    assert [layer.window for layer in cache.layers] == [WINDOW, WINDOW]
+    assert [layer.store.bound.window for layer in cache.layers] == [WINDOW, WINDOW]
 
 
 def test_an_attention_implementation_that_cannot_work_is_refused(
@@ -414,8 +414,8 @@ def test_a_policy_without_scores_says_so(model: LlamaForCausalLM) -> None:
         ),
         (
             lambda cache: cache.restore(CompressedCache("h2o", 9).snapshot()),
-            "snapshot must be of a cache like this one (H2O(), Rules(budget=8, interval=1, "
-            "sinks=0, recent=4, protect_prompt=False)), got one with H2O(), Rules(budget=9, "
+            "snapshot must be of a cache like this one (H2O(), EvictionConfig(budget=8, interval=1, "
+            "sinks=0, recent=4, protect_prompt=False)), got one with H2O(), EvictionConfig(budget=9, "
             "interval=1, sinks=0, recent=4, protect_prompt=False)",
         ),
     ],
@@ -485,7 +485,7 @@ def test_files_that_are_not_a_saved_cache_are_refused(
     with pytest.raises(ValueError, match="is not a safetensors file"):
         CompressedCache.load(tmp_path / "text")
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights")
-    message = r"must be written by CompressedCache.save in format 5, got format None"
+    message = r"must be written by CompressedCache.save in format 6, got format None"
     with pytest.raises(ValueError, match=message):
         CompressedCache.load(tmp_path / "weights")
     cache = CompressedCache(Whole(), 16)

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
-from compressed_cache.ops.attention import Form
-from compressed_cache.policies import POLICIES, Site, Slots, make_policy
+from compressed_cache.ops.attention import LogitTransform
+from compressed_cache.policies import POLICIES, LayerContext, Slots, make_policy
 from tests.reference.comparison import distinct_tokens
 
 B, H, G, S, D = 2, 3, 2, 40, 8
@@ -23,7 +23,7 @@ def _slots(keys: Tensor, *, window: int = 1, policy: Any = None, seed: int = 0) 
     positions = order[:, None].expand(B, H, length)
     keys = keys.gather(2, positions.unsqueeze(-1).expand_as(keys))
     dim = keys.shape[3]
-    site = Site(None, None, 0, 0, H, G, dim, dim, keys.device)
+    site = LayerContext(None, None, 0, 0, H, G, dim, dim, keys.device)
     return Slots(
         keys=keys,
         values=torch.randn(keys.shape, generator=generator),
@@ -31,7 +31,7 @@ def _slots(keys: Tensor, *, window: int = 1, policy: Any = None, seed: int = 0) 
         next_position=torch.full((B,), length),
         layer=0,
         first_head=0,
-        form=Form(D**-0.5),
+        form=LogitTransform(D**-0.5),
         queries=torch.randn(B, H, G, window, dim, generator=generator),
         query_positions=torch.arange(length - window, length).expand(B, window),
         attention=torch.zeros(B, H, 0),
@@ -96,7 +96,7 @@ def test_copies_of_a_key_lower_the_rank_of_all_but_the_newest(name: str) -> None
 
     def ranks(keys: Tensor) -> Tensor:
         slots = _slots(keys, window=4, policy=policy)
-        slots = slots._replace(notes=torch.zeros(B, H, S, policy.num_notes))
+        slots = slots._replace(notes=torch.zeros(B, H, S, policy.needs.notes))
         scores = _by_position(policy.scores(slots), slots)
         return scores.argsort(dim=-1, stable=True).argsort(dim=-1)
 
@@ -119,14 +119,17 @@ def test_h2o_loses_no_attention(precise_model: LlamaForCausalLM) -> None:
         precise_model(ids[:, :10], past_key_values=cache)
         for token in range(10, 60):
             layers: Any = cache.layers
-            before = [(layer.positions.clone(), layer.attention.clone()) for layer in layers]
+            before = [
+                (layer.positions.clone(), layer.store.tokens.attention_state.clone())
+                for layer in layers
+            ]
             precise_model(ids[:, token : token + 1], past_key_values=cache)
             for index, (layer, (positions, attention)) in enumerate(
                 zip(layers, before, strict=True)
             ):
                 gone = positions != layer.positions
                 evicted[index] += (attention * gone).sum(dim=-1)
-                held = layer.attention.sum(dim=-1)
+                held = layer.store.tokens.attention_state.sum(dim=-1)
                 expected = torch.full_like(held, token + 1.0)
                 torch.testing.assert_close(held + evicted[index], expected, rtol=1e-5, atol=0)
     assert (evicted > 1).all()
@@ -150,8 +153,8 @@ def test_a_broken_token_is_the_lowest_and_spoils_no_other(
 
     def scored(keys: Tensor) -> Tensor:
         slots = _slots(keys, window=6, policy=policy)
-        slots = slots._replace(notes=torch.zeros(B, H, S, policy.num_notes))
-        if policy.revises:
+        slots = slots._replace(notes=torch.zeros(B, H, S, policy.needs.notes))
+        if hasattr(policy, "revise"):
             slots = slots._replace(notes=policy.revise(slots))
         return _by_position(policy.scores(slots), slots)
 

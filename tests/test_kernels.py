@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from compressed_cache import CompressedCache, compile_layers_once, layer
-from compressed_cache.ops import attention_sums as torch_totals
-from compressed_cache.ops.attention import Form, attention_rows
+from compressed_cache import CompressedCache, compile_layers_once
+from compressed_cache.ops import attention_sums as torch_sums
+from compressed_cache.ops.attention import LogitTransform, attention_rows
 from compressed_cache.ops.kernels import operators
-from compressed_cache.stores.slots import Sizes
+from compressed_cache.ops.tokens import Sizes
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens
 from tests.kinds import KINDS
 
 pytest.importorskip("triton")
-from compressed_cache.ops.kernels import attention_sums, decode
+from compressed_cache.ops.kernels import attention_sums as sums
+from compressed_cache.ops.kernels import decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -222,7 +223,7 @@ def test_a_broken_key_spoils_its_own_head_only() -> None:
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("sizes", [(3, 2, 2, 70, 16), (1, 1, 4, 130, 80), (2, 1, 1, 33, 256)])
 @pytest.mark.parametrize("way", ["kernel", "blocks", "rows"])
-def test_attention_totals(
+def test_attention_sums(
     way: str,
     sizes: tuple[int, ...],
     with_sinks: bool,
@@ -230,7 +231,7 @@ def test_attention_totals(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch_totals, "_BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(torch_sums, "_BLOCK_ELEMENTS", 1000)
     batch, heads, groups, length, dim = sizes
     generator = torch.Generator().manual_seed(0)
 
@@ -243,15 +244,15 @@ def test_attention_totals(
     sinks = normal(heads * groups) if with_sinks else None
     padding = torch.tensor([0, 9, length][:batch])
     if way == "kernel":
-        found = attention_sums.attention_totals(
+        found = sums.attention_sums(
             queries, keys, padding.to(DEVICE), sinks, scaling=0.3, softcap=softcap
         )
     else:
-        torch_way = {"blocks": torch_totals._block_totals, "rows": row_totals}[way]
+        torch_way = {"blocks": torch_sums._sums_of_blocks, "rows": row_sums}[way]
         real = torch.arange(length) >= padding[:, None]
         tensors = (tensor.cpu() for tensor in (queries, keys))
         found = torch_way(
-            *tensors, real, Form(0.3, softcap, None if sinks is None else sinks.cpu())
+            *tensors, real, LogitTransform(0.3, softcap, None if sinks is None else sinks.cpu())
         )
     expected = np.zeros(found.shape)
     q, k = queries.double().cpu().numpy(), keys.double().cpu().numpy()
@@ -265,7 +266,7 @@ def test_attention_totals(
     np.testing.assert_allclose(found.cpu(), expected, rtol=2e-5, atol=2e-5)
 
 
-def row_totals(queries: Tensor, keys: Tensor, real: Tensor, form: Form) -> Tensor:
+def row_sums(queries: Tensor, keys: Tensor, real: Tensor, form: LogitTransform) -> Tensor:
     """What a prompt gives where neither kernels nor blocks serve."""
     positions = torch.where(real, real.cumsum(dim=1) - 1, -1)
     rows = attention_rows(
@@ -279,9 +280,9 @@ def test_a_broken_key_leaves_the_totals_of_the_others() -> None:
     keys[0, 1, 5] = torch.nan
     real = torch.ones(1, 40, dtype=torch.bool)
     sizes = SERVED._replace(device=torch.device("cpu"))
-    form = Form(1.0)
-    assert torch_totals.attention_totals(queries, keys, real, form=form, sizes=sizes) is None
-    found = row_totals(queries, keys, real, form)
+    form = LogitTransform(1.0)
+    assert torch_sums.attention_sums(queries, keys, real, form=form, sizes=sizes) is None
+    found = row_sums(queries, keys, real, form)
     assert found[0, 1, 5] == 0
     # Query 5 of the second head still gives all its attention away.
     torch.testing.assert_close(found.sum(dim=-1), torch.full((1, 2), 40.0))
@@ -290,7 +291,7 @@ def test_a_broken_key_leaves_the_totals_of_the_others() -> None:
 def test_totals_pass_over_what_is_not_a_number() -> None:
     queries, keys = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
     keys[0, 1, 5] = torch.nan
-    found = attention_sums.attention_totals(
+    found = sums.attention_sums(
         queries.to(DEVICE),
         keys.to(DEVICE),
         torch.zeros(1, dtype=torch.int64, device=DEVICE),
@@ -397,7 +398,7 @@ def test_operators_keep_their_promises() -> None:
             {"recent": 3, "scaling": 0.2, "softcap": None, "record": record},
         )
     torch.library.opcheck(
-        operators.attention_totals,
+        operators.attention_sums,
         (
             step.query.repeat(1, 1, 20, 1),
             step.memory.new_ones(1, 2, 20, 16),
@@ -438,7 +439,8 @@ def test_a_cpu_is_left_to_torch() -> None:
 COMPILE = """
 import itertools, triton
 from triton.backends.compiler import GPUTarget
-from compressed_cache.ops.kernels import attention_sums, decode
+from compressed_cache.ops.kernels import attention_sums as sums
+from compressed_cache.ops.kernels import decode
 TYPES = {"bf16": 2, "fp32": 4}
 POINTERS = dict(
     query="*{t}", key="*{t}", value="*{t}", keys="*{t}", values="*{t}", queries="*{t}",
@@ -455,8 +457,8 @@ for (name, size), capability in itertools.product(TYPES.items(), (80, 90)):
     for kernel, splits, block, warps in (
         (decode._attend_kernel, 1, decode._TILE_BYTES[size] // 128 // size, decode._WARPS[size]),
         (decode._merge_kernel, 4, 0, 4),
-        (attention_sums._log_sum_exp_kernel, 0, attention_sums._BLOCK[size], attention_sums._WARPS[size]),
-        (attention_sums._column_sums_kernel, 0, attention_sums._BLOCK[size], attention_sums._WARPS[size]),
+        (sums._log_sum_exp_kernel, 0, sums._BLOCK[size], sums._WARPS[size]),
+        (sums._column_sums_kernel, 0, sums._BLOCK[size], sums._WARPS[size]),
     ):
         constants = {**CONSTANTS, "SPLITS": splits, "BLOCK": block}
         kinds = {

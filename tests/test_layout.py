@@ -19,9 +19,9 @@ from transformers import (
 
 from compressed_cache import CompressedCache
 from compressed_cache.ops.kernels import operators
-from compressed_cache.ops.rerotation import closed_up
+from compressed_cache.ops.rerotation import rerotate_to_ranks
 from compressed_cache.ops.rotary import rotary_of
-from compressed_cache.policies import InPhases, Policy, Site, make_policy
+from compressed_cache.policies import LayerContext, Policy, PrefillDecode, make_policy
 from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.policies.methods.snapkv import SnapKV
 from compressed_cache.policies.methods.think import ThinK
@@ -133,7 +133,7 @@ def test_the_same_tokens_far_into_a_text_are_attended_alike(
 
     def seen(positions: Tensor, own: int) -> tuple[Tensor, Tensor]:
         own_position = torch.tensor([[own]])
-        return closed_up(
+        return rerotate_to_ranks(
             rotary.rotate(queries, own_position[:, None]),
             rotary.rotate(keys, positions),
             query_positions=own_position,
@@ -200,14 +200,16 @@ def without_channels(cache: CompressedCache) -> DynamicCache:
     """A full cache that holds what ``cache`` holds, with zeros where a channel was left out."""
     full = DynamicCache()
     for index, layer in enumerate(cache.layers):
-        recent, newest = layer.tails.shape[2], int(layer.next_position[0]) - 1
-        keys = torch.zeros(*layer.keys.shape[:3], layer.channels.shape[2], dtype=layer.keys.dtype)
+        recent, newest = layer.store.recent_channels.shape[2], int(layer.store.next_position[0]) - 1
+        keys = torch.zeros(
+            *layer.keys.shape[:3], layer.store.channels.shape[2], dtype=layer.keys.dtype
+        )
         for head, positions in enumerate(layer.positions[0].tolist()):
-            channels = layer.channels[0, head].tolist()
+            channels = layer.store.channels[0, head].tolist()
             for slot, position in enumerate(positions):
                 held = layer.keys[0, head, slot].tolist()
                 if position > newest - recent:
-                    held += layer.tails[0, head, position % recent].tolist()
+                    held += layer.store.recent_channels[0, head, position % recent].tolist()
                 for channel, entry in zip(channels, held, strict=False):
                     keys[0, head, slot, channel] = entry
         full.update(keys, layer.values, index)
@@ -221,7 +223,7 @@ def test_a_further_prompt_sees_old_keys_without_channels_and_all_of_itself(
     text = torch.tensor([distinct_tokens(60, seed=4)])
     cache = CompressedCache("h2o+think", 12, recent=3, interval=2, **SMALL)
     read(precise_model, cache, text, 30, *steps(30, 40))
-    chosen = [layer.channels.clone() for layer in cache.layers]
+    chosen = [layer.store.channels.clone() for layer in cache.layers]
     for start, end in [(40, 43), (43, 55), (55, 60)]:
         expected = precise_model(
             text[:, start:end],
@@ -231,7 +233,7 @@ def test_a_further_prompt_sees_old_keys_without_channels_and_all_of_itself(
         found = precise_model(text[:, start:end], past_key_values=cache)
         torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-9)
     for layer, channels in zip(cache.layers, chosen, strict=True):
-        assert torch.equal(layer.channels, channels)
+        assert torch.equal(layer.store.channels, channels)
 
 
 @torch.no_grad()
@@ -247,12 +249,12 @@ def test_slots_hold_the_channels_that_stay_of_the_keys(precise_model: LlamaForCa
         precise_model(text[:, start:end], past_key_values=cache)
         layer = cache.layers[0]
         for head in range(2):
-            assert sorted(layer.channels[0, head].tolist()) == list(range(16))
-            kept, left = layer.channels[0, head].split([12, 4])
+            assert sorted(layer.store.channels[0, head].tolist()) == list(range(16))
+            kept, left = layer.store.channels[0, head].split([12, 4])
             expected = keys[head, layer.positions[0, head]][:, kept]
             torch.testing.assert_close(layer.keys[0, head], expected, rtol=0, atol=1e-12)
             last = torch.arange(end - 5, end)
-            found = layer.tails[0, head, last % 5]
+            found = layer.store.recent_channels[0, head, last % 5]
             torch.testing.assert_close(found, keys[head, last][:, left], rtol=0, atol=1e-12)
 
 
@@ -378,7 +380,7 @@ class Bound(H2O):
 
     name = "bound"
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
+    def constants(self, site: LayerContext) -> dict[str, Tensor]:
         return {"direction": torch.ones(site.dim)}
 
 
@@ -389,8 +391,8 @@ class Bound(H2O):
         (lambda: make_policy("h2o+think+key_rerotation"), "leaves out.*key_rerotation knows"),
         (lambda: make_policy("h2o+think+caote+key_rerotation"), "key_rerotation knows them all"),
         (lambda: ThinK(base=Bound()), "bound knows them all by their place"),
-        (lambda: ThinK(base=InPhases(prompt=Bound(), decoding=SnapKV())), "bound knows them"),
-        (lambda: InPhases(prompt=ThinK(base=H2O()), decoding=SnapKV()), "held in both phases"),
+        (lambda: ThinK(base=PrefillDecode(prompt=Bound(), decoding=SnapKV())), "bound knows them"),
+        (lambda: PrefillDecode(prompt=ThinK(base=H2O()), decoding=SnapKV()), "held in both phases"),
         (lambda: make_policy("full+think"), "full evicts none"),
         (lambda: make_policy("h2o+think", channel_ratio=1.0), "channel_ratio must be from 0 to"),
         (lambda: make_policy("h2o+think", channel_ratio=-0.1), "channel_ratio must be from 0 to"),

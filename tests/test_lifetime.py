@@ -160,15 +160,15 @@ def test_a_step_that_failed_leaves_nothing_behind(
     for one in (cache, expected):
         model(IDS, **cache_argument(one))
     clean, nbytes = cache.snapshot(), cache.nbytes
-    attend = CompressedLayer.attend
+    forward = CompressedLayer.forward
 
     def failing(layer: CompressedLayer, *args: Any, **options: Any) -> Any:
         if layer.index == 1:
             raise MemoryError
-        return attend(layer, *args, **options)
+        return forward(layer, *args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(CompressedLayer, "attend", failing)
+        patch.setattr(CompressedLayer, "forward", failing)
         model(IDS[:, :1], **cache_argument(cache))
     assert cache.nbytes == nbytes
     held = saved(cache)

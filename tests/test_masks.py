@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, LlamaForCausalLM
 
 from compressed_cache import CompressedCache
-from compressed_cache.policies import SLOTTED
+from compressed_cache.policies import SLOT_POLICIES
 from compressed_cache.versions import cache_argument
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES
@@ -192,7 +192,7 @@ def test_columns_that_were_evicted_stay_gone(model: Any) -> None:
 
 @every(40)
 @given(
-    policy=st.sampled_from(SLOTTED),
+    policy=st.sampled_from(SLOT_POLICIES),
     calls=st.lists(st.integers(1, 7), min_size=2, max_size=5),
     rows=st.integers(1, 3),
     is_additive=st.booleans(),
@@ -241,7 +241,7 @@ def test_a_finite_bias_is_no_padding(model: Any, policy: str, hidden: float) -> 
         parts += [_call(model, cache, more) for more in steps]
         logits.append(torch.cat(parts, dim=1))
         if isinstance(cache, CompressedCache):
-            assert (cache.layers[0].next_position == 24).all()
+            assert (cache.layers[0].store.next_position == 24).all()
     _assert_close(logits[1], logits[0])
 
 
@@ -302,7 +302,13 @@ def _turns(
 CALLS = [24, *[1] * 12, 9, *[1] * 10, 5]
 ENDED = [[6, 4], [12, 10], [1, 9]]
 """Of each row, how many tokens both answers have."""
-POLICIES_OF_ROWS = [*SLOTTED, "snapkv+adakv", "snapkv+simlayerkv", "h2o+merging", "rpc+growing"]
+POLICIES_OF_ROWS = [
+    *SLOT_POLICIES,
+    "snapkv+adakv",
+    "snapkv+simlayerkv",
+    "h2o+merging",
+    "rpc+growing",
+]
 
 
 def _conversation() -> tuple[Tensor, Tensor]:
@@ -354,7 +360,7 @@ def test_rows_that_end_early_are_what_they_are_alone(
 def test_padding_steps_that_were_read_as_text_are_dropped(model: Any) -> None:
     """Plain ``generate`` pads rows that have ended without a word."""
     ids, real = _conversation()
-    for policy in SLOTTED:
+    for policy in SLOT_POLICIES:
         if policy == "pyramidkv":
             # Gives its last layer less than this text.
             continue
@@ -371,4 +377,4 @@ def test_padding_steps_that_were_read_as_text_are_dropped(model: Any) -> None:
             expected = _call(model, alone, text)
             _assert_close(logits[row, -1], expected[0, -1])
             assert held(batch, 1, row) == held(alone, 1)
-            assert int(batch.layers[0].next_position[row]) == text.shape[1]
+            assert int(batch.layers[0].store.next_position[row]) == text.shape[1]

@@ -162,6 +162,22 @@ def test_drafts_change_nothing(
             assert held(cache, layer) == held(plain, layer)
 
 
+@pytest.mark.parametrize("policy", KINDS)
+def test_drafts_that_are_all_wrong_change_nothing(
+    make_model: Callable[..., LlamaForCausalLM], policy: str
+) -> None:
+    # With few words, most drafts are found and few of them are right.
+    model = make_model(vocab_size=16, attn_implementation="eager").double()
+    ids = distinct_tokens(1, 40) % 15 + 1
+    mask = torch.ones_like(ids)
+    rules = dict(budget=16, recent=8, protect_prompt=False)
+    options = dict(attention_mask=mask, eos_token_id=None)
+    expected = _generate(model, CompressedCache(policy, **rules), ids, **options)
+    cache = CompressedCache(policy, **rules)
+    drafted = _generate(model, cache, ids, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(drafted, expected)
+
+
 def test_drafts_that_are_right_save_forward_passes(model: Any) -> None:
     calls: list[int] = []
     handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
@@ -187,7 +203,7 @@ def test_a_plain_call_after_drafting_compresses_as_ever(model: Any) -> None:
     assert torch.equal(caches[0][0][:, :54], caches[1][0][:, :54])
 
 
-@pytest.mark.parametrize(("prompt", "taken"), [(12, 3), (30, 1), (30, 3), (30, 5)])
+@pytest.mark.parametrize(("prompt", "taken"), [(12, 3), (30, 1), (30, 3), (30, 4), (30, 5)])
 @pytest.mark.parametrize("policy", KINDS)
 def test_crop_takes_back_what_was_evicted(model: Any, policy: str, prompt: int, taken: int) -> None:
     ids = distinct_tokens(1, prompt + 5)

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache, compile_layers_once
-from compressed_cache.policies import InPhases, make_policy
+from compressed_cache.policies import PrefillDecode, make_policy
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
@@ -294,7 +294,9 @@ def test_criticalkv_weighs_by_what_adapters_and_quantization_make_of_the_weight(
             one.constants["output_projection"], other.constants["output_projection"]
         )
         assert not one.constants["output_projection"].is_inference()
-        torch.testing.assert_close(one.notes[..., -1], other.notes[..., -1])
+        torch.testing.assert_close(
+            one.store.tokens.notes[..., -1], other.store.tokens.notes[..., -1]
+        )
         assert held(caches[0], layer) == held(caches[1], layer)
 
 
@@ -344,7 +346,9 @@ def _with_weight(weight: torch.Tensor) -> torch.nn.Linear:
         (lambda: make_policy("snapkv+chunkkv", chunk_length=0), "chunk_length must be >= 1"),
         (lambda: make_policy("h2o+merging", merge_threshold=2), "merge_threshold must be from 0"),
         (
-            lambda: InPhases(prompt=make_policy("snapkv+merging"), decoding=make_policy("h2o")),
+            lambda: PrefillDecode(
+                prompt=make_policy("snapkv+merging"), decoding=make_policy("h2o")
+            ),
             "must merge in both phases",
         ),
         (lambda: make_policy("knorm+criticalkv"), "scores are attention.*'knorm'"),
@@ -358,7 +362,9 @@ def _with_weight(weight: torch.Tensor) -> torch.nn.Linear:
         (lambda: make_policy("tova+criticalkv"), "'tova' decides for all heads at once"),
         (lambda: make_policy("rpc+caote"), "'rpc' decides for all heads at once"),
         (
-            lambda: InPhases(prompt=make_policy("snapkv+chunkkv"), decoding=make_policy("h2o")),
+            lambda: PrefillDecode(
+                prompt=make_policy("snapkv+chunkkv"), decoding=make_policy("h2o")
+            ),
             "would keep other tokens in each head in one phase and the same in all heads",
         ),
     ],

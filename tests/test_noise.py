@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
-from compressed_cache.ops.hashing import gauss, uniform
+from compressed_cache.ops.hashing import uniform
+from compressed_cache.policies.draws import gauss
 from tests.conftest import distinct_tokens, held
 
 DRAWING = ["random", "random_prompt", "vase", "vase_dkv"]

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
 from compressed_cache.ops.masks import real_tokens
-from compressed_cache.policies import SLOTTED
+from compressed_cache.policies import SLOT_POLICIES
 from tests.conftest import distinct_tokens, held
 
 LENGTHS = (9, 30, 17, 41)
@@ -23,7 +23,7 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", SLOT_POLICIES)
 def test_rows_of_a_padded_batch_generate_what_they_generate_alone(
     make_model: Callable[..., LlamaForCausalLM], policy: str, interval: int
 ) -> None:
@@ -49,7 +49,7 @@ def test_rows_of_a_padded_batch_generate_what_they_generate_alone(
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("policy", SLOTTED)
+@pytest.mark.parametrize("policy", SLOT_POLICIES)
 def test_masks_of_all_implementations_are_understood(
     make_model: Callable[..., LlamaForCausalLM], policy: str, implementation: str
 ) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
-from compressed_cache.policies import SLOTTED, make_policy, option_names
+from compressed_cache.policies import SLOT_POLICIES, make_policy, option_names
+from compressed_cache.policies.capabilities import needs_of
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 
@@ -37,10 +38,10 @@ def model(make_model: Callable[..., LlamaForCausalLM]) -> Any:
 @st.composite
 def caches(draw: st.DrawFn) -> Callable[[], CompressedCache]:
     """A way to make equal caches."""
-    policy = draw(st.sampled_from(SLOTTED))
+    policy = draw(st.sampled_from(SLOT_POLICIES))
     sinks, recent = draw(st.integers(0, 3)), draw(st.integers(0, 6))
     options = {"window": draw(st.integers(1, 5))} if "window" in option_names(policy) else {}
-    recent = max(recent, make_policy(policy, **options).kept_recent)
+    recent = max(recent, needs_of(make_policy(policy, **options)).recent)
     rules = dict(
         budget=sinks + recent + draw(st.integers(1, 30)),
         interval=draw(st.integers(1, 9)),
@@ -132,7 +133,7 @@ def test_the_budget_holds_and_protected_tokens_stay(
     ids = distinct_tokens(1, length, seed=seed)
     _generate(model, cache, ids, prefill_chunk_size=chunk)
     seen, rules = length + NEW - 1, cache.rules
-    budgets = [layer.budget for layer in cache.layers]
+    budgets = [layer.store.bound.budget for layer in cache.layers]
     held = zip(budgets, _held(cache), strict=True)
     for budget, head in ((budget, head) for budget, heads in held for head in heads):
         assert len(head) == len(set(head))
@@ -190,7 +191,7 @@ def test_two_threads_with_two_models_do_not_mix(
 
 @pytest.mark.parametrize("interval", [1, 4])
 @pytest.mark.parametrize("broken", ["k_proj", "q_proj", "v_proj"])
-@pytest.mark.parametrize("policy", [name for name in SLOTTED if name != "full"])
+@pytest.mark.parametrize("policy", [name for name in SLOT_POLICIES if name != "full"])
 def test_what_is_not_a_number_harms_neither_other_rows_nor_what_is_protected(
     model: Any, policy: str, broken: str, interval: int
 ) -> None:
@@ -217,7 +218,7 @@ def test_what_is_not_a_number_harms_neither_other_rows_nor_what_is_protected(
     good, bad = caches
     assert _held(good, 1) == _held(bad, 1)
     for head in held(bad, 0, 0):
-        assert len(head) == len(set(head)) == bad.layers[0].budget
+        assert len(head) == len(set(head)) == bad.layers[0].store.bound.budget
         assert {0, 1, *range(71, 80)} <= set(head)
     if broken == "k_proj" and policy in ("knorm", "keydiff", "rkv", "rkv_lsh", "gkv"):
         # The broken key is the first to go once it is not protected any more.

@@ -71,7 +71,7 @@ def test_a_combination_is_the_same_in_python_and_in_arguments() -> None:
     cache = press.make_cache()
     assert (cache.policy, cache.rules) == (names["cache"].policy, names["cache"].rules)
     assert cache.policy.label in source
-    (written,) = re.findall(r"`(InPhases\(.*?)`", section)
+    (written,) = re.findall(r"`(PrefillDecode\(.*?)`", section)
     made = eval(written.replace("MyPolicy", "KNorm"), vars(policies))
     assert made == policies.make_policy("knorm/h2o")
 

@@ -231,7 +231,10 @@ def test_slots_double_for_generated_tokens_and_the_context_stays(
     rows = [distinct_tokens(60, seed=1)]
     cache = make_cache(replace(SMALL, budget=60, rank=12))
     generate(precise_model, cache, rows, steps=2)
-    context = [cache.layers[0].factors.data_ptr(), cache.layers[0].offloaded_values.data_ptr()]
+    context = [
+        cache.layers[0].store.factors.data_ptr(),
+        cache.layers[0].store.offloaded_values.data_ptr(),
+    ]
     offloaded, capacity = cache.offloaded_bytes, cache.layers[0].keys.shape[2]
     with torch.no_grad():
         for token in range(capacity):
@@ -239,8 +242,8 @@ def test_slots_double_for_generated_tokens_and_the_context_stays(
     assert cache.layers[0].keys.shape[2] == 2 * capacity
     assert cache.offloaded_bytes == offloaded
     assert context == [
-        cache.layers[0].factors.data_ptr(),
-        cache.layers[0].offloaded_values.data_ptr(),
+        cache.layers[0].store.factors.data_ptr(),
+        cache.layers[0].store.offloaded_values.data_ptr(),
     ]
     assert held(cache, 0)[0][-capacity:] == list(range(61, 61 + capacity))
 
@@ -256,10 +259,10 @@ def test_bytes_on_the_device_are_told_from_those_off_it(
     context = 2 * 3 * 2 * 256 * 16 * 8
     assert cache.offloaded_bytes == context * (2 if rank is None else 1)
     layer = cache.layers[0]
-    resident = [t for name, t in layer.named_tensors().items() if not name.startswith("offl")]
+    resident = [t for name, t in layer.store.named_tensors().items() if not name.startswith("offl")]
     assert cache.nbytes == 2 * sum(t.nbytes for t in resident)
-    assert layer.factors.shape == (3, 256, rank or 0)
-    assert layer.landmarks.shape == (3, 2, 64, 16)
+    assert layer.store.factors.shape == (3, 256, rank or 0)
+    assert layer.store.landmarks.shape == (3, 2, 64, 16)
     assert CompressedCache("snapkv").offloaded_bytes == 0
 
 
@@ -296,7 +299,7 @@ def test_a_snapshot_and_a_file_go_on_where_they_were(
     cache.restore(moment)
     for again in (cache, loaded):
         assert torch.equal(answer(again), expected)
-        assert again.layers[0].context_tokens == 70
+        assert again.layers[0].store.context_tokens == 70
         # Enough to use up the slots, whose number is told by how long the prompt was.
         with torch.no_grad():
             for token in range(1, 150):

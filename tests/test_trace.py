@@ -410,7 +410,7 @@ def test_what_is_no_reading_is_refused_until_stopped(model: LlamaForCausalLM, wh
     recorder.stop()
     getattr(cache, what)(*arguments)
     assert recorder.trace().metadata["steps"] == NEW - 1
-    assert cache.listener is None and not cache.watchers
+    assert not cache.readers and not cache.observers
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.conftest import distinct_tokens, held
 from tests.kinds import KINDS
 
 # Those that give every layer the budget; tests/test_budgets.py has the others.
-UNIFORM = [name for name in KINDS if not POLICIES[name].shares_budget]
+UNIFORM = [name for name in KINDS if not hasattr(POLICIES[name], "budgets")]
 EVICTING = [name for name in UNIFORM if name != "full"]
 
 

@@ -12,7 +12,8 @@ from compressed_cache.cache import CompressedCache
 from compressed_cache.calibration.statistics import STATISTICS, Sample, Statistics, Sums
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.ops.rotary import Rotary, cache_argument, rotary_of
-from compressed_cache.policies.base import Policy, Site
+from compressed_cache.policies.base import Needs, Policy
+from compressed_cache.policies.view import LayerContext
 
 CHUNK = 1024
 """Tokens read at once: as many queries of every layer are in memory."""
@@ -25,15 +26,15 @@ class Record(Policy):
     evicts: ClassVar[bool] = False
     length: int
     """Tokens of the text."""
-    sites: dict[int, Site] = field(default_factory=dict, compare=False)
+    contexts: dict[int, LayerContext] = field(default_factory=dict, compare=False)
     """The layers met, by index; not those with a sliding window, where no policy works."""
 
     @property
-    def num_queries(self) -> int:
-        return self.length
+    def needs(self) -> Needs:
+        return Needs(queries=self.length)
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
-        self.sites[site.layer] = site
+    def constants(self, context: LayerContext) -> dict[str, Tensor]:
+        self.contexts[context.layer] = context
         return {}
 
 
@@ -75,9 +76,9 @@ def collect(
         cache = CompressedCache(record)
         named = {cache_argument(model) or "past_key_values": cache}
         model(torch.tensor([piece], device=model.device), use_cache=True, **named)
-        for layer, site in record.sites.items():
-            modules[layer] = site.module
-            _add(totals.setdefault(layer, {}), statistics, cache.layers[layer], site)
+        for layer, context in record.contexts.items():
+            modules[layer] = context.module
+            _add(totals.setdefault(layer, {}), statistics, cache.layers[layer], context)
     found = {layer: statistics.finish(sums) for layer, sums in sorted(totals.items())}
     parts = [part for statistics in found.values() for part in statistics.values()]
     if not parts or not all(part.isfinite().all() for part in parts):
@@ -88,19 +89,21 @@ def collect(
     return {layer: (modules[layer], statistics) for layer, statistics in found.items()}
 
 
-def _add(totals: Sums, statistics: Statistics, layer: CompressedLayer, site: Site) -> None:
-    positions, order = layer.query_positions[0].sort()
-    held = layer.positions[0, 0].argsort()[-len(positions) :]
+def _add(
+    totals: Sums, statistics: Statistics, layer: CompressedLayer, context: LayerContext
+) -> None:
+    positions, order = layer.store.query_positions[0].sort()
+    held = layer.store.tokens.positions[0, 0].argsort()[-len(positions) :]
     sample = Sample(
-        queries=layer.queries[0][:, :, order],
-        keys=layer.keys[0][:, held],
+        queries=layer.store.queries[0][:, :, order],
+        keys=layer.store.tokens.keys[0][:, held],
         positions=positions,
-        form=layer.form,
-        rotary=functools.cache(lambda: _rotary(site)),
+        transform=layer.store.bound.transform,
+        rotary=functools.cache(lambda: _rotary(context)),
     )
     for name, value in statistics.sums(sample).items():
         totals[name] = totals[name] + value if name in totals else value
 
 
-def _rotary(site: Site) -> Rotary:
-    return rotary_of(site.config, site.module, site.layer, site.dim)
+def _rotary(context: LayerContext) -> Rotary:
+    return rotary_of(context.config, context.module, context.layer, context.dim)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compressed_cache.ops.attention import Form, attention_rows
+from compressed_cache.ops.attention import LogitTransform, attention_rows
 from compressed_cache.ops.rotary import Rotary
 
 IGNORED_SINKS = 4
@@ -24,7 +24,7 @@ class Sample(NamedTuple):
     """``[H, N, D]`` after RoPE."""
     positions: Tensor
     """``[N]`` int64, ascending."""
-    form: Form
+    transform: LogitTransform
     rotary: Callable[[], Rotary]
     """How the layer turns them; refuses a layer where that is unknown."""
 
@@ -97,7 +97,7 @@ def _far_mass(sample: Sample) -> Sums:
         sample.keys[None],
         query_positions=positions[None],
         positions=positions[None, None],
-        form=sample.form,
+        transform=sample.transform,
     ):
         own = own[0, :, None]
         outside = (positions >= DUO_SINKS) & (positions <= own - DUO_RECENT)

@@ -33,7 +33,7 @@ class Attending(Protocol):
     """A layer that attends for itself."""
 
     @property
-    def attend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def forward(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Called like an attention function, with the model's own one as first argument."""
         ...
 
@@ -48,17 +48,16 @@ class Owner:
     def __init__(self, layer: Attending | None = None) -> None:
         self.layer = _nobody if layer is None else weakref.ref(layer)
 
+    def tag(self, keys: Tensor) -> None:
+        """Marks ``keys``, so that attention over them is left to the layer as long as it exists."""
+        setattr(keys, _TAG, self)
+
     def __reduce__(self) -> tuple[type["Owner"], tuple[()]]:
         return Owner, ()
 
 
 def _nobody() -> None:
     return None
-
-
-def tag(keys: Tensor, layer: Attending) -> None:
-    """Marks ``keys`` so that attention over them is left to ``layer``, as long as it exists."""
-    setattr(keys, _TAG, Owner(layer))
 
 
 def dispatch(
@@ -76,7 +75,7 @@ def dispatch(
     layer = None if owner is None else owner.layer()
     if layer is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
-    return layer.attend(function, module, query, key, value, attention_mask, **kwargs)
+    return layer.forward(function, module, query, key, value, attention_mask, **kwargs)
 
 
 def takes_all_arguments(loop: Loop) -> Loop:
@@ -112,10 +111,15 @@ def install() -> None:
     _hand_over_arguments()
 
 
-def _compressed(arguments: Mapping[str, Any]) -> Any:
+def find_cache(arguments: Mapping[str, Any]) -> Any:
     """The compressed cache among arguments, by either name of it; None where there is none."""
     found = (arguments.get(name) for name in ("cache", "past_key_values"))
-    return next((cache for cache in found if hasattr(cache, "expect_call")), None)
+    return next((cache for cache in found if is_compressed(cache)), None)
+
+
+def is_compressed(value: Any) -> bool:
+    """Whether it is a compressed cache."""
+    return hasattr(value, "expect_call")
 
 
 def _announce_models() -> None:
@@ -128,7 +132,7 @@ def _announce_models() -> None:
 
     @functools.wraps(original)
     def validate(self: Any, model_kwargs: dict[str, Any]) -> Any:
-        if (cache := _compressed(model_kwargs)) is not None:
+        if (cache := find_cache(model_kwargs)) is not None:
             cache.expect_model(self)
         return original(self, model_kwargs)
 
@@ -148,7 +152,7 @@ def _announce_calls() -> None:
         config: Any, inputs_embeds: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if not torch.compiler.is_compiling():
-            cache = _compressed({"cache": args[0]} if args else kwargs)
+            cache = find_cache({"cache": args[0]} if args else kwargs)
             if cache is not None:
                 cache.expect_call(config, attention_mask, inputs_embeds.shape[1])
         return original(config, inputs_embeds, attention_mask, *args, **kwargs)
@@ -163,7 +167,7 @@ def _announce_prompts() -> None:
 
     @functools.wraps(original)
     def assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if (cache := _compressed(kwargs)) is not None:
+        if (cache := find_cache(kwargs)) is not None:
             cache.expect_text(input_ids.shape[1])
             cache.expect_prompt(input_ids.shape[1])
         return original(self, input_ids, *args, **kwargs)
@@ -180,7 +184,7 @@ def _announce_texts() -> None:
     def prefill(
         self: Any, ids: Tensor, config: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if (cache := _compressed(inputs)) is not None:
+        if (cache := find_cache(inputs)) is not None:
             mask, embeddings = inputs.get("attention_mask"), inputs.get("inputs_embeds")
             tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
             # transformers takes ids for the whole text only where it knows of a mask as long.
@@ -200,7 +204,7 @@ def _refuse_batching() -> None:
 
     @functools.wraps(original)
     def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(hasattr(value, "expect_call") for value in (*args, *kwargs.values())):
+        if any(is_compressed(value) for value in (*args, *kwargs.values())):
             raise NotImplementedError(
                 "continuous batching keeps keys and values in pages of its own, so a "
                 "CompressedCache would not be used. Call generate with a padded batch instead."
@@ -229,7 +233,7 @@ def _leave_prompts_eager() -> None:
 
 
 def _reads_prompt(*args: Any, **kwargs: Any) -> bool:
-    cache = _compressed(kwargs)
+    cache = find_cache(kwargs)
     inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
     tokens = next((one for one in inputs if isinstance(one, Tensor)), None)
     return cache is not None and tokens is not None and not cache.takes_step(tokens.shape[1])

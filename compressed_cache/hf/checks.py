@@ -2,15 +2,15 @@
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers.models.auto import modeling_auto
 
-from compressed_cache.hf.module_identity import Reader
-from compressed_cache.policies.eviction_config import Rules
-from compressed_cache.stores.slots import Sizes
+from compressed_cache.hf.module_identity import ModuleIdentity
+from compressed_cache.ops.tokens import Sizes
+from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.versions import CACHE
 
 ATTENTION = ("full_attention", "sliding_attention")
@@ -51,14 +51,44 @@ def _states(heads: int, dim: int, value_dim: int, device: Any, dtype: Any) -> st
     return f"{heads} heads of {dim}{values}, {str(dtype).removeprefix('torch.')} on {device}"
 
 
-def check_module(reader: Reader, module: Any) -> None:
+def check_module(identity: ModuleIdentity, module: Any) -> None:
     """Raises ``ValueError`` if the text held was read by another attention module."""
-    if not reader.knows(module):
+    if not identity.knows(module):
         raise ValueError(f"model must be the one that read the prompt, got another. {_RESET}")
 
 
-def check_calls(layer: int, calls: int, *, expected: int) -> None:
-    """Raises ``ValueError`` unless a layer took part in as many calls as the first one."""
+class CalledLayer(Protocol):
+    """What is asked of a layer about its calls."""
+
+    index: int
+    calls: int
+    is_filled: bool
+
+    def check_attended(self) -> None:
+        """Raises if the last keys it was given were never attended."""
+        ...
+
+
+def check_order(layers: Iterable[CalledLayer], layer: CalledLayer, first: CalledLayer) -> None:
+    """Raises unless all layers took part in the same calls before ``layer`` is given new keys.
+
+    Raises:
+        NotImplementedError: keys of another layer were never attended.
+        ValueError: a call failed between two layers.
+    """
+    if layer is first:
+        for other in layers:
+            other.check_attended()
+            if other.is_filled:
+                _check_calls(other.index, other.calls, expected=first.calls)
+        return
+    previous = next((other for other in layers if other.index == layer.index - 1), None)
+    if previous is not None:
+        previous.check_attended()
+    _check_calls(layer.index, layer.calls, expected=first.calls - 1)
+
+
+def _check_calls(layer: int, calls: int, *, expected: int) -> None:
     if calls != expected:
         raise ValueError(
             f"all layers must hold the same text, but a call failed before layer {layer} had read "
@@ -93,16 +123,16 @@ def check_handed(layer: int, *, awaits: bool, values_are_own: bool) -> None:
         )
 
 
-def check_prompt(lengths: Tensor, rules: Rules, budget: int) -> None:
+def check_prompt(lengths: Tensor, eviction: EvictionConfig, budget: int) -> None:
     """Raises ``ValueError`` if protected prompts of these ``lengths`` ``[B]`` leave no room."""
-    if not rules.protect_prompt:
+    if not eviction.protect_prompt:
         return
     longest = int(lengths.max())
-    least = longest + rules.recent + 1
+    least = longest + eviction.recent + 1
     if least > budget:
         raise ValueError(
             "budget must be at least prompt + recent + 1 with protect_prompt=True "
-            f"({longest} + {rules.recent} + 1 = {least}), got {budget}. "
+            f"({longest} + {eviction.recent} + 1 = {least}), got {budget}. "
             "Raise budget, lower recent, or set protect_prompt=False."
         )
 

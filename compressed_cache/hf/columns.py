@@ -1,24 +1,12 @@
-"""Which tokens of the text are padding, so that masks of later calls can be mapped to slots.
+"""Which columns of a text are padding, as masks of later calls count them."""
 
-A *column* of a mask is a token of the text as the model counts it, padding included. A layer knows
-its tokens by their positions, which leave padding out::
-
-    column       0    1    2    3    4    5    6    7
-    token        .    a    b    c    .    .    d    e      . is padding
-    position    -1    0    1    2   -1   -1    3    4
-"""
-
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressed_cache.ops.masks import Mask, own_entry
-
-See = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
-"""What :func:`~compressed_cache.ops.attention.attention_rows` asks for what queries see."""
+from compressed_cache.hf import checks
+from compressed_cache.ops.masks import own_entry, positions_without
 
 
 class Columns:
@@ -73,10 +61,63 @@ class Columns:
         """What is known of the first ``seen`` columns."""
         return None if self.known is None else self.known[:, :seen]
 
-    def truncate(self, seen: int) -> None:
-        """Forgets columns from this one on."""
+    def announce(
+        self, attention_mask: Any, tokens: int, *, seen: int, like: Tensor
+    ) -> Tensor | None:
+        """What the mask of a call that begins says of all columns.
+
+        Args:
+            attention_mask: as the model was given it.
+            tokens: of each row in this call.
+            seen: columns before these.
+            like: a tensor of the first layer.
+
+        Returns:
+            ``[B | 1, T + L]`` bool; None where it says nothing, where that was told before, or
+            where it would have to be waited for.
+
+        Raises:
+            ValueError: a mask that is shorter than the text.
+        """
+        is_new = self.announced is not attention_mask or self.announced_at != seen
+        # What generate has built for the call before comes without the text.
+        width = 0 if attention_mask is None else attention_mask.shape[-1]
+        if not is_new or (self.is_asked and width == tokens):
+            return None
+        self.announced, self.announced_at = attention_mask, seen
         if self.known is not None and self.known.shape[1] > seen:
             self.known = self.known[:, :seen]
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            return None
+        checks.check_mask(attention_mask, seen, tokens)
+        if tokens == 1 and like.device.type != "cpu":
+            return None
+        return attention_mask[:, : seen + tokens].to(like.device, torch.bool)
+
+    def moved_by(self, real: Tensor, *, seen: int, next_position: Tensor) -> Tensor | None:
+        """Where tokens are once those columns that are not ``real`` any more count as padding.
+
+        Args:
+            real: ``[B | 1, T + L]`` bool.
+            seen: ``T``.
+            next_position: ``[B]`` int64, real tokens before the call.
+
+        Returns:
+            ``[B, T]`` int64 as of :func:`~compressed_cache.ops.masks.positions_without`; None where
+            all are where they were.
+
+        Raises:
+            ValueError: a mask that shows what was read as padding.
+        """
+        past = real[:, :seen]
+        known = self.known
+        if known is not None and known.shape == past.shape and torch.equal(known, past):
+            return None
+        known = self.until(seen, next_position)
+        past = past.expand(len(known), -1)
+        checks.check_shown(known, past)
+        hidden = known & ~past
+        return positions_without(hidden, known) if bool(hidden.any()) else None
 
     def extend(self, real: Tensor, *, seen: int, next_position: Tensor) -> None:
         """Notes new columns ``[B, L]`` bool that follow ``seen`` ones; known ones stay.
@@ -99,64 +140,7 @@ class Columns:
         later = torch.arange(seen - known.shape[1], device=known.device)
         return torch.cat([known, later < (next_position - known.sum(dim=1))[:, None]], dim=1)
 
-    def see(
-        self,
-        mask: Mask | None,
-        positions: Tensor,
-        *,
-        next_position: Tensor,
-        groups: int,
-        window: int | None,
-    ) -> See | None:
-        """What a mask shows of tokens at ``positions`` ``[B, H, S]`` and of the new ones after
-        them; None where there is no mask.
-
-        Args:
-            mask: of the running call.
-            positions: int64, negative where there is no token.
-            next_position: ``[B]`` int64, real tokens before the call.
-            groups: ``G``.
-            window: that of the layer, in tokens.
-        """
-        if mask is None:
-            return None
-        columns = torch.zeros_like(positions)
-        if mask.past is not None:
-            columns = columns_of(positions, self.until(mask.past.shape[3], next_position))
-        return functools.partial(mask.see, columns=columns, groups=groups, window=window)
-
     def select(self, rows: Tensor) -> None:
         """Row ``b`` becomes a copy of row ``rows[b]``."""
         if self.known is not None:
             self.known = self.known[rows.to(self.known.device)]
-
-
-def columns_of(positions: Tensor, real: Tensor) -> Tensor:
-    """The columns of tokens.
-
-    Args:
-        positions: ``[B, H, S]`` int64, negative where there is no token.
-        real: ``[B, T]`` bool.
-
-    Returns:
-        ``[B, H, S]`` int64, 0 where there is no token.
-    """
-    order = (~real).to(torch.int8).argsort(dim=1, stable=True)
-    index = positions.clamp(min=0).flatten(1)
-    return order.gather(1, index).view_as(positions).masked_fill(positions < 0, 0)
-
-
-def positions_without(hidden: Tensor, real: Tensor) -> Tensor:
-    """Where tokens are once some of them count as padding.
-
-    Args:
-        hidden: ``[B, T]`` bool, columns that do not count any more.
-        real: ``[B, T]`` bool, those that counted.
-
-    Returns:
-        ``[B, T]`` int64, by the position of a token its new position, -1 where it is hidden; any
-        from the number of real tokens on.
-    """
-    order = (~real).to(torch.int8).argsort(dim=1, stable=True)
-    stays = (real & ~hidden).gather(1, order)
-    return torch.where(stays, stays.cumsum(dim=1) - 1, -1)

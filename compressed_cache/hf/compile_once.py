@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from compressed_cache.cache import CompressedCache
+from compressed_cache.hf.attention_hook import is_compressed
 
 
 def compile_layers_once(model: nn.Module) -> None:
@@ -53,9 +53,9 @@ def _is_region(hidden_states: Any, *others: Any) -> bool:
     if not torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     for other in others:
-        if isinstance(other, CompressedCache):
+        if is_compressed(other):
             # A region cannot hold an operator that writes (torch 2.13).
             is_fused = any(getattr(layer, "is_fused", False) for layer in other.layers)
             takes_step = other.takes_step(hidden_states.shape[1])
-            return takes_step and not other.clock.is_read and not is_fused
+            return takes_step and not other.counter.is_read and not is_fused
     return False

@@ -10,7 +10,6 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from compressed_cache.cache import CompressedCache
 from compressed_cache.hf import attention_hook as hook
 from compressed_cache.hf.checks import ATTENTION
 from compressed_cache.versions import CACHE
@@ -64,9 +63,9 @@ def decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
 
 
 def _is_simple(model: Any, config: GenerationConfig, arguments: dict[str, Any]) -> bool:
-    cache = arguments.get(CACHE)
+    cache: Any = arguments.get(CACHE)
     return (
-        isinstance(cache, CompressedCache)
+        hook.is_compressed(cache)
         # Not while it drafts.
         and cache.is_compileable
         and bool(arguments["use_cache"])

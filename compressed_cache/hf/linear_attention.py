@@ -1,5 +1,6 @@
 """Linear attention, for models that mix it with the other kind."""
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -57,14 +58,21 @@ class LinearLayers(Cache):
         self.linear_layer(layer_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
+    def restore_linear_layer(self, index: int, state: LinearAttentionLayer) -> None:
+        """Makes a layer hold what a copy of it holds."""
+        vars(self.linear_layer(index)).update(copy.deepcopy(vars(state)))
+
+    @property
+    def linear_nbytes(self) -> int:
+        """Bytes of the states of all linear-attention layers."""
+        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
+        held: list[Tensor | None] = []
+        for layer in layers:
+            held += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        return sum(state.nbytes for state in held if state is not None)
+
     def _held(self, state: Tensor | None) -> Tensor | None:
         """A state that is asked for, which only the second call of a model finds."""
         if state is not None:
             checks.check_keys(not all(isinstance(one, LinearAttentionLayer) for one in self.layers))
         return state
-
-
-def states(layer: LinearAttentionLayer) -> list[Tensor]:
-    """The tensors that a linear-attention layer holds."""
-    held = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-    return [state for state in held if state is not None]

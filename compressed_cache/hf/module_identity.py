@@ -34,7 +34,7 @@ class _Mark(NamedTuple):
         )
 
 
-class Reader:
+class ModuleIdentity:
     """The module that reads the text of a layer, which does not keep it in memory.
 
     In another process, or of a copy, it is known by its class and by some of its weights.

@@ -10,13 +10,19 @@ _BLOCK_ELEMENTS = 1 << 24
 """Largest block of attention weights held at once while a prompt is read (64 MiB of float32)."""
 
 
-class Form(NamedTuple):
+See = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
+"""What queries see in place of what is before them, and what is added to their logits: given
+``[B, H | 1, Q, S]`` bool what they would see, what there is to see, and the index of the first of
+them, it returns ``[B, H | 1, G | 1, Q, S]``, bool and float32 or None."""
+
+
+class LogitTransform(NamedTuple):
     """How a model turns products of queries and keys into attention weights."""
 
     scaling: float
     """Factor of the logits, usually ``D ** -0.5``."""
     softcap: float | None = None
-    """Logits are bent to stay within plus and minus this (Gemma 2); None: they are not."""
+    """Logits are soft-capped at this (Gemma 2); None: they are not."""
     sinks: Tensor | None = None
     """``[H * G]`` a learned logit of each query head that takes a share of the weights and gives
     no value (GPT-OSS); None: there is none."""
@@ -82,7 +88,7 @@ def attend(
     keys: Tensor,
     values: Tensor,
     visible: Tensor,
-    form: Form,
+    transform: LogitTransform,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One new token per row attends over the slots of its layer.
@@ -95,7 +101,7 @@ def attend(
         keys: ``[B, H, S, D]``.
         values: ``[B, H, S, D]``.
         visible: ``[B, H, S]`` bool, slots that hold a token, or ``[B, H, G, S]``.
-        form: how logits become weights.
+        transform: how logits become weights.
         bias: added to the logits, shaped as ``[B, H, G, S]`` or so that it can be expanded to it.
 
     Returns:
@@ -105,11 +111,11 @@ def attend(
     grouped = queries.reshape(*keys.shape[:2], -1, queries.shape[-1])
     if visible.dim() == 3:
         visible = visible.unsqueeze(2)
-    logits = form.logits(grouped, keys)
+    logits = transform.logits(grouped, keys)
     if bias is not None:
         logits = logits + bias
     logits = logits.masked_fill(~visible, -torch.inf)
-    weights = _softmax(logits, form.sink_logits(logits))
+    weights = _softmax(logits, transform.sink_logits(logits))
     output = weights.to(values.dtype) @ values
     return output.reshape(*queries.shape[:3], values.shape[-1]), weights.unsqueeze(3).float()
 
@@ -120,10 +126,10 @@ def attention_rows(
     *,
     query_positions: Tensor,
     positions: Tensor,
-    form: Form,
+    transform: LogitTransform,
     last: int | None = None,
     window: int | None = None,
-    see: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]] | None = None,
+    see: See | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Causal attention weights of many queries, in blocks so that memory is linear in ``S``.
 
@@ -132,12 +138,10 @@ def attention_rows(
         keys: ``[B, H, S, D]`` after RoPE.
         query_positions: ``[B, L]`` int64, ``-1`` at padding. Padded queries give zero rows.
         positions: ``[B, H, S]`` or ``[B, 1, S]`` int64, ``-1`` where there is no token.
-        form: how logits become weights.
+        transform: how logits become weights.
         last: only the last so many queries; None for all.
         window: how many tokens a query sees at most, its own included; None for all before it.
-        see: what queries see in place of that, and what is added to their logits: given
-            ``[B, H | 1, Q, S]`` bool what they would see, what there is to see, and the index of
-            the first of them, it returns ``[B, H | 1, G | 1, Q, S]``, bool and float32 or None.
+        see: what queries see in place of that.
 
     Yields:
         ``[B, H, G, Q, S]`` float32 for consecutive blocks of ``Q`` queries, oldest first, and the
@@ -153,11 +157,40 @@ def attention_rows(
         visible = (held >= 0) & (held <= own)
         if window is not None:
             visible = visible & (held > own - window)
-        logits = form.logits(grouped[:, :, :, start : start + block], keys.unsqueeze(2))
+        logits = transform.logits(grouped[:, :, :, start : start + block], keys.unsqueeze(2))
         if see is None:
             visible = visible.unsqueeze(2)
         else:
             visible, bias = see(visible, (held >= 0) & (own >= 0), start)
             logits = logits if bias is None else logits + bias
-        weights = masked_softmax(logits, visible, form.sink_logits(logits))
+        weights = masked_softmax(logits, visible, transform.sink_logits(logits))
         yield weights, block_positions
+
+
+def read_values(
+    rows: Iterator[tuple[Tensor, Tensor]],
+    values: Tensor,
+    *,
+    wants_weights: bool,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What many queries read.
+
+    Args:
+        rows: what :func:`attention_rows` yields.
+        values: ``[B, H, S, D]``.
+        wants_weights: whether the weights are returned.
+        observe: given each block of weights and the positions of its queries.
+
+    Returns:
+        The output ``[B, L, H * G, D]`` and the weights ``[B, H * G, L, S]``, or None.
+    """
+    outputs, kept = [], []
+    for weights, own in rows:
+        outputs.append(weights.to(values.dtype) @ values.unsqueeze(2))
+        if wants_weights:
+            kept.append(weights)
+        if observe is not None:
+            observe(weights, own)
+    output = torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
+    return output, torch.cat(kept, dim=3).flatten(1, 2) if wants_weights else None

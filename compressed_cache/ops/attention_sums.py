@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-from compressed_cache.ops.attention import Form, group_queries
+from compressed_cache.ops.attention import LogitTransform, group_queries
 from compressed_cache.ops.kernels import operators
-from compressed_cache.stores.slots import Sizes
+from compressed_cache.ops.tokens import Sizes
 
 _BLOCK_ELEMENTS = 1 << 21
 """Weights held at once on a CPU: 8 MiB of float32, which stay in its cache between two passes."""
 
 
-def attention_totals(
-    queries: Tensor, keys: Tensor, real: Tensor, *, form: Form, sizes: Sizes
+def attention_sums(
+    queries: Tensor, keys: Tensor, real: Tensor, *, transform: LogitTransform, sizes: Sizes
 ) -> Tensor | None:
     """Sum over all queries of a prompt of their causal attention, averaged over the group.
 
@@ -24,7 +24,7 @@ def attention_totals(
         queries: ``[B, H * G, L, D]`` after RoPE.
         keys: ``[B, H, L, D]`` after RoPE.
         real: ``[B, L]`` bool, ``False`` at padding, which is on the left.
-        form: how logits become weights.
+        transform: how logits become weights.
         sizes: of the layer.
 
     Returns:
@@ -33,17 +33,24 @@ def attention_totals(
     """
     if operators.serves(sizes):
         padding = (~real).sum(dim=1)
-        return operators.attention_totals(
-            queries, keys, padding, form.sinks, scaling=form.scaling, softcap=form.softcap
+        return operators.attention_sums(
+            queries,
+            keys,
+            padding,
+            transform.sinks,
+            scaling=transform.scaling,
+            softcap=transform.softcap,
         )
     if keys.device.type == "cpu":
-        totals = _block_totals(queries, keys, real, form)
+        totals = _sums_of_blocks(queries, keys, real, transform)
         if totals.isfinite().all():
             return totals
     return None
 
 
-def _block_totals(queries: Tensor, keys: Tensor, real: Tensor, form: Form) -> Tensor:
+def _sums_of_blocks(
+    queries: Tensor, keys: Tensor, real: Tensor, transform: LogitTransform
+) -> Tensor:
     """Head by head, so that a block of weights is small; what is after a query is not computed."""
     batch, heads, length = keys.shape[:3]
     exact = torch.promote_types(keys.dtype, torch.float32)
@@ -55,8 +62,8 @@ def _block_totals(queries: Tensor, keys: Tensor, real: Tensor, form: Form) -> Te
     for row, padding in enumerate((~real).sum(dim=1).tolist()):
         for head in range(heads):
             sinks = None
-            if form.sinks is not None:
-                sinks = form.sinks.to(exact).view(heads, groups, 1, 1)[head]
+            if transform.sinks is not None:
+                sinks = transform.sinks.to(exact).view(heads, groups, 1, 1)[head]
             own_keys = keys[row, head, padding:].to(exact).mT
             own_queries = grouped[row, head, :, padding:]
             for start in range(0, length - padding, block):
@@ -65,12 +72,12 @@ def _block_totals(queries: Tensor, keys: Tensor, real: Tensor, form: Form) -> Te
                 shape = groups, end - start, end
                 weights = memory[: groups * (end - start) * end].view(shape)
                 torch.mm(
-                    (queries_here * form.scaling).flatten(0, 1),
+                    (queries_here * transform.scaling).flatten(0, 1),
                     own_keys[:, :end],
                     out=weights.flatten(0, 1),
                 )
-                if form.softcap is not None:
-                    weights.div_(form.softcap).tanh_().mul_(form.softcap)
+                if transform.softcap is not None:
+                    weights.div_(transform.softcap).tanh_().mul_(transform.softcap)
                 later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
                 weights[:, :, start:].masked_fill_(later, -torch.inf)
                 # The share of a row that its sink leaves to the tokens.

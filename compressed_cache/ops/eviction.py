@@ -51,17 +51,6 @@ def protect(
     return scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
 
 
-def where_real(real: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    """``new`` in rows whose token is real, ``old`` in the others.
-
-    Args:
-        real: ``[B]`` bool; None: all are.
-        new: ``[B, ...]``.
-        old: likewise.
-    """
-    return new if real is None else torch.where(real.view(-1, *[1] * (new.dim() - 1)), new, old)
-
-
 def lowest_slot(scores: Tensor, positions: Tensor) -> Tensor:
     """The slot with the lowest score; among equals the one with the oldest token.
 
@@ -76,7 +65,7 @@ def lowest_slot(scores: Tensor, positions: Tensor) -> Tensor:
     return positions.masked_fill(scores != lowest, _NO_POSITION).argmin(dim=-1, keepdim=True)
 
 
-def rank(scores: Tensor, positions: Tensor) -> Tensor:
+def sort_slots(scores: Tensor, positions: Tensor) -> Tensor:
     """All slots from the lowest to the highest score; among equals the oldest token first.
 
     Args:
@@ -122,12 +111,12 @@ def next_victims(
         ``[B, H, count]`` int64 slot numbers.
     """
     for_good = (positions >= 0) & (positions < protected_prefix[:, None, None])
-    order = rank(scores, positions.masked_fill(for_good, _NO_POSITION))
+    order = sort_slots(scores, positions.masked_fill(for_good, _NO_POSITION))
     num_slots = (~for_good).sum(dim=-1, keepdim=True)
     return order.gather(-1, torch.arange(count, device=order.device) % num_slots)
 
 
-def next_victims_among(
+def next_open_victims(
     is_open: Tensor,
     scores: Tensor,
     positions: Tensor,
@@ -135,7 +124,7 @@ def next_victims_among(
     protected_prefix: Tensor,
     count: int,
 ) -> Tensor:
-    """As :func:`next_victims`, where only some slots are to be had.
+    """As :func:`next_victims`, restricted to open slots.
 
     Args:
         is_open: ``[B, H, S]`` bool.
@@ -165,7 +154,7 @@ def keep_best(scores: Tensor, positions: Tensor, *, count: int) -> Tensor:
     Returns:
         ``[B, H, count]`` int64 slot numbers, positions ascending.
     """
-    kept = rank(scores, positions)[..., -count:]
+    kept = sort_slots(scores, positions)[..., -count:]
     return kept.gather(-1, positions.gather(-1, kept).argsort(dim=-1, stable=True))
 
 

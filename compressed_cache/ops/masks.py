@@ -1,7 +1,11 @@
 """What the mask of a call says: which new tokens are real, and what each of them sees.
 
-A *column* of a mask is a token of the text as the model counts it, padding included; see
-:mod:`compressed_cache.hf.columns` for how they are mapped to slots.
+A *column* of a mask is a token of the text as the model counts it, padding included. A layer knows
+its tokens by their positions, which leave padding out::
+
+    column       0    1    2    3    4    5    6    7
+    token        .    a    b    c    .    .    d    e      . is padding
+    position    -1    0    1    2   -1   -1    3    4
 """
 
 from typing import Any, NamedTuple
@@ -23,12 +27,18 @@ class Mask(NamedTuple):
     is_built: bool = False
     """Whether transformers built it for this call, so that a sliding window is part of it, counted
     in columns."""
+    real: Tensor | None = None
+    """``[B, T + L]`` bool, columns of real tokens; there with ``past``."""
 
     def first(self, count: int) -> "Mask":
         """That of the first ``count`` new tokens."""
-        own, past, is_built = self
-        own = None if own is None else own[:, :, :count, :count]
-        return Mask(own, None if past is None else past[:, :, :count], is_built)
+        own = None if self.own is None else self.own[:, :, :count, :count]
+        return self._replace(own=own, past=None if self.past is None else self.past[:, :, :count])
+
+    def over_slots(self) -> "Mask":
+        """The same once the new tokens are in slots too."""
+        assert self.own is not None and self.past is not None
+        return self._replace(own=None, past=torch.cat([self.past, self.own], dim=3))
 
     def see(
         self,
@@ -36,7 +46,7 @@ class Mask(NamedTuple):
         exists: Tensor,
         start: int = 0,
         *,
-        columns: Tensor,
+        positions: Tensor,
         groups: int,
         window: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -46,8 +56,7 @@ class Mask(NamedTuple):
             causal: ``[B, H | 1, Q, S + L]`` bool, what they see where this mask says nothing.
             exists: the same, what there is to see.
             start: the first of these queries among the new tokens.
-            columns: ``[B, H, S]`` int64, the column of the token in each slot; any where there is
-                none.
+            positions: ``[B, H, S]`` int64, of the token in each slot, negative where there is none.
             groups: ``G``.
             window: that of the layer, in tokens.
 
@@ -55,11 +64,13 @@ class Mask(NamedTuple):
             ``[B, H | 1, G | 1, Q, S + L]`` bool, and what is added to the logits, None where
             nothing is.
         """
-        slots, queries = columns.shape[2], slice(start, start + causal.shape[2])
+        slots, queries = positions.shape[2], slice(start, start + causal.shape[2])
         seen: list[Tensor] = list(causal.unsqueeze(2).split_with_sizes(_parts(causal, slots), 4))
         there = exists.unsqueeze(2).split_with_sizes(_parts(exists, slots), 4)
         bias: list[Tensor | None] = [None, None]
         if self.past is not None and slots:
+            assert self.real is not None
+            columns = columns_of(positions, self.real[:, : self.past.shape[3]])
             past = _grouped(self.past[:, :, queries], groups)
             shape = torch.broadcast_shapes(past.shape[:4], (*columns.shape[:2], 1, 1))
             index = columns[:, :, None, None].expand(*shape, -1)
@@ -116,6 +127,37 @@ def read_mask(attention_mask: Any, keys: Tensor, *, seen: int, is_built: bool) -
     check_width(attention_mask.shape[-1], length, seen, is_own=is_built)
     past = attention_mask[..., :seen] if attention_mask.shape[-1] > length else None
     return Mask(attention_mask[..., -length:], past, is_built)
+
+
+def columns_of(positions: Tensor, real: Tensor) -> Tensor:
+    """The columns of tokens.
+
+    Args:
+        positions: ``[B, H, S]`` int64, negative where there is no token.
+        real: ``[B, T]`` bool.
+
+    Returns:
+        ``[B, H, S]`` int64, 0 where there is no token.
+    """
+    order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+    index = positions.clamp(min=0).flatten(1)
+    return order.gather(1, index).view_as(positions).masked_fill(positions < 0, 0)
+
+
+def positions_without(hidden: Tensor, real: Tensor) -> Tensor:
+    """Where tokens are once some of them count as padding.
+
+    Args:
+        hidden: ``[B, T]`` bool, columns that do not count any more.
+        real: ``[B, T]`` bool, those that counted.
+
+    Returns:
+        ``[B, T]`` int64, by the position of a token its new position, -1 where it is hidden; any
+        from the number of real tokens on.
+    """
+    order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+    stays = (real & ~hidden).gather(1, order)
+    return torch.where(stays, stays.cumsum(dim=1) - 1, -1)
 
 
 def is_wide(attention_mask: Any) -> bool:

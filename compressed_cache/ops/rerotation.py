@@ -9,7 +9,7 @@ from compressed_cache.ops.eviction import ranks_by_position
 from compressed_cache.ops.rotary import Rotary
 
 
-def closed_up(
+def rerotate_to_ranks(
     queries: Tensor,
     keys: Tensor,
     *,

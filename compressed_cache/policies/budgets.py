@@ -73,35 +73,3 @@ def compressed_layers(config: Any) -> list[int]:
         # Without a window these see the whole text.
         whole.add("sliding_attention")
     return [index for index, kind in enumerate(kinds) if kind in whole]
-
-
-def resolve(rules: Any, policy: Any, config: Any) -> dict[int, Any]:
-    """Slots of each layer of full attention: one number, or one for each of its heads.
-
-    Args:
-        rules: those of the cache.
-        policy: shares out a single number.
-        config: the model's text config.
-
-    Raises:
-        ValueError: a budget for another number of layers or heads.
-    """
-    layers = compressed_layers(config)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    budget: Budget = rules.budget
-    if isinstance(budget, int):
-        protected = rules.sinks + rules.recent
-        budget = to_budget(policy.budgets(budget, heads, protected, config))
-    assert not isinstance(budget, int)
-    if len(budget) != len(layers):
-        raise ValueError(
-            f"budget must have one entry for each of the {len(layers)} layers of the model with "
-            f"full attention, got {len(budget)}"
-        )
-    for layer, share in zip(layers, budget, strict=True):
-        if not isinstance(share, int) and len(share) != heads:
-            raise ValueError(
-                f"budget must have one entry for each of the {heads} key/value heads of layer "
-                f"{layer}, got {len(share)}"
-            )
-    return dict(zip(layers, budget, strict=True))

@@ -3,12 +3,30 @@
 from dataclasses import dataclass
 from typing import Any
 
-from compressed_cache.policies import Policy
-from compressed_cache.policies.budgets import Budget, all_slots, is_per_head, to_budget
+from compressed_cache.policies.base import Policy
+from compressed_cache.policies.budgets import (
+    Budget,
+    all_slots,
+    compressed_layers,
+    is_per_head,
+    to_budget,
+)
+from compressed_cache.policies.capabilities import (
+    MergesValues,
+    PrunesChannels,
+    Rerotates,
+    SharesBudget,
+    SharesSlots,
+    find,
+    find_observer,
+    find_store,
+    needs_of,
+    same_for_all_heads,
+)
 
 
 @dataclass(frozen=True)
-class Rules:
+class EvictionConfig:
     """How many slots, how often they are ranked, and which tokens are never evicted."""
 
     budget: Budget
@@ -18,7 +36,7 @@ class Rules:
     protect_prompt: bool
 
 
-def resolve_rules(
+def resolve_eviction(
     policy: Policy,
     *,
     budget: Any,
@@ -26,7 +44,7 @@ def resolve_rules(
     sinks: int | None,
     recent: int | None,
     protect_prompt: bool | None,
-) -> Rules:
+) -> EvictionConfig:
     """Checks the arguments of ``CompressedCache`` and fills in the policy's defaults.
 
     A default yields where the budget leaves no room for it; a value that was given never does.
@@ -45,7 +63,7 @@ def resolve_rules(
     slots = all_slots(budget)
     smallest = min(slots)
     defaults = policy.defaults(sum(slots) // len(slots))
-    kept = policy.kept_recent
+    kept = needs_of(policy).recent
     room = smallest - (sinks or 0) - max(recent or 0, kept) - 1
     if sinks is None:
         sinks = max(0, min(defaults.sinks, room))
@@ -66,36 +84,76 @@ def resolve_rules(
             f"budget must be at least sinks + recent + 1 ({sinks} + {recent} + 1 = {least}), got "
             f"{smallest}. Raise budget or lower {largest}."
         )
-    if policy.shares_budget and not isinstance(budget, int):
+    if find(policy, SharesBudget) and not isinstance(budget, int):
         raise ValueError(
             f"budget must be one number with {policy.label!r}, which shares it out among layers or "
             f"heads, got {list(budget)}"
         )
-    if policy.head_floor is not None and is_per_head(budget):
+    if find(policy, SharesSlots) and is_per_head(budget):
         raise ValueError(
             f"budget must be one number, or one for each layer, with {policy.label!r}, which "
             f"shares the slots of a layer among its heads, got {budget}"
         )
-    is_pool = policy.layout == "pool" or is_per_head(budget)
-    if is_pool and policy.merges:
+    store, observer = find_store(policy), find_observer(policy)
+    is_pool = store == "pool" or is_per_head(budget)
+    if is_pool and find(policy, MergesValues):
         raise ValueError(
             f"{policy.label!r} merges tokens in slots of one head, so heads cannot have budgets of "
             "their own. Use one budget for each layer, or do without 'merging'."
         )
-    alike = policy.mixes_heads or policy.mixes_scores
-    alike = alike or policy.contiguous or policy.prunes_channels
-    if is_pool and (alike or policy.layout not in ("slots", "pool")):
+    alike = same_for_all_heads(policy) or (observer is not None and observer.needs.all_heads)
+    alike = alike or find(policy, Rerotates) or find(policy, PrunesChannels)
+    if is_pool and (alike or store not in ("slots", "pool")):
         raise ValueError(
             f"{policy.label!r} treats all heads of a layer alike, so they cannot have budgets of "
             "their own. Use another policy, or one budget for each layer."
         )
-    rules = Rules(budget, interval, sinks, recent, protect_prompt)
-    if policy.layout == "offloaded" and rules != Rules(budget, 1, 0, 0, False):
+    config = EvictionConfig(budget, interval, sinks, recent, protect_prompt)
+    if store == "offloaded" and config != EvictionConfig(budget, 1, 0, 0, False):
         raise ValueError(
             f"interval, sinks, recent and protect_prompt must be left alone with {policy.name!r}, "
-            f"which evicts nothing, got {rules}. Raise budget to fetch more in each step."
+            f"which evicts nothing, got {config}. Raise budget to fetch more in each step."
         )
-    return rules
+    return config
+
+
+def share_budget(
+    eviction: EvictionConfig, policy: Policy, model: Any
+) -> dict[int, int | tuple[int, ...]]:
+    """Slots of each layer of full attention: one number, or one for each of its heads.
+
+    Args:
+        eviction: of the cache.
+        policy: may share out a single number.
+        model: the model's text config.
+
+    Raises:
+        ValueError: a budget for another number of layers or heads.
+    """
+    layers = compressed_layers(model)
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    budget: Budget = eviction.budget
+    if isinstance(budget, int):
+        sharing = find(policy, SharesBudget)
+        protected = eviction.sinks + eviction.recent
+        budget = (
+            (budget,) * len(layers)
+            if sharing is None
+            else to_budget(sharing.budgets(budget, heads, protected, model))
+        )
+    assert not isinstance(budget, int)
+    if len(budget) != len(layers):
+        raise ValueError(
+            f"budget must have one entry for each of the {len(layers)} layers of the model with "
+            f"full attention, got {len(budget)}"
+        )
+    for layer, share in zip(layers, budget, strict=True):
+        if not isinstance(share, int) and len(share) != heads:
+            raise ValueError(
+                f"budget must have one entry for each of the {heads} key/value heads of layer "
+                f"{layer}, got {len(share)}"
+            )
+    return dict(zip(layers, budget, strict=True))
 
 
 def _check_int(name: str, value: Any, *, least: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressed_cache.policies.base import Site
+from compressed_cache.policies.view import LayerContext
 
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 
@@ -13,27 +13,27 @@ _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 # Tensors born in inference mode could not be used outside of it later.
 @torch.inference_mode(False)
 @torch.no_grad()
-def output_projection(site: Site, policy: str) -> Tensor:
+def output_projection(context: LayerContext, policy: str) -> Tensor:
     """The weight by which a layer multiplies what its heads have read, ``[hidden, H * G * D]``.
 
     It is the parameter itself where that is what counts. Adapters are added to it as peft would
     merge them, and quantized weights are dequantized, in new memory.
 
     Args:
-        site: the layer.
+        context: the layer.
         policy: who asks.
 
     Raises:
         NotImplementedError: no such weight, or none that can be had.
     """
-    found = [getattr(site.module, name, None) for name in _PROJECTIONS]
+    found = [getattr(context.module, name, None) for name in _PROJECTIONS]
     module: Any = next((module for module in found if module is not None), None)
     needs = f"{policy} needs the output projection of the attention"
-    where = f"layer {site.layer}"
-    width = site.heads * site.groups * site.value_dim
+    where = f"layer {context.layer}"
+    width = context.heads * context.groups * context.value_dim
     if module is None:
         raise NotImplementedError(
-            f"{needs}, and {where} ({type(site.module).__name__}) has none of "
+            f"{needs}, and {where} ({type(context.module).__name__}) has none of "
             f"{', '.join(_PROJECTIONS)}"
         )
     try:
@@ -45,10 +45,10 @@ def output_projection(site: Site, policy: str) -> Tensor:
             f"{needs} as a linear layer of {width} inputs, and that of {where} is a "
             f"{_kind(module)} in {_name(weight.dtype)} of shape {list(weight.shape)}"
         )
-    if weight.device != site.device:
+    if weight.device != context.device:
         raise NotImplementedError(
-            f"{needs} of {where} on {site.device}, and it is on {weight.device}, as in models with "
-            "offloaded weights"
+            f"{needs} of {where} on {context.device}, and it is on {weight.device}, as in models "
+            "with offloaded weights"
         )
     # The parameter itself: the compiler refuses two views of one memory.
     return weight

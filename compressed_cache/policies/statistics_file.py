@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compressed_cache.policies.base import Site
+from compressed_cache.policies.view import LayerContext
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tensorfile import opened
 
@@ -136,27 +136,27 @@ def shipped(policy: str, config: Any) -> Path | None:
 
 
 def load(
-    policy: str, path: str | None, site: Site, *, option: str = "calibration"
+    policy: str, path: str | None, context: LayerContext, *, option: str = "calibration"
 ) -> dict[str, Tensor]:
     """Statistics of one layer, the heads at hand, on the layer's device.
 
     Args:
         policy: whose.
         path: the file; None for one that came with this package.
-        site: the layer. All tensors but those of the model's weights begin with its heads.
+        context: the layer. All tensors but those of the model's weights begin with its heads.
         option: of the policy, by which it takes the path.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file for another policy or of another model, or no file for this one.
     """
-    found, metadata = find(policy, path, site.config, option=option)
-    tensors = dict(_read(found).layers.get(site.layer, {}))
+    found, metadata = find(policy, path, context.config, option=option)
+    tensors = dict(_read(found).layers.get(context.layer, {}))
     if not tensors:
-        raise ValueError(f"{str(found)!r} has no statistics of layer {site.layer}")
-    _check_weights(tensors.pop(_WEIGHTS), site, f"{str(found)!r} (model {metadata['model']!r})")
-    heads = slice(site.first_head, site.first_head + site.heads)
-    return {name: part[heads].to(site.device) for name, part in tensors.items()}
+        raise ValueError(f"{str(found)!r} has no statistics of layer {context.layer}")
+    _check_weights(tensors.pop(_WEIGHTS), context, f"{str(found)!r} (model {metadata['model']!r})")
+    heads = slice(context.first_head, context.first_head + context.heads)
+    return {name: part[heads].to(context.device) for name, part in tensors.items()}
 
 
 def load_layers(
@@ -215,13 +215,13 @@ def _read_once(path: Path, state: tuple[int, int] | None) -> _File:
     return _File(metadata, layers)
 
 
-def _check_weights(known: Tensor, site: Site, file: str) -> None:
+def _check_weights(known: Tensor, context: LayerContext, file: str) -> None:
     # Another process of tensor parallelism has other rows.
-    found = weight_sample(site.module)
-    if site.first_head or not len(found) or not len(known):
+    found = weight_sample(context.module)
+    if context.first_head or not len(found) or not len(known):
         return
     if len(found) != len(known) or torch.cosine_similarity(found, known, dim=0) < _SIMILAR:
         raise ValueError(
-            f"{file} has statistics of a model like this one (hash {model_hash(site.config)}) but "
-            "with other weights"
+            f"{file} has statistics of a model like this one (hash {model_hash(context.config)}) "
+            "but with other weights"
         )

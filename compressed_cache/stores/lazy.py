@@ -1,31 +1,29 @@
-"""One attention layer that does with few slots in the rows whose prompt shows it."""
+"""A store that does with few slots in the rows whose prompt shows it."""
 
 import torch
 from torch import Tensor
 
-from compressed_cache.layer import CompressedLayer
-from compressed_cache.ops import attention
-from compressed_cache.ops import eviction as slots
-from compressed_cache.policies import Slots
-from compressed_cache.policies.base import Laziness
-from compressed_cache.stores.prefill import States, positions_of
-from compressed_cache.stores.slots import Sizes
+from compressed_cache.ops import attention, eviction
+from compressed_cache.ops.tokens import Sizes, Tokens
+from compressed_cache.policies.capabilities import HasLazyLayers, LazyLayerConfig, find
+from compressed_cache.policies.view import Slots
+from compressed_cache.stores.inputs import AttentionInputs
+from compressed_cache.stores.slots import SlotStore
 
 CLOSED = -2
 """In ``positions``: a slot that its row does without."""
 
 
-class LazyLayer(CompressedLayer):
-    """Keys and values of one attention layer in as many slots as its rows need.
+class LazyStore(SlotStore):
+    """As many slots as the rows of one attention layer need.
 
-    When the first prompt is read, each row is judged by :meth:`Policy.laziness`. A lazy row keeps
-    its first and last tokens in few slots. There are as many slots as the row that needs most asks
-    for, and what the others do without is closed: empty for good.
-
-    A layer with a sliding window is a plain one.
+    When the first prompt is read, each row is judged by what
+    :class:`~compressed_cache.policies.capabilities.HasLazyLayers` says. A lazy row keeps its first
+    and last tokens in few slots. There are as many slots as the row that needs most asks for, and
+    what the others do without is closed: empty for good.
 
     Attributes:
-        positions: as of every layer, and ``-2`` where a slot is closed.
+        tokens: as everywhere, and positions are ``-2`` where a slot is closed.
         row_slots: ``[B]`` int64, slots of a row; less than the budget where it is lazy.
     """
 
@@ -35,113 +33,103 @@ class LazyLayer(CompressedLayer):
 
     # Memory.
 
+    def prepare(self, inputs: AttentionInputs) -> None:
+        """Judges the rows of a first prompt, then makes room for it."""
+        needed = self._judge(inputs)
+        self.needed = int(needed.max())
+        super().prepare(inputs)
+        self.row_slots.copy_(needed)
+
     def capacities(self, length: int, heads: int) -> tuple[int, int]:
         """Slots of each row."""
-        return super().capacities(length, heads) if self.is_sliding else (self.needed, 0)
+        return self.needed, 0
 
     @torch.inference_mode(False)
-    def _allocate(self, sizes: Sizes) -> None:
-        super()._allocate(sizes)
-        if self.is_sliding:
-            vars(self).pop("row_slots", None)
-            return
+    def allocate(self, sizes: Sizes) -> None:
+        """New memory, empty."""
+        super().allocate(sizes)
         self.is_fused = False
         self.row_slots = torch.zeros_like(self.prompt_length)
-        torch._dynamo.mark_static_address(self.row_slots)
+        self.mark()
 
     # A prompt.
 
-    def fill(self, states: States) -> None:
-        """Judges the rows of a first prompt, then takes it."""
-        if not self.is_sliding:
-            needed = self._judged(states)
-            self.needed = int(needed.max())
-            self.provide(states.query, states.key, states.value)
-            self.row_slots.copy_(needed)
-        super().fill(states)
-
-    def read_block(self, states: States, *, weighs: bool = False) -> tuple[Tensor, Tensor | None]:
-        """A further prompt, or the next chunk of the first one."""
-        grows = self.rules.protect_prompt and self.clock.is_first_prompt
-        if not self.is_sliding and grows and bool(self._is_lazy.any()):
+    def held_for_chunk(
+        self, inputs: AttentionInputs, *, is_first_prompt: bool
+    ) -> tuple[Tokens, Tensor]:
+        """What the tokens of a chunk may see of what was read before, and its keys as a whole."""
+        grows = self.bound.eviction.protect_prompt and is_first_prompt
+        if grows and bool(self._is_lazy.any()):
             raise NotImplementedError(
-                f"protect_prompt must be False with {self.policy.label!r} where a prompt is read "
-                "in chunks: how many slots a lazy layer has is decided by the first of them"
+                f"protect_prompt must be False with {self.bound.policy.label!r} where a prompt is "
+                "read in chunks: how many slots a lazy layer has is decided by the first of them"
             )
-        return super().read_block(states, weighs=weighs)
+        return super().held_for_chunk(inputs, is_first_prompt=is_first_prompt)
 
-    def keep_best(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        seen: Tensor,
-        notes: Tensor,
-        scores: Tensor | None = None,
-    ) -> None:
+    def keep(self, tokens: Tokens, scores: Tensor | None = None) -> None:
         """Copies the best of these tokens ``[B, H, L, ...]`` into the open slots."""
-        super().keep_best(keys, values, positions, seen, notes, scores)
-        if self.is_sliding or not bool(self._is_lazy.any()):
+        super().keep(tokens, scores)
+        if not bool(self._is_lazy.any()):
             return
-        self.positions.clamp_(min=-1)
-        order = slots.rank(self.protected_scores(self.held()), self.positions)
+        positions = self.tokens.positions
+        positions.clamp_(min=-1)
+        slots = self.view(self.held())
+        order = eviction.sort_slots(self.bound.protect(self.scores(slots), slots), positions)
         place = torch.arange(order.shape[2], device=order.device).expand_as(order)
         place = torch.empty_like(order).scatter(2, order, place)
-        closed = place < order.shape[2] - self.row_slots[:, None, None]
-        self.positions.masked_fill_(closed, CLOSED)
+        positions.masked_fill_(place < order.shape[2] - self.row_slots[:, None, None], CLOSED)
 
-    def _judged(self, states: States) -> Tensor:
+    def _judge(self, inputs: AttentionInputs) -> Tensor:
         """How many slots each row needs, ``[B]`` int64."""
-        rows = positions_of(states.real, 0)
-        lengths = states.real.sum(dim=1)
-        numbers, rules = self._numbers, self.rules
+        bound, lazy = self.bound, self._lazy
+        positions, lengths = inputs.positions(0), inputs.real.sum(dim=1)
         mass = torch.zeros(lengths.shape, device=lengths.device)
-        last = lengths - (numbers.slots - numbers.sinks)
-        kept = (rows >= 0) & ((rows < numbers.sinks) | (rows >= last[:, None]))
+        last = lengths - (lazy.slots - lazy.sinks)
+        kept = (positions >= 0) & ((positions < lazy.sinks) | (positions >= last[:, None]))
         for weights, _ in attention.attention_rows(
-            states.query,
-            states.key,
-            query_positions=rows,
-            positions=rows[:, None],
-            form=self.form,
-            last=numbers.queries,
+            inputs.query,
+            inputs.key,
+            query_positions=positions,
+            positions=positions[:, None],
+            transform=bound.transform,
+            last=lazy.queries,
         ):
             mass += (weights * kept[:, None, None, None]).sum(dim=(3, 4)).mean(dim=(1, 2))
-        share = self.shard.mean(mass) / lengths.clamp(min=1, max=numbers.queries)
+        share = bound.shard.mean(mass) / lengths.clamp(min=1, max=lazy.queries)
         # Rounding may make more than 1 of it.
-        is_lazy = (share.clamp(max=1.0) > numbers.threshold) & (lengths > numbers.slots)
-        protected = lengths if rules.protect_prompt else torch.full_like(lengths, rules.sinks)
-        few = (protected + rules.recent + 1).clamp(min=numbers.slots)
-        return torch.where(is_lazy, few, self.budget).clamp(max=self.budget)
+        is_lazy = (share.clamp(max=1.0) > lazy.threshold) & (lengths > lazy.slots)
+        sinks = torch.full_like(lengths, bound.eviction.sinks)
+        protected = lengths if bound.eviction.protect_prompt else sinks
+        few = (protected + bound.eviction.recent + 1).clamp(min=lazy.slots)
+        return torch.where(is_lazy, few, bound.budget).clamp(max=bound.budget)
 
-    # What the policy says.
+    # Rank.
 
-    def scores(self, held: Slots) -> Tensor:
+    def scores(self, slots: Slots) -> Tensor:
         """Scores ``[B, H, S]`` of the policy; of lazy rows, first and last tokens are best."""
-        scores = super().scores(held)
-        if self.is_sliding:
-            return scores
-        recency = held.positions.float()
-        first = held.positions < self._numbers.sinks
+        recency = slots.positions.float()
+        first = slots.positions < self._lazy.sinks
         recency = recency.masked_fill(first, torch.finfo(torch.float32).max)
-        return torch.where(self._is_lazy[:, None, None], recency, scores)
+        return torch.where(self._is_lazy[:, None, None], recency, super().scores(slots))
 
-    def choose(self, scores: Tensor, count: int) -> Tensor:
-        """The open slots to overwrite in so many steps, ``[B, H, count]``."""
-        if self.is_sliding:
-            return super().choose(scores, count)
-        return slots.next_victims_among(
-            self.positions != CLOSED,
+    def lowest(self, steps: int, real: Tensor | None) -> Tensor:
+        """The open slots to overwrite in so many steps, ``[B, H, steps]``."""
+        scores = self.ranked(real)
+        return eviction.next_open_victims(
+            self.tokens.positions != CLOSED,
             scores,
-            self.positions,
+            self.tokens.positions,
             protected_prefix=self.protected_prefix,
-            count=count,
+            count=steps,
         )
 
     @property
-    def _numbers(self) -> Laziness:
-        return self.policy.laziness(self.budget, self.rules.sinks + self.rules.recent)
+    def _lazy(self) -> LazyLayerConfig:
+        judge = find(self.bound.policy, HasLazyLayers)
+        assert judge is not None
+        eviction = self.bound.eviction
+        return judge.lazy_layer(self.bound.budget, eviction.sinks + eviction.recent)
 
     @property
     def _is_lazy(self) -> Tensor:
-        return self.row_slots < self.budget
+        return self.row_slots < self.bound.budget

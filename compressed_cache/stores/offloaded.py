@@ -1,4 +1,4 @@
-"""One attention layer whose prompt is held off the device and fetched chunk by chunk."""
+"""A store whose prompt is held off the device and fetched chunk by chunk."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -7,25 +7,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from compressed_cache.layer import CompressedLayer
 from compressed_cache.ops import attention
 from compressed_cache.ops.rotary import Rotary
+from compressed_cache.ops.tokens import Sizes, Tokens
 from compressed_cache.policies.methods.shadowkv import ShadowKV
-from compressed_cache.stores.decode_step import NewToken
-from compressed_cache.stores.prefill import States, positions_of, weigh
-from compressed_cache.stores.slots import Sizes, power_of_two
+from compressed_cache.stores.inputs import AttentionInputs
+from compressed_cache.stores.slots import SlotStore, power_of_two
 
 _OFFLOADED = ("offloaded_keys", "offloaded_values")
 _RESIDENT = ("landmarks", "is_listed", "factors", "basis")
 
 
-class OffloadedLayer(CompressedLayer):
+class OffloadedStore(SlotStore):
     """Keys and values of one attention layer, most of the prompt off the device.
 
     The slots hold, in this order: what the last step fetched, the outliers, the end of the prompt
     and all later tokens, so that attention runs over one tensor. Of the prompt (the context below,
     from the start of each row, padding left out) every chunk but outliers and the end has a
-    landmark, so no token is met twice. A layer with a sliding window is a plain one.
+    landmark, so no token is met twice.
 
     On CUDA the context is in pinned memory. Which chunks a step needs is known on the device and
     gathered by the host, so each layer waits for the device once in each step.
@@ -51,12 +50,12 @@ class OffloadedLayer(CompressedLayer):
     context_tokens = 0
     """Tokens of the first prompt, padding included."""
 
-    # What the cache and the memory ask.
+    # Memory.
 
     @property
     def free_slot(self) -> Tensor:
         """0-d int64, the slot of the incoming token."""
-        return super().free_slot if self.is_sliding else self.counts[0, 2]
+        return self.counts[0, 2]
 
     @property
     def offloaded_bytes(self) -> int:
@@ -65,8 +64,6 @@ class OffloadedLayer(CompressedLayer):
 
     def capacities(self, length: int, heads: int) -> tuple[int, int]:
         """Slots for a prompt of this length, and tokens of it that must fit off the device."""
-        if self.is_sliding:
-            return super().capacities(length, heads)
         chunk_size = self.numbers.chunk_size
         chunks = -(-power_of_two(length) // chunk_size)
         return power_of_two(sum(self._regions(chunks)) + 1), chunks * chunk_size
@@ -79,20 +76,15 @@ class OffloadedLayer(CompressedLayer):
     def load(self, tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
         """Takes over the contents of another memory, in place where the sizes are the same."""
         super().load(tensors, sizes)
-        if not self.is_sliding:
-            later = self.counts[0, 2] - sum(self._regions(self._num_chunks))
-            self.context_tokens = int(self.counts[0, 1] - later)
+        later = self.counts[0, 2] - sum(self._regions(self._num_chunks))
+        self.context_tokens = int(self.counts[0, 1] - later)
 
     @torch.inference_mode(False)
-    def _allocate(self, sizes: Sizes) -> None:
+    def allocate(self, sizes: Sizes) -> None:
+        """New memory, empty; what is off the device stays where only the slots are others."""
         held = self.sizes
-        super()._allocate(sizes)
+        super().allocate(sizes)
         if held is not None and held._replace(capacity=sizes.capacity) == sizes:
-            return
-        for name in (*_OFFLOADED, *_RESIDENT):
-            if name in vars(self):
-                delattr(self, name)
-        if self.is_sliding:
             return
         batch, heads, dim, context = sizes.batch, sizes.heads, sizes.dim, sizes.context
         rank = min(self.numbers.rank or 0, heads * dim)
@@ -113,13 +105,12 @@ class OffloadedLayer(CompressedLayer):
         self.is_listed = zeros(batch, heads, chunks, dtype=torch.bool, device=sizes.device)
         self.factors = zeros(batch, context, rank, **of_keys)
         self.basis = zeros(batch, heads, rank, dim, **of_keys)
-        for name in (*_OFFLOADED, *_RESIDENT):
-            torch._dynamo.mark_static_address(vars(self)[name])
+        self.mark()
 
     @property
     def numbers(self) -> ShadowKV:
         """The policy."""
-        return cast(ShadowKV, self.policy)
+        return cast(ShadowKV, self.bound.policy)
 
     @property
     def _num_chunks(self) -> int:
@@ -129,7 +120,7 @@ class OffloadedLayer(CompressedLayer):
     def _regions(self, chunks: int) -> tuple[int, int, int]:
         """Slots for what is fetched, for outliers and for the end of the prompt."""
         size = self.numbers.chunk_size
-        fetched = min(self.budget // size, chunks)
+        fetched = min(self.bound.budget // size, chunks)
         outliers = min(self.numbers.outlier_chunks, chunks)
         return fetched * size, outliers * size, (self.numbers.local_chunks + 1) * size - 1
 
@@ -137,44 +128,45 @@ class OffloadedLayer(CompressedLayer):
         """Raises ``NotImplementedError`` if a token of the prompt is to go."""
         position = torch.arange(moved.shape[1], device=moved.device)
         in_prompt = position < self.prompt_length[:, None]
-        if not self.is_sliding and bool((in_prompt & (moved < 0)).any()):
+        if bool((in_prompt & (moved < 0)).any()):
             raise NotImplementedError(
                 f"attention_mask must not hide tokens of the first prompt with "
-                f"{self.policy.label!r}, which holds them off the device in whole chunks"
+                f"{self.bound.policy.label!r}, which holds them off the device in whole chunks"
             )
 
-    # How tokens come in.
+    # A prompt.
 
-    def step(self, token: NewToken) -> tuple[Tensor, Tensor | None]:
-        """Fetches what the query asks for, then attends as with slots that are never given up."""
-        if not self.is_sliding:
-            self._fetch(token.query.detach())
-        return super().step(token)
+    def held_for_chunk(
+        self, inputs: AttentionInputs, *, is_first_prompt: bool
+    ) -> tuple[Tokens, Tensor]:
+        """What the tokens of a chunk may see: of a further prompt what it asks for, of the first
+        one all its parts before."""
+        if not is_first_prompt:
+            self.fetch(inputs.query.detach(), inputs.real)
+            return super().held_for_chunk(inputs, is_first_prompt=is_first_prompt)
+        had = self.context_tokens
+        before = torch.arange(had, device=inputs.key.device)
+        before = torch.where(before < self.next_position[:, None], before, -1)
+        keys = self._context_keys(before)
+        values = self.offloaded_values[:, :, :had].to(keys.device)
+        return self.new_tokens(keys, values, before), keys
 
-    def read_block(self, states: States, *, weighs: bool = False) -> tuple[Tensor, Tensor | None]:
-        """A further prompt, which stays on the device, or the next part of the first one."""
-        if self.is_sliding:
-            return super().read_block(states, weighs=weighs)
-        if self.clock.is_first_prompt:
-            return self._read_part(states, weighs)
-        self._fetch(states.query.detach(), states.real)
-        result = super().read_block(states, weighs=weighs)
-        self.counts[:, 2] += states.key.shape[2]
-        return result
-
-    def keep_best(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        seen: Tensor,
-        notes: Tensor,
-        scores: Tensor | None = None,
-    ) -> None:
-        """Takes a prompt ``[B, H, L, ...]``: what stays on the device and what goes to the host."""
-        if self.is_sliding:
-            super().keep_best(keys, values, positions, seen, notes, scores)
+    def keep_chunk(self, tokens: Tokens, new: Tokens, *, is_first_prompt: bool) -> None:
+        """Organises the first prompt anew with its next part; a further one stays on the device."""
+        if not is_first_prompt:
+            self.append(new)
+            self.counts[:, 2] += new.positions.shape[2]
             return
+        assert self.sizes is not None
+        counts = {name: vars(self)[name] for name in ("counts", "prompt_length")}
+        self.provide(tokens.keys, tokens.values, self.sizes.groups)
+        for name, held in counts.items():
+            vars(self)[name].copy_(held)
+        self.keep(tokens)
+
+    def keep(self, tokens: Tokens, scores: Tensor | None = None) -> None:
+        """Takes a prompt ``[B, H, L, ...]``: what stays on the device and what goes to the host."""
+        keys, values, positions = tokens[:3]
         self.context_tokens = keys.shape[2]
         fetched, outlying, local = self._regions(self._num_chunks)
         keys, values, count = self._aligned(keys, values, positions[:, 0])
@@ -197,11 +189,9 @@ class OffloadedLayer(CompressedLayer):
         end = end.masked_fill(end >= count[:, None], -1)[:, None].expand(-1, keys.shape[1], -1)
         kept = torch.cat([self._positions_of(outliers, is_outlier), end], dim=2)
         index = kept.clamp(min=0).unsqueeze(-1)
-        self.positions.fill_(-1)
-        for memory, tokens in ((self.keys, keys), (self.values, values)):
-            tokens = tokens.gather(2, index.expand(*kept.shape, tokens.shape[3]))
-            self._put(memory, fetched, tokens, kept)
-        self.positions[:, :, fetched : fetched + kept.shape[2]].copy_(kept)
+        self.tokens.positions.fill_(-1)
+        chosen = [x.gather(2, index.expand(*kept.shape, x.shape[3])) for x in (keys, values)]
+        self._put(fetched, chosen[0], chosen[1], kept)
         self.counts[:, 2] = fetched + kept.shape[2]
 
         self.offloaded_values.copy_(values)
@@ -209,35 +199,6 @@ class OffloadedLayer(CompressedLayer):
             self.offloaded_keys.copy_(keys)
         else:
             self._factorise(keys)
-
-    def _read_part(self, states: States, weighs: bool) -> tuple[Tensor, Tensor | None]:
-        """The next part of the first prompt attends to all of it; then all is taken anew."""
-        query, key, value, real, mask = states
-        had = self.context_tokens
-        before = torch.arange(had, device=key.device)
-        before = torch.where(before < self.next_position[:, None], before, -1)
-        rows = positions_of(real, self.next_position[:, None])
-        positions = torch.cat([before, rows], dim=1)[:, None]
-        held = self._context_keys(before), self.offloaded_values[:, :, :had].to(value.device)
-        known, known_values = (self.constant(one, query, key, value) for one in held)
-        keys, values = torch.cat([known, key], dim=2), torch.cat([known_values, value], dim=2)
-        attended = attention.attention_rows(
-            query,
-            keys,
-            query_positions=rows,
-            positions=positions,
-            form=self.form,
-            see=self.see(mask, before[:, None].expand(-1, key.shape[1], -1)),
-        )
-        result = weigh(attended, values, weighs=weighs)
-        query, keys, values = query.detach(), keys.detach(), values.detach()
-        count, seen = self.next_position + real.sum(dim=1), keys.shape[2]
-        self.provide(query, keys, values)
-        self.next_position.copy_(count)
-        self.prompt_length.copy_(count)
-        self.counts[:, 1] = seen
-        self.keep_best(keys, values, positions.expand(keys.shape[:3]), self.attention, self.notes)
-        return result
 
     def _aligned(
         self, keys: Tensor, values: Tensor, positions: Tensor
@@ -271,26 +232,27 @@ class OffloadedLayer(CompressedLayer):
         """Keys ``[B, H, T, D]`` of factors ``[B, H | 1, T, R]`` at these positions."""
         exact = torch.promote_types(factors.dtype, torch.float32)
         straight = factors.to(exact) @ self.basis.to(exact)
-        return self._rotary.rotate(straight, positions).to(self.keys.dtype)
+        return self._rotary.rotate(straight, positions).to(self.tokens.keys.dtype)
 
     def _context_keys(self, positions: Tensor) -> Tensor:
         """The first keys of the context ``[B, H, T, D]``, at positions ``[B, T]``."""
         tokens = positions.shape[1]
         if self.numbers.rank is None:
-            return self.offloaded_keys[:, :, :tokens].to(self.keys.device)
+            return self.offloaded_keys[:, :, :tokens].to(self.tokens.keys.device)
         return self._rebuilt(self.factors[:, None, :tokens], positions[:, None])
 
     @property
     def _rotary(self) -> Rotary:
-        return Rotary.among(self.constants)
+        return Rotary.among(self.bound.constants)
 
     # What a step fetches.
 
-    def _fetch(self, query: Tensor, real: Tensor | None = None) -> None:
-        """Puts the chunks that the queries ``[B, H * G, L, D]`` ask for into the first slots."""
+    def fetch(self, query: Tensor, real: Tensor | None = None) -> None:
+        """Puts the chunks that queries ``[B, H * G, L, D]`` ask for into the first slots; real
+        ``[B, L]`` bool."""
         size = self.numbers.chunk_size
-        grouped = attention.group_queries(query, self.keys.shape[1])
-        logits = self.form.logits(grouped, self.landmarks.unsqueeze(2))
+        grouped = attention.group_queries(query, self.tokens.keys.shape[1])
+        logits = self.bound.transform.logits(grouped, self.landmarks.unsqueeze(2))
         shares = attention.masked_softmax(logits, self.is_listed[:, :, None, None])
         if real is not None:
             shares = shares.masked_fill(~real[:, None, None, :, None], 0.0)
@@ -304,9 +266,7 @@ class OffloadedLayer(CompressedLayer):
             factors = self.factors[:, None].expand(-1, chunks.shape[1], -1, -1)
             keys = self._rebuilt(_gather(factors, chunks, size), positions)
         values = _gather(self.offloaded_values, chunks, size)
-        self._put(self.keys, 0, keys, positions)
-        self._put(self.values, 0, values, positions)
-        self.positions[:, :, :fetched].copy_(positions)
+        self._put(0, keys, values, positions)
 
     def _positions_of(self, chunks: Tensor, exist: Tensor) -> Tensor:
         """``[B, H, K * chunk_size]`` positions of the tokens of chunks, -1 where there is none."""
@@ -315,10 +275,12 @@ class OffloadedLayer(CompressedLayer):
         positions = chunks.unsqueeze(-1) * size + inside
         return positions.masked_fill(~exist.unsqueeze(-1), -1).flatten(2)
 
-    def _put(self, memory: Tensor, slot: int, tokens: Tensor, positions: Tensor) -> None:
+    def _put(self, slot: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Writes tokens to the slots from this one on, zeros where there is none."""
-        tokens = tokens.masked_fill((positions < 0).unsqueeze(-1), 0)
-        memory[:, :, slot : slot + tokens.shape[2]].copy_(tokens)
+        none = (positions < 0).unsqueeze(-1)
+        parts = keys.masked_fill(none, 0), values.masked_fill(none, 0), positions
+        for memory, part in zip(self.tokens[:3], parts, strict=True):
+            memory[:, :, slot : slot + positions.shape[2]].copy_(part)
 
 
 def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

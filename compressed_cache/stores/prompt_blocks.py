@@ -8,16 +8,14 @@ right end of as many columns, where it looks like a short prompt::
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from compressed_cache.ops import attention
-from compressed_cache.ops import eviction as slots
-
-if TYPE_CHECKING:
-    from compressed_cache.layer import CompressedLayer
+from compressed_cache.ops import attention, eviction
+from compressed_cache.ops.tokens import Tokens, expand, gather
+from compressed_cache.stores.slots import SlotStore
 
 
 class Block(NamedTuple):
@@ -25,97 +23,90 @@ class Block(NamedTuple):
 
     columns: Tensor
     """``[B, n]`` int64 of the prompt; any where there is no token."""
-    rows: Tensor
+    positions: Tensor
     """``[B, n]`` int64, positions of the tokens, ``-1`` where there is none."""
     end: Tensor
     """``[B]`` int64, the position after the last token read until then."""
 
     def take(self, prompt: Tensor) -> Tensor:
-        """Of ``[B, H, L, ...]`` the tokens of the block, ``[B, H, n, ...]``; of what is not kept of
-        tokens, ``[B, H, 0, ...]``, nothing."""
-        return prompt.gather(2, _index(self.columns, prompt)) if prompt.shape[2] else prompt
+        """Of ``[B, H, L, ...]`` the tokens of the block, ``[B, H, n, ...]``."""
+        return gather(prompt, self.columns[:, None])
 
     def put(self, prompt: Tensor, tokens: Tensor) -> Tensor:
         """``[B, H, L, ...]`` with ``[B, H, n, ...]`` in the place of the block."""
         # One more column takes what is of no token.
-        columns = torch.where(self.rows >= 0, self.columns, prompt.shape[2])
+        columns = torch.where(self.positions >= 0, self.columns, prompt.shape[2])
         longer = torch.cat([prompt, prompt[:, :, :1]], dim=2)
-        return longer.scatter(2, _index(columns, prompt), tokens)[:, :, :-1]
+        return longer.scatter(2, expand(columns[:, None], prompt), tokens)[:, :, :-1]
 
 
-def split(rows: Tensor, length: int) -> Iterator[Block]:
+def split(positions: Tensor, length: int) -> Iterator[Block]:
     """The blocks of a prompt.
 
     Args:
-        rows: ``[B, L]`` int64 positions from 0 on, ``-1`` at padding, which is on the left.
+        positions: ``[B, L]`` int64 from 0 on, ``-1`` at padding, which is on the left.
         length: of a block, in positions.
     """
-    columns = rows.shape[1]
+    columns = positions.shape[1]
     length = min(length, columns)
-    lengths = (rows >= 0).sum(dim=1)
+    lengths = (positions >= 0).sum(dim=1)
     for start in range(0, columns, length):
         end = lengths.clamp(max=start + length)
-        positions = end[:, None] + torch.arange(-length, 0, device=rows.device)
-        place = (positions + (columns - lengths)[:, None]).clamp(min=0)
-        yield Block(place, torch.where(positions >= start, positions, -1), end)
+        own = end[:, None] + torch.arange(-length, 0, device=positions.device)
+        place = (own + (columns - lengths)[:, None]).clamp(min=0)
+        yield Block(place, torch.where(own >= start, own, -1), end)
 
 
 def rank(
-    layer: "CompressedLayer",
-    query: Tensor,
-    tokens: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    rows: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Scores of a prompt's tokens by their rank in their block, and their revised notes.
+    store: SlotStore, query: Tensor, tokens: Tokens, positions: Tensor
+) -> tuple[Tensor, Tokens]:
+    """Scores of a prompt's tokens by their rank in their block, and these with revised notes.
 
     Args:
-        layer: whose counts are those of the end of the prompt.
+        store: whose counts are those of the end of the prompt.
         query: ``[B, H * G, L, D]``.
-        tokens: keys, values, positions, what was seen of them and notes, ``[B, H, L, ...]``.
-        rows: ``[B, L]`` int64, as for :func:`split`.
+        tokens: ``[B, H, L, ...]``.
+        positions: ``[B, L]`` int64, as for :func:`split`.
 
     Returns:
-        ``[B, H, L]`` float32, protection applied, and ``[B, H, L, N]`` float32.
+        ``[B, H, L]`` float32, protection applied, and the tokens.
     """
-    positions, notes = tokens[2], tokens[4]
-    scores = torch.zeros(positions.shape, device=positions.device)
-    assert layer.policy.prompt_block is not None
-    for block in split(rows, layer.policy.prompt_block):
-        held = layer.view(*map(block.take, tokens), is_prompt=True)
-        queries, query_positions = _last_queries(layer, block, query, positions.shape[1])
-        held = held._replace(
-            next_position=block.end,
-            prompt_length=block.end,
-            queries=queries,
-            query_positions=query_positions,
-            positions=block.rows[:, None].expand_as(held.positions),
+    bound, notes = store.bound, tokens.notes
+    scores = torch.zeros(tokens.positions.shape, device=positions.device)
+    assert bound.prompt_block is not None
+    for block in split(positions, bound.prompt_block):
+        slots = store.view(tokens.map(block.take), is_prompt=True)
+        queries, query_positions = _last_queries(store, block, query, tokens.keys.shape[1])
+        slots = bound.revise(
+            slots._replace(
+                next_position=block.end,
+                prompt_length=block.end,
+                queries=queries,
+                query_positions=query_positions,
+                positions=block.positions[:, None].expand_as(slots.positions),
+            )
         )
-        held = held._replace(notes=layer.policy.revise(held))
         # What is protected ranks above what the policy itself always keeps.
-        own = layer.scores(held).clamp(max=torch.finfo(torch.float32).max)
-        order = slots.rank(layer.protect(own, held.positions), held.positions)
+        own = store.scores(slots).clamp(max=torch.finfo(torch.float32).max)
+        # By the end of the prompt, not of the block.
+        counted = slots._replace(next_position=store.next_position)
+        order = eviction.sort_slots(bound.protect(own, counted), slots.positions)
         above = torch.arange(order.shape[2] - 1, -1, -1, device=order.device).expand_as(order)
         above = torch.empty_like(order).scatter(2, order, above)
-        size = (block.rows >= 0).sum(dim=1)[:, None, None].clamp(min=1)
+        size = (block.positions >= 0).sum(dim=1)[:, None, None].clamp(min=1)
         scores = block.put(scores, -(above + 0.5) / size)
-        notes = block.put(notes, held.notes)
-    return layer.protect(scores, positions), notes
+        notes = block.put(notes, slots.notes)
+    return bound.protect(scores, store.view(tokens)), tokens._replace(notes=notes)
 
 
 def _last_queries(
-    layer: "CompressedLayer", block: Block, query: Tensor, heads: int
+    store: SlotStore, block: Block, query: Tensor, heads: int
 ) -> tuple[Tensor, Tensor]:
     """The last queries of a block ``[B, H, G, W, D]`` and their positions ``[B, W]``."""
-    window = layer.policy.num_queries
-    last = block._replace(columns=block.columns[:, -window:], rows=block.rows[:, -window:])
-    if window == 0:
-        last = block._replace(columns=block.columns[:, :0], rows=block.rows[:, :0])
-    missing = window - last.rows.shape[1]
-    queries = attention.group_queries(last.take(query), heads)
+    window = store.bound.needs.queries
+    last = slice(-window, None) if window else slice(0, 0)
+    block = block._replace(columns=block.columns[:, last], positions=block.positions[:, last])
+    missing = window - block.positions.shape[1]
+    queries = attention.group_queries(block.take(query), heads)
     queries = torch.nn.functional.pad(queries, (0, 0, missing, 0))
-    return queries, torch.nn.functional.pad(last.rows, (missing, 0), value=-1)
-
-
-def _index(columns: Tensor, prompt: Tensor) -> Tensor:
-    columns = columns.reshape(columns.shape[0], 1, -1, *[1] * (prompt.dim() - 3))
-    return columns.expand(*prompt.shape[:2], -1, *prompt.shape[3:])
+    return queries, torch.nn.functional.pad(block.positions, (missing, 0), value=-1)

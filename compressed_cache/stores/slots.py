@@ -1,43 +1,31 @@
-"""The tensors of one layer: allocated once, changed only in place."""
+"""The plain store: a fixed number of slots for each head, allocated once, changed only in place."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from compressed_cache.policies import Policy
-from compressed_cache.policies.eviction_config import Rules
+from compressed_cache.ops import attention, eviction, gradients
+from compressed_cache.ops.kernels import operators
+from compressed_cache.ops.masks import Mask
+from compressed_cache.ops.rerotation import rerotate_to_ranks
+from compressed_cache.ops.rings import moved_to, places_of, write_last, write_one
+from compressed_cache.ops.tokens import Sizes, Tokens, expand, gather, scatter, where_real
+from compressed_cache.policies.view import Slots
+from compressed_cache.stores import channels
+from compressed_cache.stores.bound_policy import BoundPolicy
+from compressed_cache.stores.inputs import AttentionInputs
 
 _SMALLEST_CAPACITY = 256
 
 
-class Sizes(NamedTuple):
-    """What decides the shapes, dtypes and device of a layer's tensors."""
-
-    batch: int
-    heads: int
-    groups: int
-    capacity: int
-    dim: int
-    value_dim: int
-    dtype: torch.dtype
-    value_dtype: torch.dtype
-    device: torch.device
-    context: int = 0
-    """Tokens that fit off the device."""
-
-
-class SlotMemory:
+class SlotStore:
     """What one layer keeps between two steps; addresses hold as long as the sizes do.
 
     Attributes:
-        keys, values: ``[B, H, S, D]`` in the dtype of the model.
-        channels, tails: ``[B, H, D]`` int64 and ``[B, H, R, D - D']``, empty unless the policy
-            prunes channels: then ``keys`` and ``queries`` have ``D'`` of them, in an order that is
-            ``channels``, and ``tails`` is a ring with the others of the last tokens, see
-            :mod:`compressed_cache.stores.channels`.
-        positions: ``[B, H, S]`` int64, position of the token in each slot, ``-1`` where empty.
+        tokens: ``[B, H, S, ...]``, what the slots hold; what the policy does not need is empty.
+            Where it prunes channels, keys have ``D'`` of them.
         counts: ``[B, 3]`` int64, for each row the position of the incoming token, the tokens seen,
             padding included, and which of the victims is due: one tensor, so that a step counts in
             one launch.
@@ -45,35 +33,33 @@ class SlotMemory:
         victims: ``[B, H, interval]`` int64, the slots to overwrite next, lowest first (read with
             ``interval > 1``).
         prompt_length: ``[B]`` int64, tokens of the first prompt.
-        attention: ``[B, H, S]`` or ``[B, H, S, R]`` float32, what the policy made of the attention
-            seen; without slots unless it asks for it.
-        notes: ``[B, H, S, N]`` float32, what the policy wrote down of each token.
         queries, query_positions: ``[B, H, G, W, D]`` and ``[B, W]`` int64, a ring of the last
-            queries, that of position ``p`` at ``p % W``; ``W = 0`` unless the policy asks for it.
+            queries; ``W = 0`` unless the policy needs it.
+        channels, recent_channels: ``[B, H, D]`` int64 and ``[B, H, R, D - D']``, see
+            :mod:`compressed_cache.stores.channels`; empty unless the policy prunes channels.
+        is_fused: whether one kernel takes a whole step.
+        has_gradients: whether a token was read with gradients, which then end at it.
     """
 
-    keys: Tensor
-    values: Tensor
-    channels: Tensor
-    tails: Tensor
-    positions: Tensor
+    tokens: Tokens
     counts: Tensor
     protected_prefix: Tensor
-    prompt_length: Tensor
     victims: Tensor
-    attention: Tensor
-    notes: Tensor
+    prompt_length: Tensor
     queries: Tensor
     query_positions: Tensor
+    channels: Tensor
+    recent_channels: Tensor
 
-    def __init__(self, policy: Policy, rules: Rules) -> None:
-        self.policy = policy
-        self.rules = rules
-        self.budget = 0
-        """Slots of every head; of the one with the fewest where they differ."""
-        self.head_budgets: tuple[int, ...] = ()
-        """Slots of each head where they differ."""
+    def __init__(self, bound: BoundPolicy, tag: Callable[[Tensor], None]) -> None:
+        self.bound = bound
+        self.tag = tag
+        """Marks keys as those of a layer."""
         self.sizes: Sizes | None = None
+        self.is_fused = False
+        self.has_gradients = False
+
+    # Memory.
 
     @property
     def next_position(self) -> Tensor:
@@ -104,47 +90,115 @@ class SlotMemory:
     def slots_per_head(self) -> int:
         """Slots of a head, on average."""
         assert self.sizes is not None
-        return self.positions[0].numel() // self.sizes.heads
+        return self.tokens.positions[0].numel() // self.sizes.heads
 
-    def provide(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Allocates slots for a prompt ``[B, H * G | H, L, D]``, or keeps those that fit."""
-        batch, heads, length, dim = key.shape
+    def prepare(self, inputs: AttentionInputs) -> None:
+        """Makes room for a first prompt; memory that fits is kept."""
+        self.provide(inputs.key, inputs.value, inputs.query.shape[1] // inputs.key.shape[1])
+
+    def provide(self, keys: Tensor, values: Tensor, groups: int) -> None:
+        """Allocates slots for a prompt ``[B, H, L, D]``, unless those there are fit."""
+        batch, heads, length, dim = keys.shape
         capacity, context = self.capacities(length, heads)
-        groups = query.shape[1] // heads
         sizes = Sizes(
-            *(batch, heads, groups, capacity, dim, value.shape[-1]),
-            *(key.dtype, value.dtype, key.device, context),
+            *(batch, heads, groups, capacity, dim, values.shape[-1]),
+            *(keys.dtype, values.dtype, keys.device, context),
         )
         if sizes != self.sizes:
-            self._allocate(sizes)
+            self.allocate(sizes)
 
     def capacities(self, length: int, heads: int) -> tuple[int, int]:
-        """Slots in each of the rows of slots for a prompt of this length, and tokens that must fit
-        off the device."""
-        return self.budget if self.policy.evicts else power_of_two(length + 1), 0
+        """Slots in each row of slots for a prompt of this length, and tokens that must fit off the
+        device."""
+        evicts = self.bound.policy.evicts
+        return self.bound.budget if evicts else power_of_two(length + 1), 0
+
+    # A tensor born in inference mode could not be reset outside of it.
+    @torch.inference_mode(False)
+    def allocate(self, sizes: Sizes) -> None:
+        """New memory, empty."""
+        bound, needs, pruning = self.bound, self.bound.needs, self.bound.pruning
+        batch, heads, capacity = sizes.batch, sizes.heads, sizes.capacity
+
+        def full(*shape: int, dtype: torch.dtype = torch.int64, fill: int = 0) -> Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=sizes.device)
+
+        self.sizes = sizes
+        dim = sizes.dim if pruning is None else pruning.key_channels(sizes.dim)
+        observed = capacity if bound.observer is not None else 0
+        width = () if needs.state_width == 1 else (needs.state_width,)
+        self.tokens = Tokens(
+            keys=full(batch, heads, capacity, dim, dtype=sizes.dtype),
+            values=full(batch, heads, capacity, sizes.value_dim, dtype=sizes.value_dtype),
+            positions=full(batch, heads, capacity, fill=-1),
+            attention_state=full(batch, heads, observed, *width, dtype=torch.float32),
+            notes=full(batch, heads, capacity, needs.notes, dtype=torch.float32),
+        )
+        self.counts = full(batch, 3)
+        self.protected_prefix = full(batch)
+        self.prompt_length = full(batch)
+        self.victims = full(batch, heads, bound.eviction.interval)
+        self.queries = full(batch, heads, sizes.groups, needs.queries, dim, dtype=sizes.dtype)
+        self.query_positions = full(batch, needs.queries, fill=-1)
+        recent = 0 if pruning is None else pruning.recent_whole_keys
+        self.channels = full(batch, heads, 0 if pruning is None else sizes.dim)
+        self.recent_channels = full(batch, heads, recent, sizes.dim - dim, dtype=sizes.dtype)
+        alters = bound.rerotates or pruning is not None
+        self.is_fused = bound.policy.evicts and not alters and operators.serves(sizes)
+        self.mark()
+
+    def mark(self) -> None:
+        """Says what these tensors are to attention, and to the compiler that they stay."""
+        # Without it every in-place write would make the compiler give up CUDA graphs.
+        for tensor in self.named_tensors().values():
+            torch._dynamo.mark_static_address(tensor)
+        self.tag(self.tokens.keys)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Everything in memory, by name."""
+        others = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {**self.tokens._asdict(), **others} if self.sizes is not None else others
 
     def grow(self, tokens: int) -> None:
         """Doubles the slots until so many tokens fit (policies that do not evict)."""
         sizes, capacity = self.sizes, power_of_two(tokens)
         if sizes is None or capacity <= sizes.capacity:
             return
-        held = self.named_tensors()
-        self._allocate(sizes._replace(capacity=capacity))
+        held, tokens_held = self.named_tensors(), self.tokens
+        self.allocate(sizes._replace(capacity=capacity))
+        tokens_held.copy_into(self.tokens, slice(0, sizes.capacity))
         for name, tensor in self.named_tensors().items():
-            if name in ("keys", "values", "positions", "notes"):
-                tensor = tensor[:, :, : sizes.capacity]
-            tensor.copy_(held[name])
+            if name not in Tokens._fields:
+                tensor.copy_(held[name])
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Forgets all tokens and keeps the memory."""
+        self.has_gradients = False
         for name, tensor in self.named_tensors().items():
             tensor.fill_(-1 if name in ("positions", "query_positions") else 0)
 
-    def count(self, real: Tensor | None) -> None:
-        """Counts a step, whose tokens are real in rows ``[B]`` bool, or in all of them (None)."""
-        self.counts.add_(1)
-        if real is not None:
-            self.next_position.sub_((~real).long())
+    def load(self, tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
+        """Takes over the contents of another memory, in place where the sizes are the same."""
+        if sizes != self.sizes:
+            self.allocate(sizes)
+        for name, tensor in self.named_tensors().items():
+            tensor.copy_(tensors[name])
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row ``b`` becomes a copy of row ``rows[b]``, in place."""
+        for tensor in self.named_tensors().values():
+            tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given rows, in new memory where their number is another."""
+        assert self.sizes is not None
+        if len(rows) == self.sizes.batch:
+            self.reorder(rows)
+            return
+        held = self.named_tensors()
+        self.allocate(self.sizes._replace(batch=len(rows)))
+        for name, tensor in self.named_tensors().items():
+            tensor.copy_(held[name][rows.to(tensor.device)])
 
     def check_renumber(self, moved: Tensor) -> None:
         """Raises ``NotImplementedError`` where :meth:`renumber` cannot be done."""
@@ -155,115 +209,388 @@ class SlotMemory:
         Args:
             moved: ``[B, P]`` int64 by old position, ascending but for -1, which is none.
         """
-        moved = moved.to(self.positions.device)
+        positions = self.tokens.positions
+        moved = moved.to(positions.device)
         before = torch.nn.functional.pad((moved >= 0).cumsum(dim=1), (1, 0))
-        self.positions.copy_(_moved(self.positions, moved))
-        old_next = self.next_position.clone()
+        positions.copy_(moved_to(positions, moved))
+        last = self.next_position[:, None] - 1
         for count in (self.next_position, self.prompt_length):
             count.copy_(before.gather(1, count[:, None]).squeeze(1))
-        self.protected_prefix.fill_(self.rules.sinks)
-        if self.rules.protect_prompt:
-            self.protected_prefix.clamp_(min=self.prompt_length)
+        self.protect_prefix(self.prompt_length)
         if self.query_positions.shape[1]:
-            own = _moved(self.query_positions, moved)
-            place, found = _places(own)
+            own = moved_to(self.query_positions, moved)
+            place, found = places_of(own)
             index = place[:, None, None, :, None].expand_as(self.queries)
             self.queries.copy_(self.queries.gather(3, index))
             self.query_positions.copy_(own.gather(1, place).masked_fill(~found, -1))
-        if self.tails.shape[2]:
-            last = old_next[:, None] - 1
-            ring = torch.arange(self.tails.shape[2], device=last.device)
-            place, found = _places(_moved(last - (last - ring) % len(ring), moved))
-            tails = self.tails.gather(2, place[:, None, :, None].expand_as(self.tails))
-            self.tails.copy_(tails.masked_fill(~found[:, None, :, None], 0))
+        if self.recent_channels.shape[2]:
+            ring = torch.arange(self.recent_channels.shape[2], device=last.device)
+            place, found = places_of(moved_to(last - (last - ring) % len(ring), moved))
+            recent = gather(self.recent_channels, place[:, None])
+            self.recent_channels.copy_(recent.masked_fill(~found[:, None, :, None], 0))
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row ``b`` becomes a copy of row ``rows[b]``, in place."""
-        for tensor in self.tensors():
-            tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
+    def protect_prefix(self, length: Tensor | None) -> None:
+        """Protects the sinks, and a prompt of this length ``[B]`` if prompts are to be."""
+        self.protected_prefix.fill_(self.bound.eviction.sinks)
+        if self.bound.eviction.protect_prompt and length is not None:
+            self.protected_prefix.clamp_(min=length)
 
-    def select(self, rows: Tensor) -> None:
-        """Keeps the given rows, in new memory where their number is another."""
-        if self.sizes is None:
+    # What the policy is shown.
+
+    def held(self) -> Tokens:
+        """The tokens of each head."""
+        return self.tokens
+
+    def held_positions(self) -> Tensor:
+        """``[B, H, S]`` int64, those of :meth:`held`."""
+        return self.tokens.positions
+
+    def view(self, tokens: Tokens, *, is_prompt: bool = False) -> Slots:
+        """What the policy is shown of tokens ``[B, H, S, ...]``."""
+        bound = self.bound
+        return Slots(
+            *tokens,
+            next_position=self.next_position,
+            layer=bound.layer,
+            first_head=bound.shard.rank * tokens.positions.shape[1],
+            transform=bound.transform,
+            queries=self.queries,
+            query_positions=self.query_positions,
+            prompt_length=self.prompt_length,
+            protected_prefix=self.protected_prefix,
+            recent=bound.eviction.recent,
+            budget=bound.budget,
+            is_prompt=is_prompt,
+            constants=bound.constants,
+        )
+
+    def new_tokens(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tokens:
+        """New tokens with their notes, and nothing seen of them yet.
+
+        Args:
+            keys: ``[B, H, L, D']``.
+            values: ``[B, H, L, D]``.
+            positions: ``[B, L]`` int64, ``-1`` at padding.
+        """
+        shape, held = keys.shape[:3], self.tokens
+        width = held.attention_state.shape[3:]
+        seen = shape if self.bound.observer is not None else (*shape[:2], 0)
+        new = Tokens(
+            keys,
+            values,
+            positions[:, None].expand(shape),
+            held.attention_state.new_zeros(*seen, *width),
+            held.notes.new_zeros(*shape, self.bound.needs.notes),
+        )
+        return new._replace(notes=self.note(new)) if self.bound.needs.notes else new
+
+    def note(self, new: Tokens) -> Tensor:
+        """What the policy writes down of new tokens, ``[B, H, L, N]``."""
+        nothing = new.notes[:, :, :0]
+        bare = new._replace(attention_state=new.attention_state[:, :, :0], notes=nothing)
+        return self.bound.note(self.view(bare))
+
+    # Rank.
+
+    def slots_due(self, ranks: bool, real: Tensor | None) -> Tensor | None:
+        """The slots to overwrite, ``[B, H, 1]``, where that was decided in an earlier step.
+
+        Args:
+            ranks: whether it is decided now, for the next ``interval`` steps.
+            real: ``[B]`` bool, rows whose token is real; None: all.
+        """
+        interval = self.bound.eviction.interval
+        if not self.bound.policy.evicts:
+            return self.free_slot.expand(*self.tokens.positions.shape[:2], 1)
+        if interval == 1:
+            return None
+        if ranks:
+            self.victims.copy_(self.lowest(interval, real))
+            # In every row: beams exchange theirs.
+            self.counts[:, 2].zero_()
+        return self.victims_due()
+
+    def victims_due(self) -> Tensor:
+        """Of the victims those of this step, ``[B, H, 1]``."""
+        return self.victims.index_select(2, self.phase)
+
+    def lowest(self, steps: int, real: Tensor | None) -> Tensor:
+        """The slots to overwrite in so many steps, ``[B, H, steps]``."""
+        scores, positions = self.ranked(real), self.tokens.positions
+        if steps == 1:
+            return eviction.lowest_slot(scores, positions)
+        return eviction.next_victims(
+            scores, positions, protected_prefix=self.protected_prefix, count=steps
+        )
+
+    def ranked(self, real: Tensor | None = None) -> Tensor:
+        """Scores ``[B, H, S]`` with protection applied, once the policy dropped what it drops."""
+        slots = self.revised(real)
+        scores = self.bound.protect(self.scores(slots), slots)
+        if self.bound.dropping is not None:
+            gone = self.bound.dropped(slots, scores)
+            gone = gone if real is None else gone & real[:, None, None]
+            if self.bound.merging is not None:
+                keys, values, positions = self.tokens[:3]
+                evicted = keys, values, (positions >= 0) & gone
+                self.merge((positions >= 0) & ~gone, evicted, None)
+            scores = scores.masked_fill(gone, -torch.inf)
+            self.drop(gone)
+        return scores
+
+    def revised(self, real: Tensor | None = None) -> Slots:
+        """What is held, right before a ranking; notes change in rows ``[B]`` that are real."""
+        slots = self.view(self.held())
+        if not self.bound.revises:
+            return slots
+        notes = self.owned(self.bound.revise(slots).notes)
+        self.tokens.notes.copy_(where_real(real, notes, self.tokens.notes))
+        return self.view(self.held())
+
+    def scores(self, slots: Slots) -> Tensor:
+        """Scores ``[B, H, S]`` of the policy."""
+        return self.bound.scores(slots)
+
+    def rank_prompt(self, tokens: Tokens) -> tuple[Tensor, Tokens]:
+        """Scores of the tokens of a prompt, protection applied, and these with revised notes."""
+        prompt = self.bound.revise(self.view(tokens, is_prompt=True))
+        scores = self.bound.protect(self.scores(prompt), prompt)
+        return scores, tokens._replace(notes=prompt.notes)
+
+    def drop(self, gone: Tensor) -> None:
+        """Empties slots, ``[B, H, S]`` bool."""
+        self.tokens.positions.masked_fill_(self.owned(gone), -1)
+
+    def owned(self, values: Tensor) -> Tensor:
+        """Values ``[B, H, S, ...]`` as slots hold them."""
+        return values
+
+    # Write.
+
+    def write(self, key: Tensor, value: Tensor, slot: Tensor, real: Tensor | None) -> None:
+        """Puts tokens ``[B, H, 1, D]`` at the next position into slots ``[B, H, 1]``."""
+        key, value = self.laid_out(key), self.laid_out(value)
+        if self.bound.pruning is not None:
+            key, others = key.split(
+                [self.tokens.keys.shape[3], self.recent_channels.shape[3]], dim=3
+            )
+            write_one(self.recent_channels, 2, others, self.next_position, real)
+        put(self.tokens.keys, slot, key, real)
+        put(self.tokens.values, slot, value, real)
+        now = self.next_position[:, None, None]
+        put(self.tokens.positions, slot, now.expand_as(slot), real)
+        self.forget(slot, real)
+
+    def write_notes(self, key: Tensor, value: Tensor, slot: Tensor, real: Tensor | None) -> None:
+        """Writes down what the policy notes of tokens that were put into slots."""
+        if self.bound.needs.notes:
+            new = self.new_tokens(self.kept(key), value, self.next_position[:, None])
+            put(self.tokens.notes, slot, self.laid_out(new.notes), real)
+
+    def forget(self, slot: Tensor, real: Tensor | None) -> None:
+        """Nothing was seen yet of the tokens in slots ``[B, H, 1]``."""
+        state = self.tokens.attention_state
+        if self.bound.observer is None:
             return
-        if len(rows) == self.sizes.batch:
-            self.reorder(rows)
+        if real is None:
+            state.scatter_(2, expand(slot, state), 0.0)
+        else:
+            put(state, slot, state.new_zeros(()).expand(*slot.shape, *state.shape[3:]), real)
+
+    def keep(self, tokens: Tokens, scores: Tensor | None = None) -> None:
+        """Copies the best of these tokens ``[B, H, L, ...]`` into the slots.
+
+        Args:
+            tokens: those of a prompt, and what was held before.
+            scores: ``[B, H, L]`` float32, protection applied; None: what the policy says of all
+                together.
+        """
+        count = min(tokens.positions.shape[2], self.tokens.positions.shape[2])
+        if count == tokens.positions.shape[2]:
+            tokens.copy_into(self.tokens, slice(0, count))
             return
-        held = self.named_tensors()
-        self._allocate(self.sizes._replace(batch=len(rows)))
-        for name, tensor in self.named_tensors().items():
-            tensor.copy_(held[name][rows.to(tensor.device)])
+        if scores is None:
+            scores, tokens = self.rank_prompt(tokens)
+        best = eviction.keep_best(scores, tokens.positions, count=count)
+        tokens.gather(best).copy_into(self.tokens, slice(0, count))
+        if self.bound.merging is not None:
+            gone = (tokens.positions >= 0).scatter(2, best, False)
+            self.merge(self.tokens.positions >= 0, (tokens.keys, tokens.values, gone), None)
 
-    def load(self, tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
-        """Takes over the contents of another memory, in place where the sizes are the same."""
-        if sizes != self.sizes:
-            self._allocate(sizes)
-        for name, tensor in self.named_tensors().items():
-            tensor.copy_(tensors[name])
+    def keep_chunk(self, tokens: Tokens, new: Tokens, *, is_first_prompt: bool) -> None:
+        """Keeps what is worth it of a chunk.
 
-    def named_tensors(self) -> dict[str, Tensor]:
-        """Everything this layer keeps in memory, by the name of its attribute."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        Args:
+            tokens: all that it saw.
+            new: those of them that are new, the last ones.
+            is_first_prompt: whether they go on with the first prompt.
+        """
+        if self.bound.policy.evicts:
+            self.keep(tokens)
+        else:
+            self.append(new)
 
-    def tensors(self) -> list[Tensor]:
-        """Everything this layer keeps in memory."""
-        return list(self.named_tensors().values())
+    def append(self, tokens: Tokens) -> None:
+        """Puts tokens ``[B, H, L, ...]`` into free slots (policies that do not evict)."""
+        free = torch.arange(tokens.positions.shape[2], device=tokens.positions.device)
+        tokens.copy_into(self.tokens, self.free_slot + free)
 
-    # A tensor born in inference mode could not be reset outside of it.
-    @torch.inference_mode(False)
-    def _allocate(self, sizes: Sizes) -> None:
-        batch, heads, capacity = sizes.batch, sizes.heads, sizes.capacity
+    def merge(
+        self, kept: Tensor, evicted: tuple[Tensor, Tensor, Tensor], real: Tensor | None
+    ) -> None:
+        """Puts what goes into the values of what is kept, see :class:`MergesValues`."""
+        assert self.bound.merging is not None
+        keys, values = self.tokens.keys, self.tokens.values
+        merged = self.bound.merging.merged(keys, values, kept, evicted)
+        values.copy_(where_real(real, merged, values))
 
-        def full(*shape: int, dtype: torch.dtype = torch.int64, fill: int = 0) -> Tensor:
-            return torch.full(shape, fill, dtype=dtype, device=sizes.device)
+    def laid_out(self, new: Tensor) -> Tensor:
+        """New tokens ``[B, H, 1, ...]`` as slots hold them."""
+        return new
 
-        self.sizes = sizes
-        dim, prunes = self.policy.key_channels(sizes.dim), self.policy.prunes_channels
-        self.keys = full(batch, heads, capacity, dim, dtype=sizes.dtype)
-        self.channels = full(batch, heads, sizes.dim if prunes else 0)
-        tails = self.policy.whole_keys, sizes.dim - dim
-        self.tails = full(batch, heads, *tails, dtype=sizes.dtype)
-        self.values = full(batch, heads, capacity, sizes.value_dim, dtype=sizes.value_dtype)
-        self.positions = full(batch, heads, capacity, fill=-1)
-        self.counts = full(batch, 3)
-        self.protected_prefix = full(batch)
-        self.prompt_length = full(batch)
-        self.victims = full(batch, heads, self.rules.interval)
-        remembered = capacity if self.policy.observes_attention else 0
-        rows = self.policy.num_rows
-        shape = (batch, heads, remembered, rows)[: 3 if rows == 1 else 4]
-        self.attention = full(*shape, dtype=torch.float32)
-        self.notes = full(batch, heads, capacity, self.policy.num_notes, dtype=torch.float32)
-        window = self.policy.num_queries
-        self.queries = full(batch, heads, sizes.groups, window, dim, dtype=sizes.dtype)
-        self.query_positions = full(batch, window, fill=-1)
-        self.mark()
+    # Attend.
 
-    def mark(self) -> None:
-        """Says that these tensors stay where they are."""
-        # Without it every in-place write would make the compiler give up CUDA graphs.
-        for tensor in self.tensors():
-            torch._dynamo.mark_static_address(tensor)
+    def held_for_chunk(
+        self, inputs: AttentionInputs, *, is_first_prompt: bool
+    ) -> tuple[Tokens, Tensor]:
+        """What the tokens of a chunk may see of what was read before, and its keys as a whole."""
+        held = self.held()
+        keys = held.keys if self.bound.pruning is None else self.whole_keys(self.next_position)
+        return held, keys
+
+    def choose_channels(self, query: Tensor, key: Tensor, real: Tensor) -> None:
+        """Settles the order of channels by a first prompt ``[B, H * G | H, L, D]``."""
+        if self.bound.pruning is not None:
+            grouped = attention.group_queries(query, key.shape[1])
+            scores = self.bound.pruning.channel_scores(grouped, key, real)
+            self.channels.copy_(channels.order_of(scores, self.tokens.keys.shape[3]))
+
+    def rotated_inputs(
+        self, query: Tensor, keys: Tensor, query_positions: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, H * G, L, D]`` and keys ``[B, H, S, D]`` as attention is to see them.
+
+        Args:
+            query: of tokens that follow one another.
+            keys: of all they may see, themselves included.
+            query_positions: ``[B, L]`` int64, ``-1`` at padding.
+            positions: ``[B, H, S]`` int64, ``-1`` where there is no token.
+        """
+        if not self.bound.rerotates:
+            return query, keys
+        return rerotate_to_ranks(
+            query,
+            keys,
+            query_positions=query_positions,
+            positions=positions,
+            constants=self.bound.constants,
+        )
+
+    def fetch(self, query: Tensor, real: Tensor | None = None) -> None:
+        """Brings to the device what queries ``[B, H * G, L, D]`` ask for; real ``[B, L]`` bool."""
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """Queries or keys ``[B, H * G | H, L, D]`` with channels in the order of the slots."""
+        return x if self.bound.pruning is None else channels.ordered(x, self.channels)
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Of ordered channels those that stay, ``[..., D']``."""
+        return x if self.bound.pruning is None else x[..., : self.tokens.keys.shape[3]]
+
+    def whole_keys(self, next_position: Tensor) -> Tensor:
+        """All that is known of the keys in the slots, ``[B, H, S, D]`` in their order."""
+        keys, _, positions = self.tokens[:3]
+        if self.bound.pruning is None:
+            return keys
+        return channels.whole_keys(keys, self.recent_channels, positions, next_position)
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Mask | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of one new token per row, which is among the slots.
+
+        Args:
+            query: ``[B, H * G, 1, D]``.
+            keys: ``[B, H, S, D]``.
+            values: ``[B, H, S, D]``.
+            mask: what the token sees; None: all that is held.
+
+        Returns:
+            The output ``[B, H * G, 1, D]`` and the weights ``[B, H, G, 1, S]`` float32.
+        """
+        visible, bias = self.visible(mask)
+        return attention.attend(query, keys, values, visible, self.bound.transform, bias)
+
+    def visible(self, mask: Mask | None) -> tuple[Tensor, Tensor | None]:
+        """What a new token sees, ``[B, H, S]`` or ``[B, H, G | 1, S]`` bool, and what is added to
+        its logits."""
+        positions = self.held_positions()
+        held = positions >= 0
+        # That of several tokens of which one is left says nothing of what is held.
+        if mask is None or mask.past is None:
+            return held, None
+        see = self.see(mask.over_slots(), positions)
+        assert see is not None
+        visible, bias = see(held.unsqueeze(2), held.unsqueeze(2), 0)
+        return visible.squeeze(3), None if bias is None else bias.squeeze(3)
+
+    def see(self, mask: Mask | None, positions: Tensor) -> attention.See | None:
+        """What a mask shows of tokens at ``positions`` ``[B, H, S]`` and of new ones after them."""
+        if mask is None:
+            return None
+        assert self.sizes is not None
+        return functools.partial(
+            mask.see, positions=positions, groups=self.sizes.groups, window=self.bound.window
+        )
+
+    def constant(self, held: Tensor, *traced: Tensor) -> Tensor:
+        """What is held of earlier calls, as a constant of one with gradients through ``traced``."""
+        is_past = self.has_gradients and gradients.wants_gradient(*traced)
+        return gradients.constant(held, *traced) if is_past else held
+
+    def observe(self, weights: Tensor, real: Tensor | None) -> None:
+        """Shows the policy the weights ``[B, H, G, 1, S]`` of a step."""
+        if self.bound.observer is not None:
+            held, state = self.held(), self.tokens.attention_state
+            weights = weights.detach().nan_to_num(0.0)
+            own = self.next_position[:, None]
+            seen = self.bound.accumulate(held.attention_state, weights, own, held.positions)
+            state.copy_(where_real(real, self.owned(seen), state))
+
+    # Count.
+
+    def record_query(self, query: Tensor, real: Tensor | None) -> None:
+        """Writes a query ``[B, H * G, 1, D]`` to its place in the ring."""
+        if self.bound.needs.queries:
+            now = self.next_position
+            grouped = attention.group_queries(self.kept(query), self.tokens.keys.shape[1])
+            write_one(self.queries, 3, grouped, now, real)
+            write_one(self.query_positions, 1, now[:, None], now, real)
+
+    def record_queries(self, query: Tensor, positions: Tensor) -> None:
+        """Writes the last of many queries ``[B, H * G, L, D]``, once they are counted."""
+        if self.bound.needs.queries:
+            grouped = attention.group_queries(self.kept(query), self.tokens.keys.shape[1])
+            write_last(self.queries, grouped, positions, self.next_position)
+            ring, own = (x[:, None, None, :, None] for x in (self.query_positions, positions))
+            write_last(ring, own, positions, self.next_position)
+
+    def record_channels(self, key: Tensor, positions: Tensor) -> None:
+        """Writes the other channels of the last of many keys, once they are counted."""
+        if self.bound.pruning is not None:
+            others = key[..., self.tokens.keys.shape[3] :].unsqueeze(2)
+            write_last(self.recent_channels.unsqueeze(2), others, positions, self.next_position)
+
+    def count_step(self, real: Tensor | None) -> None:
+        """Counts a step, whose tokens are real in rows ``[B]`` bool, or in all of them (None)."""
+        self.counts.add_(1)
+        if real is not None:
+            self.next_position.sub_((~real).long())
 
 
-def _moved(positions: Tensor, moved: Tensor) -> Tensor:
-    """Positions ``[B, ...]`` where ``moved`` puts them; negative ones stay."""
-    new = moved.gather(1, positions.clamp(min=0).flatten(1)).view_as(positions)
-    return torch.where(positions >= 0, new, positions)
-
-
-def _places(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Where in a ring of ``W`` the tokens are that belong to each place, and whether there is one.
-
-    Args:
-        positions: ``[B, W]`` int64 of the tokens in it, negative where there is none.
-    """
-    window = positions.shape[1]
-    place = torch.where(positions >= 0, positions % window, window)
-    found = positions.new_full((len(positions), window + 1), window)
-    here = torch.arange(window, device=place.device).expand_as(place)
-    found = found.scatter(1, place, here)[:, :window]
-    return found.clamp(max=window - 1), found < window
+def put(memory: Tensor, slot: Tensor, new: Tensor, real: Tensor | None) -> None:
+    """Overwrites ``[B, H, S, ...]`` with ``[B, H, n, ...]`` where tokens are real."""
+    scatter(memory, 2, expand(slot, memory), new, real)
 
 
 def power_of_two(tokens: int) -> int:

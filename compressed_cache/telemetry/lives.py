@@ -16,10 +16,9 @@ class Lives:
     """
 
     def __init__(self, layer: CompressedLayer) -> None:
-        sizes = layer.sizes
-        assert sizes is not None
+        sizes = layer.store.sizes
         self._layer = layer.index
-        self._first_head = layer.shard.rank * sizes.heads
+        self._first_head = layer.store.bound.shard.rank * sizes.heads
         self._held = torch.zeros(sizes.batch, sizes.heads, 0, dtype=torch.bool, device=sizes.device)
         self._missed = self._held.float()
         self._knows_missed = False
@@ -37,19 +36,19 @@ class Lives:
             weights: ``[B, H, T]`` the attention of its last query over a full cache; None: not
                 known.
         """
-        end = layer.next_position[:, None, None]
+        end = layer.store.next_position[:, None, None]
         place = torch.arange(int(end.max()), device=end.device)
         before = pad(self._held, (0, len(place) - self._held.shape[2]))
         first = self._ends[-1].to(end.device)[:, None, None] if self._ends else 0
         known = before | ((place >= first) & (place < end))
         # The first place takes empty slots, of which there are two kinds.
-        slots = layer.held().positions.clamp(min=-1) + 1
+        slots = layer.store.held_positions().clamp(min=-1) + 1
         in_slots = pad(torch.zeros_like(known), (1, 0)).scatter_(2, slots, True)[:, :, 1:]
         # A token that is only off the device has not left.
-        self._held = in_slots if layer.policy.evicts else known
+        self._held = in_slots if layer.store.bound.policy.evicts else known
         gone = known & ~self._held
         self._evicted.append((step, gone.nonzero().cpu()))
-        self._ends.append(layer.next_position.to("cpu", copy=True))
+        self._ends.append(layer.store.next_position.to("cpu", copy=True))
         self._steps.append(step)
         if weights is None:
             return

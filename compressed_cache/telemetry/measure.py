@@ -138,11 +138,11 @@ def _announced(
 ) -> tuple[Any, list[Mark]]:
     """The result, and where each step began and the last ended."""
     timer = Timer()
-    cache.watchers.append(timer)
+    cache.add_observer(timer)
     try:
         result = original(*args, **kwargs)
     finally:
-        cache.watchers.remove(timer)
+        cache.remove_observer(timer)
     # The first call reads what it is given, be it one token.
     return result, [*(call.mark for call in timer.calls[1:] if call.is_step), Mark()]
 

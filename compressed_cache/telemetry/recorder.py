@@ -10,8 +10,8 @@ import transformers
 import compressed_cache
 from compressed_cache.cache import CompressedCache
 from compressed_cache.layer import CompressedLayer
-from compressed_cache.observers import Progress, Watcher
-from compressed_cache.stores.prefill import States
+from compressed_cache.observers import Observer, Progress
+from compressed_cache.stores.inputs import AttentionInputs
 from compressed_cache.telemetry.lives import Lives
 from compressed_cache.telemetry.shadow import Shadow
 from compressed_cache.telemetry.trace import FORMAT, LOSSES, TOKENS, Columns, Trace
@@ -55,17 +55,13 @@ class Recorder:
             )
         self._cache = cache
         self._model = model
-        self._notes = _Notes()
-        cache.watchers.append(self._notes)
-        if shadow:
-            cache.listen(self._notes.listen)
+        self._notes = _Notes(reads_layers=shadow)
+        cache.add_observer(self._notes)
 
     def stop(self) -> None:
         """Watches no longer; what was recorded stays."""
         self._notes.settle(self._cache)
-        self._cache.watchers.remove(self._notes)
-        if self._cache.listener == self._notes.listen:
-            self._cache.listen(None)
+        self._cache.remove_observer(self._notes)
 
     def trace(self) -> Trace:
         """What was recorded so far.
@@ -75,7 +71,7 @@ class Recorder:
             NotImplementedError: a model compiled by hand.
         """
         notes = self._notes
-        if notes in self._cache.watchers:
+        if notes in self._cache.observers:
             notes.progress.check(self._cache)
             notes.settle(self._cache)
         if not notes.lives:
@@ -100,7 +96,7 @@ class Recorder:
             "format": FORMAT,
             "policy": policy.label,
             "options": policy.options,
-            "rules": asdict(self._cache.rules),
+            "rules": asdict(self._cache.eviction),
             **named,
             "versions": {package.__name__: str(package.__version__) for package in packages},
             "steps": self._notes.step,
@@ -108,10 +104,11 @@ class Recorder:
         }
 
 
-class _Notes(Watcher):
+class _Notes(Observer):
     """What a cache tells: apart from the recorder, or the cache would refer to itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reads_layers: bool) -> None:
+        self.reads_layers = reads_layers
         self.progress = Progress()
         self.step = 0
         self.lives: dict[int, Lives] = {}
@@ -119,7 +116,7 @@ class _Notes(Watcher):
         """Whether the call that began last is a decode step; None once it is settled."""
         self._shadows: dict[int, Shadow] = {}
 
-    def call_begins(self, cache: CompressedCache, tokens: int) -> None:
+    def call_announced(self, cache: CompressedCache, tokens: int) -> None:
         """Settles the call before."""
         if self.progress.begins(cache, tokens):
             self.settle(cache)
@@ -134,10 +131,10 @@ class _Notes(Watcher):
                 "the trace and call stop() before, then use a new Recorder."
             )
 
-    def listen(self, layer: CompressedLayer, states: States) -> None:
+    def layer_read(self, layer: CompressedLayer, inputs: AttentionInputs) -> None:
         """Takes what a layer has just read."""
         if not layer.is_sliding:
-            self._shadows.setdefault(layer.index, Shadow()).read(layer, states)
+            self._shadows.setdefault(layer.index, Shadow()).read(layer, inputs)
 
     def settle(self, cache: CompressedCache) -> None:
         """Notes what became of the tokens in the call that began last."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.ops import attention
-from compressed_cache.stores.prefill import States, positions_of
+from compressed_cache.stores.inputs import AttentionInputs
 from compressed_cache.stores.slots import power_of_two
 
 
@@ -24,12 +24,12 @@ class Shadow:
         self._keys: Tensor | None = None
         self.weights = torch.empty(0)
 
-    def read(self, layer: CompressedLayer, states: States) -> None:
+    def read(self, layer: CompressedLayer, inputs: AttentionInputs) -> None:
         """Takes what a layer has just read."""
-        query, key, _, real, _ = states
+        query, key, _, real, _ = inputs
         count = real.sum(dim=1)
-        rows = positions_of(real, (layer.next_position - count)[:, None])
-        total = int(layer.next_position.max())
+        rows = inputs.positions((layer.store.next_position - count)[:, None])
+        total = int(layer.store.next_position.max())
         keys = self._room(key, total)
         # The first place takes padding.
         place = (rows + 1)[:, None, :, None].expand_as(key)
@@ -42,7 +42,7 @@ class Shadow:
             keys[:, :, 1 : total + 1],
             query_positions=rows.amax(dim=1, keepdim=True),
             positions=positions[None, None].expand(*key.shape[:2], -1),
-            form=layer.form,
+            transform=layer.store.bound.transform,
         ):
             self.weights = weights[:, :, :, 0].mean(dim=2)
 

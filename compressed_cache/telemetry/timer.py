@@ -1,14 +1,11 @@
 """What a cache itself can tell of the time a run takes."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from compressed_cache.observers import Progress, Watcher
+from compressed_cache.observers import ObservedCache, Observer, Progress
 from compressed_cache.telemetry import peaks
 from compressed_cache.telemetry.marks import Mark, seconds_between
 from compressed_cache.telemetry.timing import Timing, finished
-
-if TYPE_CHECKING:
-    from compressed_cache.cache import CompressedCache
 
 
 class Call(NamedTuple):
@@ -19,7 +16,7 @@ class Call(NamedTuple):
     is_step: bool
 
 
-class Timer(Watcher):
+class Timer(Observer):
     """Notes when each call begins.
 
     A call is over when the next begins. So nothing is known of how long the last one took, nor of
@@ -32,14 +29,14 @@ class Timer(Watcher):
     def __init__(self) -> None:
         self._forget()
 
-    def call_begins(self, cache: "CompressedCache", tokens: int) -> None:
+    def call_announced(self, cache: ObservedCache, tokens: int) -> None:
         """Notes the moment."""
         if not self.calls:
             peaks.restart()
         if self._progress.begins(cache, tokens):
             self.calls.append(Call(Mark(), tokens, cache.takes_step(tokens)))
 
-    def rearranged(self, cache: "CompressedCache", what: str) -> None:
+    def rearranged(self, cache: ObservedCache, what: str) -> None:
         """Begins anew with another text."""
         if what == "activate_past_recording":
             raise NotImplementedError(
@@ -49,7 +46,7 @@ class Timer(Watcher):
         if what in ("reset", "restore"):
             self._forget()
 
-    def timing(self, cache: "CompressedCache") -> Timing:
+    def timing(self, cache: ObservedCache) -> Timing:
         """See :meth:`CompressedCache.timing`."""
         first = cache.compressed_layer
         if first is None or not any(call.is_step for call in self.calls):

@@ -39,7 +39,7 @@ class Press:
         policy = cache.policy
         return {
             "policy": policy.label,
-            **asdict(cache.rules),
+            **asdict(cache.eviction),
             **policy.options,
         }
 

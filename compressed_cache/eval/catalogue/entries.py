@@ -1,7 +1,5 @@
 """Every policy and modifier with what a reader has to know, taken from its class."""
 
-import inspect
-import re
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
@@ -9,25 +7,19 @@ from typing import Any
 import torch
 
 from compressed_cache.eval.catalogue.docstrings import fields_of, text_of
-from compressed_cache.hf.columns import Columns
+from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.policies import MODIFIERS, POLICIES, Modifier, Policy
 from compressed_cache.policies.base import Defaults
-from compressed_cache.policies.eviction_config import Rules
-from compressed_cache.step_counter import Clock
-from compressed_cache.stores.pool import PoolLayer
-from compressed_cache.stores.slots import SlotMemory
+from compressed_cache.policies.capabilities import find_store, needs_of
+from compressed_cache.policies.eviction_config import EvictionConfig
+from compressed_cache.stores.bound_policy import BoundPolicy
+from compressed_cache.stores.pool import PoolStore
+from compressed_cache.stores.slots import SlotStore
 
 BUDGET = 256
 """Where defaults are told."""
 HEAD_DIM = 128
 """Where the size of the query ring is told, in bfloat16."""
-
-# What the interface does not tell, by what a policy's module names.
-_SIGNS = {
-    "values": r"\b(slots|tokens)\.values\b",
-    "rotary position embedding": r"\bcompressed_cache\.rotary\b",
-    "output projection": r"\boutput_projection\b",
-}
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,7 @@ def _entry(
         summary=text.summary,
         papers=text.papers,
         evicts=kind.evicts,
-        phases=kind.phases if kind.evicts else "never",
+        phases=_phases(kind),
         needs=tuple(needs),
         bytes_per_slot=state[0],
         bytes_per_query_head=state[1],
@@ -127,26 +119,24 @@ def _entry(
     )
 
 
+def _phases(kind: type[Policy]) -> str:
+    """When tokens are evicted."""
+    if not kind.evicts:
+        return "never"
+    return "prefill" if hasattr(kind, "prompt_block") else "prefill and decode"
+
+
 def _needs(policy: Policy) -> list[str]:
+    known = needs_of(policy)
     needs = []
-    if policy.num_queries:
-        needs.append(f"last {policy.num_queries} queries")
-    if policy.observes_attention:
-        every = policy.prompt_queries is None
+    if known.queries:
+        needs.append(f"last {known.queries} queries")
+    if known.attention:
+        every = known.prompt_queries is None
         needs.append(f"attention of every {'query' if every else 'step'}")
-    source = "\n".join(inspect.getsource(module) for module in _modules(policy))
-    needs += [need for need, sign in _SIGNS.items() if re.search(sign, source)]
-    if "calibration" in policy.options:
-        needs.append("calibration")
-    return needs
-
-
-def _modules(policy: Policy) -> list[Any]:
-    """Where the parts of a policy are written, down to what all policies share."""
-    kinds = [kind for part in policy.parts for kind in type(part).__mro__]
-    shared = {kind.__module__ for kind in (*Policy.__mro__, Modifier)}
-    own = [kind for kind in kinds if kind.__module__ not in shared]
-    return list(dict.fromkeys(inspect.getmodule(kind) for kind in own))
+    if known.values:
+        needs.append("values")
+    return [*needs, *known.model]
 
 
 def _defaults(policy: Policy) -> dict[str, Any]:
@@ -165,16 +155,14 @@ def _state(policy: Policy) -> list[int]:
 
 
 def _bytes(policy: Policy, slots: int) -> int:
-    rules = Rules(slots, interval=1, sinks=0, recent=0, protect_prompt=False)
-    is_pool = policy.layout == "pool"
-    memory = (
-        PoolLayer(policy, rules, Clock(1), Columns(), 0) if is_pool else SlotMemory(policy, rules)
-    )
-    memory.budget = slots
+    eviction = EvictionConfig(slots, interval=1, sinks=0, recent=0, protect_prompt=False)
+    bound = BoundPolicy(policy, eviction, layer=0, budget=slots, transform=LogitTransform(1.0))
+    # A store off the device or with lazy layers adds no state of a slot.
+    store = (PoolStore if find_store(policy) == "pool" else SlotStore)(bound, lambda keys: None)
     # A policy that does not evict takes the next power of two beyond its prompt.
     prompt = torch.zeros(1, 1, slots - 1, HEAD_DIM, dtype=torch.bfloat16)
-    memory.provide(prompt, prompt, prompt)
-    return sum(tensor.nbytes for tensor in memory.tensors())
+    store.provide(prompt, prompt, groups=1)
+    return sum(tensor.nbytes for tensor in store.named_tensors().values())
 
 
 _STATELESS = POLICIES["random"]()

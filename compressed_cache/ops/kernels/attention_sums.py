@@ -110,7 +110,7 @@ def _column_sums_kernel(
     tl.store(totals + program * length + tokens, total / GROUPS, mask=tokens < length)
 
 
-def attention_totals(
+def attention_sums(
     queries: Tensor,
     keys: Tensor,
     padding: Tensor,

@@ -5,7 +5,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from compressed_cache.stores.slots import Sizes
+from compressed_cache.ops.tokens import Sizes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST_HEAD = 256
@@ -88,8 +88,8 @@ def _(
     return output, query.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("compressed_cache::attention_totals", mutates_args=())
-def attention_totals(
+@torch.library.custom_op("compressed_cache::attention_sums", mutates_args=())
+def attention_sums(
     queries: Tensor,
     keys: Tensor,
     padding: Tensor,
@@ -98,15 +98,15 @@ def attention_totals(
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
-    """See :func:`compressed_cache.ops.kernels.attention_sums.attention_totals`."""
-    from compressed_cache.ops.kernels import attention_sums
+    """See :func:`compressed_cache.ops.kernels.attention_sums.attention_sums`."""
+    from compressed_cache.ops.kernels import attention_sums as kernels
 
     with torch.cuda.device_of(keys):
-        return attention_sums.attention_totals(
+        return kernels.attention_sums(
             queries, keys, padding, sinks, scaling=scaling, softcap=softcap
         )
 
 
-@attention_totals.register_fake
+@attention_sums.register_fake
 def _(queries: Tensor, keys: Tensor, *args: object, **kwargs: object) -> Tensor:
     return keys.new_empty(keys.shape[:3], dtype=torch.float32)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from compressed_cache.policies.capabilities import find_store, scores_attention
 from compressed_cache.policies.modifier import Modifier
 
 
@@ -23,7 +24,7 @@ class AdaKV(Modifier):
     """
 
     name: ClassVar[str] = "adakv"
-    layout: ClassVar = "pool"
+    store: ClassVar = "pool"
     floor: float = 0.2
     """Part of the budget, between 0 and 1, that each head keeps (the authors' code has 0.2)."""
 
@@ -31,14 +32,14 @@ class AdaKV(Modifier):
         super().__post_init__()
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor must be between 0 and 1, got {self.floor}")
-        if not self.base.scores_attention:
+        if not scores_attention(self.base):
             raise ValueError(
                 f"adakv needs a policy whose scores are attention, such as 'snapkv+adakv', got "
                 f"{self.base.label!r}"
             )
-        if self.base.layout != "slots":
+        if find_store(self.base) != "slots":
             raise ValueError(f"adakv cannot share out the slots of {self.base.label!r}")
 
     @property
-    def head_floor(self) -> float | None:
+    def head_floor(self) -> float:
         return self.floor

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from compressed_cache.policies import statistics_file as files
-from compressed_cache.policies.base import Policy, Site
+from compressed_cache.policies.base import Policy
+from compressed_cache.policies.view import LayerContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,6 @@ class Calibrated(Policy):
                 )
             files.check_policy(self.calibration, self.name)
 
-    def statistics(self, site: Site) -> dict[str, Tensor]:
+    def statistics(self, context: LayerContext) -> dict[str, Tensor]:
         """What is known of this layer, the heads at hand, float32; raises as ``constants``."""
-        return files.load(self.name, self.calibration, site)
+        return files.load(self.name, self.calibration, context)

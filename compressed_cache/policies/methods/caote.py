@@ -6,8 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressed_cache.policies.base import Slots
+from compressed_cache.policies.base import Needs
+from compressed_cache.policies.capabilities import scores_attention
 from compressed_cache.policies.modifier import Modifier
+from compressed_cache.policies.view import Slots
 
 _LEAST = 1e-6
 
@@ -28,11 +30,15 @@ class CAOTE(Modifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.base.scores_attention:
+        if not scores_attention(self.base):
             raise ValueError(
                 f"caote needs a policy whose scores are attention, such as 'h2o+caote', got "
                 f"{self.base.label!r}"
             )
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(values=True)
 
     def scores(self, slots: Slots) -> Tensor:
         held = slots.positions >= 0

@@ -22,7 +22,6 @@ class Chunk(Modifier):
     """
 
     name: ClassVar[str] = "chunk"
-    phases: ClassVar[str] = "prefill"
     block_length: int = 1024
     """Positions of a block, counted from the start of the text (the ``chunk_length`` of
     kvpress)."""
@@ -33,5 +32,5 @@ class Chunk(Modifier):
             raise ValueError(f"block_length must be >= 1, got {self.block_length}")
 
     @property
-    def prompt_block(self) -> int | None:
+    def prompt_block(self) -> int:
         return self.block_length

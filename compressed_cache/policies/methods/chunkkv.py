@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressed_cache.policies.base import Slots
 from compressed_cache.policies.modifier import Modifier
+from compressed_cache.policies.view import Slots
 
 _NOWHERE = -2
 
@@ -29,7 +29,7 @@ class ChunkKV(Modifier):
     """
 
     name: ClassVar[str] = "chunkkv"
-    mixes_scores: ClassVar[bool] = True
+    same_for_all_heads: ClassVar = True
     chunk_length: int = 10
     """Positions of a chunk, counted from the start of the text (the paper's; kvpress has 20)."""
 

@@ -6,11 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressed_cache.ops.eviction import protect, rank
-from compressed_cache.policies.base import Site, Slots
+from compressed_cache.ops.eviction import protect, sort_slots
+from compressed_cache.policies.base import Needs
+from compressed_cache.policies.capabilities import scores_attention
 from compressed_cache.policies.methods.caote import shares
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.output_projection import output_projection
+from compressed_cache.policies.view import LayerContext, Slots
 
 _BLOCK_ELEMENTS = 1 << 24
 """Projected values held at once while a prompt is read."""
@@ -33,8 +35,7 @@ class CriticalKV(Modifier):
     """
 
     name: ClassVar[str] = "criticalkv"
-    key_constants: ClassVar[bool] = False
-    own_notes: ClassVar[int] = 1
+    scores_attention: ClassVar = False
     first_stage_ratio: float = 0.5
     """Share of the budget, 0 to 1, that is given by the scores alone (the authors')."""
     score_offset: float = 1e-4
@@ -42,7 +43,7 @@ class CriticalKV(Modifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.base.scores_attention:
+        if not scores_attention(self.base):
             raise ValueError(
                 f"criticalkv needs a policy whose scores are attention, such as "
                 f"'snapkv+criticalkv', got {self.base.label!r}"
@@ -51,13 +52,15 @@ class CriticalKV(Modifier):
             raise ValueError(f"first_stage_ratio must be from 0 to 1, got {self.first_stage_ratio}")
         if not self.score_offset >= 0:
             raise ValueError(f"score_offset must be >= 0, got {self.score_offset}")
-        # Its own are not any more.
-        object.__setattr__(self, "scores_attention", False)
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
-        return self.base.constants(site) | {"output_projection": output_projection(site, self.name)}
+    @property
+    def needs(self) -> Needs:
+        return Needs(notes=1, values=True, model=("output projection",))
 
-    def own_note(self, tokens: Slots) -> Tensor:
+    def constants(self, context: LayerContext) -> dict[str, Tensor]:
+        return {"output_projection": output_projection(context, self.name)}
+
+    def note(self, tokens: Slots) -> Tensor:
         batch, heads, _, dim = tokens.values.shape
         weight = tokens.constants["output_projection"].detach().unflatten(1, (heads, -1, dim))
         block = max(1, _BLOCK_ELEMENTS // (batch * heads * weight.shape[0]))
@@ -85,7 +88,7 @@ class CriticalKV(Modifier):
             recent=slots.recent,
         )
         count = int(slots.budget * self.first_stage_ratio)
-        best = rank(scores, slots.positions)[..., scores.shape[-1] - count :]
+        best = sort_slots(scores, slots.positions)[..., scores.shape[-1] - count :]
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
 
 

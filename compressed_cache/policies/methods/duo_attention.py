@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from compressed_cache.policies import statistics_file as files
-from compressed_cache.policies.base import Site, Slots
+from compressed_cache.policies.base import Needs
 from compressed_cache.policies.budgets import compressed_layers, share_out
+from compressed_cache.policies.capabilities import SharesBudget, find, find_store
 from compressed_cache.policies.modifier import Modifier
+from compressed_cache.policies.view import LayerContext, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,7 @@ class DuoAttention(Modifier):
     """
 
     name: ClassVar[str] = "duo_attention"
-    layout: ClassVar = "pool"
-    shares_budget: ClassVar = True
+    store: ClassVar = "pool"
     gates: str | None = None
     """Path of a file that ``python -m compressed_cache calibrate`` wrote for the model, or of a
     ``.tsv`` of the authors, a row for each layer; a folder as of ``calibration``; None: the one
@@ -52,7 +53,7 @@ class DuoAttention(Modifier):
         for name, least in (("duo_sinks", 0), ("duo_recent", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if self.base.layout != "slots" or self.base.shares_budget:
+        if find_store(self.base) != "slots" or find(self.base, SharesBudget):
             raise ValueError(f"duo_attention cannot share out the slots of {self.base.label!r}")
         if self.gates is not None and not isinstance(self.gates, str):
             raise TypeError(
@@ -62,6 +63,10 @@ class DuoAttention(Modifier):
             raise FileNotFoundError(f"no file of gates {self.gates!r}")
         if self.gates is not None and not self._is_table:
             files.check_policy(self.gates, self.name)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(whole_keys=True)
 
     def budgets(self, budget: int, num_heads: int, protected: int, config: Any) -> list[list[int]]:
         layers, streaming = compressed_layers(config), self._streaming(config)
@@ -80,13 +85,13 @@ class DuoAttention(Modifier):
             few = budget
         return [[few if kind else next(many) for kind in streaming[layer]] for layer in layers]
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
+    def constants(self, context: LayerContext) -> dict[str, Tensor]:
         if not self._is_table:
             # For what it refuses.
-            files.load(self.name, self.gates, site, option="gates")
-        own = self._streaming(site.config)[site.layer][site.first_head :][: site.heads]
-        streaming = torch.tensor(own, device=site.device)
-        return self.base.constants(site) | {"streaming": streaming}
+            files.load(self.name, self.gates, context, option="gates")
+        own = self._streaming(context.config)[context.layer][context.first_head :][: context.heads]
+        streaming = torch.tensor(own, device=context.device)
+        return {"streaming": streaming}
 
     def scores(self, slots: Slots) -> Tensor:
         # Where there is a streaming head, it has the fewest slots.

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.rotary import Rotary, rotary_of
-from compressed_cache.policies.base import Defaults, Site, Slots, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, usual_interval
 from compressed_cache.policies.methods.calibrated import Calibrated
+from compressed_cache.policies.view import LayerContext, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +51,21 @@ class ExpectedAttention(Calibrated):
         if not 0 <= self.epsilon < float("inf"):
             raise ValueError(f"epsilon must be >= 0, got {self.epsilon}")
 
+    @property
+    def needs(self) -> Needs:
+        model = "rotary position embedding", "calibration"
+        return Needs(whole_keys=True, values=True, model=model)
+
     def defaults(self, budget: int) -> Defaults:
         sinks = min(self.n_sinks, budget // 2)
         return Defaults(interval=usual_interval(budget), sinks=sinks)
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
-        statistics = self.statistics(site)
-        rotary = rotary_of(site.config, site.module, site.layer, site.dim)
-        ahead = torch.arange(self.n_future, dtype=torch.float64, device=site.device)
+    def constants(self, context: LayerContext) -> dict[str, Tensor]:
+        statistics = self.statistics(context)
+        rotary = rotary_of(context.config, context.module, context.layer, context.dim)
+        ahead = torch.arange(self.n_future, dtype=torch.float64, device=context.device)
         # The mean rotation is linear: column by column it is that of the unit vectors.
-        unit = torch.eye(site.dim, dtype=torch.float64, device=site.device)
+        unit = torch.eye(context.dim, dtype=torch.float64, device=context.device)
         mean_rotation = torch.zeros_like(unit)
         for block in ahead.split(64):
             mean_rotation += rotary.rotate(unit[:, None], block).sum(dim=1).mT / self.n_future
@@ -71,7 +77,7 @@ class ExpectedAttention(Calibrated):
         }
 
     def scores(self, slots: Slots) -> Tensor:
-        constants, scaling = slots.constants, slots.form.scaling
+        constants, scaling = slots.constants, slots.transform.scaling
         rotary = Rotary.among(constants)
         # Turning the keys back to where the position ahead is 0 leaves the statistics constant.
         keys = rotary.rotate(slots.keys, -slots.next_position[:, None, None]).float()[:, :, None]

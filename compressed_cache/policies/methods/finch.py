@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
 from compressed_cache.policies.methods.snapkv import causal, check_window, window_logits
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class Finch(Policy):
         check_window(self.window, 1)
 
     @property
-    def num_queries(self) -> int:
-        return self.window
+    def needs(self) -> Needs:
+        return Needs(queries=self.window)
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(interval=usual_interval(budget), recent=min(self.window, budget // 2))
@@ -49,7 +50,7 @@ class Finch(Policy):
     def scores(self, slots: Slots) -> Tensor:
         logits = window_logits(slots)
         visible = causal(slots)[:, :, None]
-        votes = masked_softmax(logits, visible, slots.form.sink_logits(logits))
+        votes = masked_softmax(logits, visible, slots.transform.sink_logits(logits))
         if self.normalize_scores:
             votes = votes * visible.sum(dim=-1, keepdim=True)
         return votes.sum(dim=3).mean(dim=2)

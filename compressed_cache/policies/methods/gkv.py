@@ -8,9 +8,10 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import pool_by_position
-from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
 from compressed_cache.policies.methods.rkv import check_mix, check_similarity, spared_redundancy
 from compressed_cache.policies.methods.snapkv import causal, check_window, window_logits
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,9 @@ class GKV(Policy):
     ``mix_lambda * global - (1 - mix_lambda) * redundancy``. The local score of a token before the
     window is the attention of the last ``window`` queries to it (softmax over all held tokens,
     group maximum, mean), divided by the largest of its head; its global score is the larger of that
-    and ``alpha`` times the global score of the ranking before. Redundancy is that of
-    :class:`~compressed_cache.policies.methods.rkv.RKV`, divided by its largest. The window goes only
-    when no other token is left; ``recent``, whose default is ``window``, keeps it for good.
+    and ``alpha`` times the global score of the ranking before. Redundancy is that of ``rkv``,
+    divided by its largest. The window goes only when no other token is left; ``recent``, whose
+    default is ``window``, keeps it for good.
 
     Differs in two points: slots are overwritten one by one in the order of the ranking, where the
     authors let the cache grow by 128 tokens and cut it back; and redundancy spares one duplicate
@@ -32,7 +33,6 @@ class GKV(Policy):
     """
 
     name: ClassVar[str] = "gkv"
-    revises: ClassVar = True
     window: int = 16
     """Queries that vote (the authors'; their command line has 64 by default)."""
     kernel_size: int = 1
@@ -54,12 +54,8 @@ class GKV(Policy):
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
 
     @property
-    def num_queries(self) -> int:
-        return self.window
-
-    @property
-    def num_notes(self) -> int:
-        return 1
+    def needs(self) -> Needs:
+        return Needs(queries=self.window, notes=1)
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(
@@ -69,7 +65,7 @@ class GKV(Policy):
     def revise(self, slots: Slots) -> Tensor:
         logits = window_logits(slots)
         visible = causal(slots)[:, :, None]
-        votes = masked_softmax(logits, visible, slots.form.sink_logits(logits)).amax(dim=2)
+        votes = masked_softmax(logits, visible, slots.transform.sink_logits(logits)).amax(dim=2)
         # How many queries there are is the same for all tokens, and is divided out.
         local = _of_largest(votes.sum(dim=2).masked_fill(~self._before(slots), 0.0))
         return torch.maximum(self.alpha * slots.notes, local.unsqueeze(-1))

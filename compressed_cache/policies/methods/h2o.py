@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.base import Defaults, Needs, Policy
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +20,14 @@ class H2O(Policy):
     """
 
     name: ClassVar[str] = "h2o"
-    observes_attention: ClassVar = True
     scores_attention: ClassVar = True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(attention=True)
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(recent=budget // 2)
 
     def scores(self, slots: Slots) -> Tensor:
-        return slots.attention
+        return slots.attention_state

@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from compressed_cache.ops.rotary import rotary_of
-from compressed_cache.policies.base import Site
+from compressed_cache.policies.base import Needs
 from compressed_cache.policies.modifier import Modifier
+from compressed_cache.policies.view import LayerContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,11 @@ class KeyRerotation(Modifier):
     """
 
     name: ClassVar[str] = "key_rerotation"
-    contiguous: ClassVar = True
+    rerotates: ClassVar = True
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
-        rotary = rotary_of(site.config, site.module, site.layer, site.dim)
-        return super().constants(site) | rotary.constants()
+    @property
+    def needs(self) -> Needs:
+        return Needs(whole_keys=True, model=("rotary position embedding",))
+
+    def constants(self, context: LayerContext) -> dict[str, Tensor]:
+        return rotary_of(context.config, context.module, context.layer, context.dim).constants()

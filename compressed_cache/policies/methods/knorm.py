@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressed_cache.policies.base import Policy, Slots
+from compressed_cache.policies.base import Policy
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class LagKV(Policy):
             raise ValueError(f"lag must be >= 2, got {self.lag}")
         if self.num_sinks < 0:
             raise ValueError(f"num_sinks must be >= 0, got {self.num_sinks}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(values=True)
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(interval=usual_interval(budget, longest=self.lag), sinks=self.num_sinks)

@@ -26,7 +26,6 @@ class Merging(Modifier):
     """
 
     name: ClassVar[str] = "merging"
-    merges: ClassVar[bool] = True
     merge_threshold: float = 0.0
     """Cosine, 0 to 1, up to which an evicted token resembles none and is lost (kvpress's)."""
 

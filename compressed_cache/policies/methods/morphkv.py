@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Policy, Rows, Slots
+from compressed_cache.policies.base import Defaults, Needs, Policy
 from compressed_cache.policies.methods.snapkv import check_window
+from compressed_cache.policies.view import AttentionRows, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,6 @@ class MorphKV(Policy):
     """
 
     name: ClassVar[str] = "morphkv"
-    observes_attention: ClassVar = True
     window: int = 3
     """Queries that vote (the default of the authors' code; their experiments use up to 200)."""
     fuse: str = "max"
@@ -37,34 +37,34 @@ class MorphKV(Policy):
         check_window(self.window, 1)
         if self.fuse not in ("max", "sum"):
             raise ValueError(f"fuse must be 'max' or 'sum', got {self.fuse!r}")
-        object.__setattr__(self, "prompt_queries", self.window)
 
     @property
-    def kept_recent(self) -> int:
-        return self.window + 1
-
-    @property
-    def num_rows(self) -> int:
-        return self.window
+    def needs(self) -> Needs:
+        return Needs(
+            attention=True,
+            prompt_queries=self.window,
+            state_width=self.window,
+            recent=self.window + 1,
+        )
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(recent=self.window + 1)
 
-    def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
+    def accumulate(self, state: Tensor, rows: AttentionRows) -> Tensor:
         own = rows.query_positions
         old = rows.positions[:, :, None] < (own - self.window)[:, None, :, None]
         old = old & (rows.positions >= 0)[:, :, None] & (rows.weights > 0).all(dim=2)
         # Logarithms of weights are logits but for a number that the softmax takes out again.
         new = masked_softmax(rows.weights.log().sum(dim=2), old)
-        register = torch.cat([attention.view(*new.shape[:2], new.shape[3], -1), new.mT], dim=-1)
+        register = torch.cat([state.view(*new.shape[:2], new.shape[3], -1), new.mT], dim=-1)
         # Padding must not push out what real queries left.
         real = torch.nn.functional.pad((own >= 0).int(), (self.window, 0), value=1)
         newest = real.argsort(dim=1, stable=True)[:, -self.window :]
         index = newest[:, None, None].expand(*register.shape[:3], -1)
-        return register.gather(-1, index).view_as(attention)
+        return register.gather(-1, index).view_as(state)
 
     def scores(self, slots: Slots) -> Tensor:
-        register = slots.attention.view(*slots.positions.shape, -1)
+        register = slots.attention_state.view(*slots.positions.shape, -1)
         fused = register.amax(dim=-1) if self.fuse == "max" else register.sum(dim=-1)
-        window = slots.positions >= (slots.next_position - self.kept_recent)[:, None, None]
+        window = slots.positions >= (slots.next_position - self.needs.recent)[:, None, None]
         return fused.masked_fill(window, torch.inf)

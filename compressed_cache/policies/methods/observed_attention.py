@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressed_cache.policies.base import Policy, Slots
+from compressed_cache.policies.base import Needs, Policy
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,11 @@ class ObservedAttention(Policy):
     """
 
     name: ClassVar[str] = "observed_attention"
-    observes_attention: ClassVar = True
     scores_attention: ClassVar = True
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(attention=True)
+
     def scores(self, slots: Slots) -> Tensor:
-        return slots.attention / (slots.next_position[:, None, None] - slots.positions)
+        return slots.attention_state / (slots.next_position[:, None, None] - slots.positions)

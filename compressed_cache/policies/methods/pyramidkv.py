@@ -23,7 +23,6 @@ class PyramidKV(SnapKV):
     """
 
     name: ClassVar[str] = "pyramidkv"
-    shares_budget: ClassVar = True
     beta: int = 20
     """How many times fewer slots than the mean the last layer has (the authors' code has 20)."""
 

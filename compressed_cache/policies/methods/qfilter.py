@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressed_cache.policies.base import Defaults, Site, Slots
+from compressed_cache.policies.base import Defaults, Needs
 from compressed_cache.policies.methods.calibrated import Calibrated
+from compressed_cache.policies.view import LayerContext, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +26,15 @@ class QFilter(Calibrated):
 
     name: ClassVar[str] = "qfilter"
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(whole_keys=True, model=("calibration",))
+
     def defaults(self, budget: int) -> Defaults:
         return Defaults(recent=min(64, budget // 2))
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
-        return {"filters": self.statistics(site)["filters"]}
+    def constants(self, context: LayerContext) -> dict[str, Tensor]:
+        return {"filters": self.statistics(context)["filters"]}
 
     def scores(self, slots: Slots) -> Tensor:
         filters = slots.constants["filters"].unsqueeze(-1)

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressed_cache.policies.base import Defaults, Policy, Rows, Slots
+from compressed_cache.policies.base import Defaults, Needs, Policy
+from compressed_cache.policies.view import AttentionRows, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,6 @@ class RaaS(Policy):
     """
 
     name: ClassVar[str] = "raas"
-    observes_attention: ClassVar = True
     share: float = 0.5
     """Share of the tokens that a query stamps, rounded up, above 0 and at most 1 (the paper's)."""
 
@@ -33,10 +33,14 @@ class RaaS(Policy):
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(attention=True)
+
     def defaults(self, budget: int) -> Defaults:
         return Defaults(protect_prompt=True)
 
-    def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
+    def accumulate(self, state: Tensor, rows: AttentionRows) -> Tensor:
         own = rows.query_positions[:, None, :, None]
         held = rows.positions[:, :, None]
         visible = (held >= 0) & (held <= own)
@@ -49,8 +53,8 @@ class RaaS(Policy):
         age = (last[:, :, None] - own).float().masked_fill(~important, torch.inf).amin(dim=2)
         # A token is no older than its arrival.
         age = torch.minimum(age, (last - rows.positions).float())
-        age = torch.minimum(age, attention + (own >= 0).sum(dim=2))
-        return torch.where(last >= 0, age, attention)
+        age = torch.minimum(age, state + (own >= 0).sum(dim=2))
+        return torch.where(last >= 0, age, state)
 
     def scores(self, slots: Slots) -> Tensor:
-        return -slots.attention
+        return -slots.attention_state

@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressed_cache.ops.hashing import check_seed, token_hash
-from compressed_cache.policies.base import Policy, Slots
+from compressed_cache.policies.base import Policy
+from compressed_cache.policies.draws import check_seed, token_hash
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)

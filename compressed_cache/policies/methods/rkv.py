@@ -8,8 +8,9 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import pool_by_position
-from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
 from compressed_cache.policies.methods.snapkv import check_window, window_logits
+from compressed_cache.policies.view import Slots
 
 _BLOCK_ROWS = 512
 """Rows of the similarity matrix held at once, so that a long prompt needs memory linear in it."""
@@ -32,12 +33,8 @@ class ImportanceAndRedundancy(Policy):
         check_mix(self.mix_lambda)
 
     @property
-    def kept_recent(self) -> int:
-        return self.window
-
-    @property
-    def num_queries(self) -> int:
-        return self.window
+    def needs(self) -> Needs:
+        return Needs(queries=self.window, recent=self.window)
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(interval=usual_interval(budget, longest=128), recent=self.window)

@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressed_cache.policies.base import Site, Slots
+from compressed_cache.policies.base import Needs
 from compressed_cache.policies.methods.rkv import ImportanceAndRedundancy, as_shares, directions
+from compressed_cache.policies.view import LayerContext, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +45,21 @@ class RKVLSH(ImportanceAndRedundancy):
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
+    @property
+    def needs(self) -> Needs:
+        return Needs(queries=self.window, recent=self.window, whole_keys=True)
+
+    def constants(self, context: LayerContext) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        hyperplanes = torch.randn(site.dim, self.bits, generator=generator)
+        hyperplanes = torch.randn(context.dim, self.bits, generator=generator)
         codes = torch.arange(2**self.bits)[:, None] >> torch.arange(self.bits) & 1
         signs = (2 * codes - 1).float()
         # The cosine of pi * h / bits, in a form that is exactly odd.
         cosines = (torch.pi / 2 * (signs @ signs.mT / self.bits)).sin()
-        return {"hyperplanes": hyperplanes.to(site.device), "cosines": cosines.to(site.device)}
+        return {
+            "hyperplanes": hyperplanes.to(context.device),
+            "cosines": cosines.to(context.device),
+        }
 
     def redundancy(self, slots: Slots) -> Tensor:
         keys, counted = directions(slots)

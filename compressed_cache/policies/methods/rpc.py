@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
-from compressed_cache.ops.eviction import pool_by_position, rank
-from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
+from compressed_cache.ops.eviction import pool_by_position, sort_slots
+from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
 from compressed_cache.policies.methods.snapkv import check_window, window_logits
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class RPC(Policy):
     """
 
     name: ClassVar[str] = "rpc"
-    mixes_scores: ClassVar = True
+    same_for_all_heads: ClassVar = True
     window: int = 32
     """Queries that vote."""
     kernel_size: int = 7
@@ -50,8 +51,8 @@ class RPC(Policy):
             raise ValueError(f"compression must be 0 or above 1, got {self.compression}")
 
     @property
-    def num_queries(self) -> int:
-        return self.window
+    def needs(self) -> Needs:
+        return Needs(queries=self.window)
 
     def defaults(self, budget: int) -> Defaults:
         interval = 1024 if self.compression else usual_interval(budget)
@@ -74,7 +75,7 @@ class RPC(Policy):
     def dropped(self, slots: Slots, scores: Tensor) -> Tensor:
         quota = (slots.next_position - slots.prompt_length) // self.compression
         voted = self._voted(slots)
-        ascending = rank(scores.masked_fill(~voted, -torch.inf), slots.positions)
+        ascending = sort_slots(scores.masked_fill(~voted, -torch.inf), slots.positions)
         better = scores.shape[-1] - 1 - ascending.argsort(dim=-1)
         return voted & (better >= quota[:, None, None])
 

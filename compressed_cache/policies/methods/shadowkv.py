@@ -1,12 +1,13 @@
 """Selection: the context stays off the device, and each step fetches the chunks it asks for."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from compressed_cache.ops.rotary import rotary_of
-from compressed_cache.policies.base import Defaults, Policy, Site
+from compressed_cache.policies.base import Defaults, Needs, Policy
+from compressed_cache.policies.view import LayerContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class ShadowKV(Policy):
 
     name: ClassVar[str] = "shadowkv"
     evicts: ClassVar[bool] = False
-    layout: ClassVar[Literal["slots", "offloaded"]] = "offloaded"
+    store: ClassVar = "offloaded"
     chunk_size: int = 8
     """Tokens that share a landmark and are fetched together (the paper's 8)."""
     rank: int | None = 160
@@ -64,6 +65,10 @@ class ShadowKV(Policy):
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be >= 1 or None, got {self.rank}")
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(model=("rotary position embedding",))
+
     def defaults(self, budget: int) -> Defaults:
         if budget % self.chunk_size:
             raise ValueError(
@@ -72,7 +77,7 @@ class ShadowKV(Policy):
             )
         return Defaults()
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
+    def constants(self, context: LayerContext) -> dict[str, Tensor]:
         if self.rank is None:
             return {}
-        return rotary_of(site.config, site.module, site.layer, site.dim).constants()
+        return rotary_of(context.config, context.module, context.layer, context.dim).constants()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compressed_cache.policies.base import Laziness
+from compressed_cache.policies.capabilities import LazyLayerConfig, find_dropping, find_store
 from compressed_cache.policies.modifier import Modifier
 
 
@@ -26,7 +26,7 @@ class SimLayerKV(Modifier):
     """
 
     name: ClassVar[str] = "simlayerkv"
-    layout: ClassVar = "lazy"
+    store: ClassVar = "lazy"
     lazy_threshold: float = 0.9
     """Part of the attention above which a layer is lazy, 0 to 1: 1 is never (the authors have 0.9
     for Llama 3, 0.65 for Llama 2, 0.8 for Mistral, 0.85 for Qwen)."""
@@ -44,11 +44,11 @@ class SimLayerKV(Modifier):
         for name, least in (("lazy_queries", 1), ("lazy_sinks", 0), ("lazy_recent", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if self.base.layout != "slots" or self.base.drops:
+        if find_store(self.base) != "slots" or find_dropping(self.base):
             raise ValueError(f"simlayerkv cannot leave slots of {self.base.label!r} empty")
 
-    def laziness(self, budget: int, protected: int) -> Laziness:
+    def lazy_layer(self, budget: int, protected: int) -> LazyLayerConfig:
         length = self.lazy_sinks + self.lazy_recent
         slots = min(length, max(budget // 2, protected + 1))
         sinks = min(self.lazy_sinks, slots * self.lazy_sinks // length)
-        return Laziness(self.lazy_threshold, self.lazy_queries, sinks, slots)
+        return LazyLayerConfig(self.lazy_threshold, self.lazy_queries, sinks, slots)

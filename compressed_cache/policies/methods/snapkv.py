@@ -7,7 +7,8 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import pool_by_position
-from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ class SnapKV(Policy):
         check_window(self.window, self.kernel_size)
 
     @property
-    def num_queries(self) -> int:
-        return self.window
+    def needs(self) -> Needs:
+        return Needs(queries=self.window)
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(interval=usual_interval(budget), recent=min(self.window, budget // 2))
@@ -47,7 +48,7 @@ class SnapKV(Policy):
     def scores(self, slots: Slots) -> Tensor:
         logits = window_logits(slots)
         visible = causal(slots)[:, :, None]
-        votes = masked_softmax(logits, visible, slots.form.sink_logits(logits)).sum(dim=3)
+        votes = masked_softmax(logits, visible, slots.transform.sink_logits(logits)).sum(dim=3)
         # The mean over the group commutes with the mean over neighbours.
         return pool_by_position(
             votes.mean(dim=2), slots.positions, kernel_size=self.kernel_size, reduce="mean"
@@ -64,7 +65,7 @@ def check_window(window: int, kernel_size: int) -> None:
 
 def window_logits(slots: Slots) -> Tensor:
     """Logits of the last ``W`` queries: ``[B, H, G, W, S]`` float32, nothing masked."""
-    return slots.form.logits(slots.queries, slots.keys.unsqueeze(2)).float()
+    return slots.transform.logits(slots.queries, slots.keys.unsqueeze(2)).float()
 
 
 def causal(slots: Slots) -> Tensor:

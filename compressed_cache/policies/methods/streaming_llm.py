@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressed_cache.policies.base import Defaults, Policy, Slots
+from compressed_cache.policies.base import Defaults, Policy
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)

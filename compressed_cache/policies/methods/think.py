@@ -25,7 +25,6 @@ class ThinK(Modifier):
     """
 
     name: ClassVar[str] = "think"
-    prunes_channels: ClassVar = True
     channel_ratio: float = 0.4
     """Share of the channels that is left out, from 0 to below 1 (the authors' choice)."""
     think_recent: int = 32
@@ -48,7 +47,7 @@ class ThinK(Modifier):
         return dim - int(dim * self.channel_ratio)
 
     @property
-    def whole_keys(self) -> int:
+    def recent_whole_keys(self) -> int:
         return self.think_recent
 
     def channel_scores(self, queries: Tensor, keys: Tensor, real: Tensor) -> Tensor:

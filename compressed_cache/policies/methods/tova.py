@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressed_cache.policies.base import Policy, Rows, Slots
+from compressed_cache.policies.base import Needs, Policy
+from compressed_cache.policies.view import AttentionRows, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +19,14 @@ class TOVA(Policy):
     """
 
     name: ClassVar[str] = "tova"
-    observes_attention: ClassVar = True
     scores_attention: ClassVar = True
-    mixes_heads: ClassVar = True
-    prompt_queries: ClassVar = 1
 
-    def accumulate(self, attention: Tensor, rows: Rows) -> Tensor:
-        return rows.weights[:, :, :, -1].mean(dim=(1, 2)).unsqueeze(1).expand_as(attention)
+    @property
+    def needs(self) -> Needs:
+        return Needs(attention=True, prompt_queries=1, all_heads=True)
+
+    def accumulate(self, state: Tensor, rows: AttentionRows) -> Tensor:
+        return rows.weights[:, :, :, -1].mean(dim=(1, 2)).unsqueeze(1).expand_as(state)
 
     def scores(self, slots: Slots) -> Tensor:
-        return slots.attention
+        return slots.attention_state

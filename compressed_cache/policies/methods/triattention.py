@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops.rotary import Rotary, rotary_of
-from compressed_cache.policies.base import Defaults, Site, Slots, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, usual_interval
 from compressed_cache.policies.methods.calibrated import Calibrated
+from compressed_cache.policies.view import LayerContext, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +41,16 @@ class TriAttention(Calibrated):
         if not 1 <= self.num_offsets <= 32:
             raise ValueError(f"num_offsets must be from 1 to 32, got {self.num_offsets}")
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(whole_keys=True, model=("rotary position embedding", "calibration"))
+
     def defaults(self, budget: int) -> Defaults:
         return Defaults(interval=usual_interval(budget), protect_prompt=True)
 
-    def constants(self, site: Site) -> dict[str, Tensor]:
-        statistics = self.statistics(site)
-        rotary = rotary_of(site.config, site.module, site.layer, site.dim)
+    def constants(self, context: LayerContext) -> dict[str, Tensor]:
+        statistics = self.statistics(context)
+        rotary = rotary_of(context.config, context.module, context.layer, context.dim)
         centre, magnitude = statistics["mean"], statistics["magnitude"]
         return virtual_query(centre, magnitude, rotary, num_offsets=self.num_offsets)
 

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import keep_best
-from compressed_cache.ops.hashing import check_seed, token_hash, uniform
-from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
+from compressed_cache.ops.hashing import uniform
+from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.draws import check_seed, token_hash
 from compressed_cache.policies.methods.snapkv import causal, check_window, window_logits
+from compressed_cache.policies.view import Slots
 
 _LARGE = 1e9
 """Above all logarithms, below infinity: what the cache protects must outlive it."""
@@ -53,8 +55,8 @@ class VaSE(Policy):
             raise ValueError(f"large_share must be from 0 to 1, got {self.large_share}")
 
     @property
-    def num_queries(self) -> int:
-        return self.window
+    def needs(self) -> Needs:
+        return Needs(queries=self.window, values=True)
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(

@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressed_cache.ops.hashing import check_seed, gauss
-from compressed_cache.policies.base import Defaults, Policy, Slots, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.draws import check_seed, gauss
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,10 @@ class VaSEDKV(Policy):
         check_seed(self.seed)
         if self.rank < 1:
             raise ValueError(f"rank must be >= 1, got {self.rank}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(values=True)
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(interval=usual_interval(budget), sinks=4, recent=min(64, budget // 2))

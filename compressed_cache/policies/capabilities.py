@@ -1,0 +1,288 @@
+"""What only some policies do, each thing a protocol that is looked up where it is used.
+
+Whoever has the methods has the capability: nothing else is declared. A policy may be made of parts,
+and each part is shown what it would be shown on its own.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from compressed_cache.policies.base import Needs, Policy
+from compressed_cache.policies.view import Slots
+
+Capability = TypeVar("Capability")
+
+
+@runtime_checkable
+class WritesNotes(Protocol):
+    """Writes down numbers of each token as it comes in."""
+
+    def note(self, tokens: Slots) -> Tensor:
+        """The notes of new tokens.
+
+        Args:
+            tokens: the new ones alone, with ``S`` their number; their own notes and attention are
+                without slots, and what else is known of the layer is as before they came.
+
+        Returns:
+            ``[B, H, S, N]`` float32, ``N`` what it ``needs.notes``.
+        """
+        ...
+
+
+@runtime_checkable
+class RevisesNotes(Protocol):
+    """Changes the notes of all tokens right before they are ranked."""
+
+    def revise(self, slots: Slots) -> Tensor:
+        """New notes, ``[B, H, S, N]`` float32."""
+        ...
+
+
+@runtime_checkable
+class DropsTokens(Protocol):
+    """Empties slots at a ranking of a decode step, however many tokens there is room for."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether it does, with these options."""
+        ...
+
+    def dropped(self, slots: Slots, scores: Tensor) -> Tensor:
+        """Tokens whose slots are empty from this ranking on.
+
+        Args:
+            slots: what is held.
+            scores: ``[B, H, S]`` float32, those of the policy with protection applied.
+
+        Returns:
+            ``[B, H, S]`` bool; at protected and empty slots it is ignored.
+        """
+        ...
+
+
+@runtime_checkable
+class MergesValues(Protocol):
+    """Changes the values of kept tokens when others are evicted."""
+
+    def merged(
+        self, keys: Tensor, values: Tensor, kept: Tensor, evicted: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """New values of the kept tokens, once it is known which others go.
+
+        Args:
+            keys: ``[B, H, S, D]``.
+            values: ``[B, H, S, D]``.
+            kept: ``[B, H, S]`` bool, where there is a token that stays.
+            evicted: the same three of tokens of which those marked go, ``[B, H, E, ...]``.
+
+        Returns:
+            ``[B, H, S, D]`` in the dtype of ``values``.
+        """
+        ...
+
+
+@runtime_checkable
+class PrunesChannels(Protocol):
+    """Keeps only some channels of each key; policies see no others."""
+
+    @property
+    def recent_whole_keys(self) -> int:
+        """How many of the last tokens keep all channels."""
+        ...
+
+    def key_channels(self, dim: int) -> int:
+        """``D'``, how many of ``dim`` channels stay."""
+        ...
+
+    def channel_scores(self, queries: Tensor, keys: Tensor, real: Tensor) -> Tensor:
+        """How much each channel deserves to stay; asked once, when the first prompt is read.
+
+        Args:
+            queries: ``[B, H, G, L, D]``.
+            keys: ``[B, H, L, D]``.
+            real: ``[B, L]`` bool, ``False`` at padding, which is on the left.
+
+        Returns:
+            ``[B, H, D]`` float32.
+        """
+        ...
+
+
+@runtime_checkable
+class Rerotates(Protocol):
+    """Held tokens are attended as if they followed one another, see
+    :mod:`compressed_cache.ops.rerotation`; its constants are those of the rotary embedding."""
+
+    @property
+    def rerotates(self) -> bool:
+        """Whether they are."""
+        ...
+
+
+@runtime_checkable
+class RanksBlocks(Protocol):
+    """Ranks each block of a first prompt on its own."""
+
+    @property
+    def prompt_block(self) -> int:
+        """Positions of a block."""
+        ...
+
+
+@runtime_checkable
+class SharesBudget(Protocol):
+    """Shares out the slots of a model among its layers or heads."""
+
+    def budgets(
+        self, budget: int, num_heads: int, protected: int, config: Any
+    ) -> Sequence[int] | Sequence[Sequence[int]]:
+        """As many slots in all as with ``budget`` everywhere.
+
+        Args:
+            budget: slots of a head on average.
+            num_heads: ``H`` of the whole layer.
+            protected: tokens of each head that are never evicted; below ``budget``.
+            config: the model's text config.
+
+        Returns:
+            Slots of every head, or of each head, of each of the
+            :func:`~compressed_cache.policies.budgets.compressed_layers`; all more than
+            ``protected``.
+        """
+        ...
+
+
+@runtime_checkable
+class SharesSlots(Protocol):
+    """Slots of a pool go to the head with the highest scores."""
+
+    @property
+    def head_floor(self) -> float:
+        """The part of the budget that each head keeps."""
+        ...
+
+
+class LazyLayerConfig(NamedTuple):
+    """When a layer is lazy, and what it keeps then."""
+
+    threshold: float
+    """Part of the attention above which it is."""
+    queries: int
+    """Last queries of the prompt whose attention is looked at."""
+    sinks: int
+    """First tokens that count and stay."""
+    slots: int
+    """How many tokens count and stay, the first ones and the last."""
+
+
+@runtime_checkable
+class HasLazyLayers(Protocol):
+    """Leaves slots of a layer empty in the rows whose prompt shows that few will do."""
+
+    def lazy_layer(self, budget: int, protected: int) -> LazyLayerConfig:
+        """When that is.
+
+        Args:
+            budget: slots of a head of the layer.
+            protected: as for :meth:`SharesBudget.budgets`.
+        """
+        ...
+
+
+def find(policy: Policy, kind: type[Capability]) -> Capability | None:
+    """The part of a policy that has a capability, the last of several; None where none has."""
+    return _last(policy.parts, kind)
+
+
+def find_dropping(policy: Policy) -> tuple[Policy, DropsTokens] | None:
+    """The part that drops tokens in decode steps, twice; None where none does."""
+    for part in policy.active(is_prompt=False):
+        if isinstance(part, DropsTokens) and part.drops:
+            return part, part
+    return None
+
+
+def find_store(policy: Policy) -> str:
+    """Where the tokens of a policy are, see :attr:`Policy.store`."""
+    return next((part.store for part in policy.parts if part.store != "slots"), "slots")
+
+
+def find_observer(policy: Policy) -> Policy | None:
+    """The part that is shown the attention; None where none is."""
+    return next((part for part in reversed(policy.parts) if part.needs.attention), None)
+
+
+def scores_attention(policy: Policy) -> bool:
+    """Whether scores are attention that the tokens received."""
+    return all(part.scores_attention for part in policy.parts)
+
+
+def same_for_all_heads(policy: Policy) -> bool:
+    """Whether scores are the same for all heads of a layer."""
+    return any(part.same_for_all_heads for part in policy.parts)
+
+
+def needs_of(policy: Policy) -> Needs:
+    """What all parts of a policy need together."""
+    return functools.reduce(Needs.merge, (part.needs for part in policy.parts))
+
+
+def own_view(policy: Policy, part: Policy, slots: Slots) -> Slots:
+    """What a part would be shown on its own: its notes, and as many queries as it needs.
+
+    Args:
+        policy: what ``slots`` were made for.
+        part: one of its parts, or made of some of them that follow one another.
+        slots: any tokens.
+    """
+    needs, whole = needs_of(part), needs_of(policy)
+    if needs.notes != whole.notes:
+        first = 0
+        for before in policy.parts:
+            if before is part.parts[0]:
+                break
+            first += before.needs.notes
+        slots = slots._replace(notes=slots.notes[..., first : first + needs.notes])
+    if needs.queries == whole.queries:
+        return slots
+    newest = slots.query_positions.argsort(dim=1, descending=True)[:, : needs.queries]
+    index = newest[:, None, None, :, None]
+    queries = slots.queries.gather(
+        3, index.expand(*slots.queries.shape[:3], -1, slots.queries.shape[4])
+    )
+    return slots._replace(queries=queries, query_positions=slots.query_positions.gather(1, newest))
+
+
+def write_notes(policy: Policy, tokens: Slots) -> Tensor:
+    """The notes of new tokens ``[B, H, S, N]`` by all parts."""
+    shape = tokens.positions.shape
+    notes = []
+    for part in policy.parts:
+        if isinstance(part, WritesNotes):
+            notes.append(part.note(own_view(policy, part, tokens)))
+        elif part.needs.notes:
+            notes.append(tokens.notes.new_zeros(*shape, part.needs.notes))
+    return torch.cat(notes, dim=-1) if notes else tokens.notes.new_zeros(*shape, 0)
+
+
+def revise_notes(policy: Policy, slots: Slots) -> Tensor:
+    """The notes of all tokens ``[B, H, S, N]`` once those parts that rank now revised theirs."""
+    active = policy.active(slots.is_prompt)
+    notes = []
+    for part in policy.parts:
+        own = own_view(policy, part, slots)
+        is_active = any(part is one for one in active)
+        if is_active and isinstance(part, RevisesNotes):
+            notes.append(part.revise(own))
+        elif part.needs.notes:
+            notes.append(own.notes)
+    return torch.cat(notes, dim=-1) if notes else slots.notes
+
+
+def _last(parts: Sequence[Policy], kind: type[Capability]) -> Capability | None:
+    return next((part for part in reversed(parts) if isinstance(part, kind)), None)

@@ -1,0 +1,49 @@
+"""Random draws that depend on where they are used, and on nothing else.
+
+They are hashes of seed, layer, head and positions, so the global generator is never touched and a
+row of a batch does not depend on its neighbours or on padding.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from compressed_cache.ops.hashing import mix, uniform
+from compressed_cache.policies.view import Slots
+
+
+def token_hash(slots: Slots, seed: int, *, redraw: bool = True) -> Tensor:
+    """A hash of each token ``[B, H, S]`` int64, below ``2**32``.
+
+    Args:
+        slots: the tokens.
+        seed: another seed gives other hashes.
+        redraw: whether the position of the incoming token is hashed too.
+    """
+    num_heads = slots.keys.shape[1]
+    heads = slots.first_head + torch.arange(num_heads, device=slots.keys.device)[None, :, None]
+    drawn = mix(heads + mix(mix(seed) + slots.layer))
+    if redraw:
+        drawn = mix(drawn + slots.next_position[:, None, None])
+    return mix(drawn + slots.positions)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ``ValueError`` for a seed that cannot be hashed."""
+    if seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
+
+
+def gauss(slots: Slots, seed: int, *, count: int) -> Tensor:
+    """Numbers of the standard normal distribution ``[B, count]`` float32, drawn at each ranking.
+
+    Args:
+        slots: the tokens; all heads of their layer share the numbers.
+        seed: another seed gives other numbers.
+        count: how many.
+    """
+    drawn = mix(mix(mix(seed) + slots.layer) + slots.next_position[:, None])
+    pairs = uniform(mix(drawn + torch.arange(2 * count, device=drawn.device)))
+    length, angle = pairs.unflatten(1, (count, 2)).unbind(dim=2)
+    return (-2 * length.log()).sqrt() * (2 * math.pi * angle).cos()

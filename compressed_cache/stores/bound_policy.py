@@ -1,0 +1,125 @@
+"""A policy at one layer: what it has to be shown there, and what it says of tokens."""
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from compressed_cache.ops import eviction
+from compressed_cache.ops.attention import LogitTransform
+from compressed_cache.ops.tensor_parallel import Shard
+from compressed_cache.policies.base import Policy
+from compressed_cache.policies.capabilities import (
+    MergesValues,
+    PrunesChannels,
+    RanksBlocks,
+    Rerotates,
+    RevisesNotes,
+    SharesSlots,
+    find,
+    find_dropping,
+    find_observer,
+    needs_of,
+    own_view,
+    revise_notes,
+    same_for_all_heads,
+    write_notes,
+)
+from compressed_cache.policies.eviction_config import EvictionConfig
+from compressed_cache.policies.view import AttentionRows, Slots
+
+
+class BoundPolicy:
+    """What is known of a layer once it has met its attention module.
+
+    Attributes:
+        budget: slots of every head; of the one with the fewest where they differ.
+        head_budgets: slots of each head where they differ, else empty.
+        floor: tokens that each head keeps where slots go to the head with the highest scores.
+        window: of a layer with a sliding window.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        eviction: EvictionConfig,
+        *,
+        layer: int,
+        budget: int | tuple[int, ...],
+        transform: LogitTransform,
+        constants: dict[str, Tensor] | None = None,
+        window: int | None = None,
+        shard: Shard | None = None,
+    ) -> None:
+        self.policy = policy
+        self.eviction = eviction
+        self.layer = layer
+        self.transform = transform
+        self.constants = constants or {}
+        self.window = window
+        self.shard = shard or Shard()
+        self.head_budgets = () if isinstance(budget, int) else budget
+        self.budget = budget if isinstance(budget, int) else min(budget)
+        # Looked up once, not in every step.
+        self.needs = needs_of(policy)
+        self.observer = find_observer(policy)
+        self.adds_attention = self.observer is not None and (
+            type(self.observer).accumulate is Policy.accumulate and not self.needs.all_heads
+        )
+        self.is_same_for_all_heads = same_for_all_heads(policy)
+        self.revises = any(isinstance(part, RevisesNotes) for part in policy.parts)
+        self.rerotates = find(policy, Rerotates) is not None
+        self.merging = find(policy, MergesValues)
+        self.pruning = find(policy, PrunesChannels)
+        self.dropping = find_dropping(policy)
+        sharing = find(policy, SharesSlots)
+        floor = 0 if sharing is None else Fraction(str(sharing.head_floor)) * self.budget
+        # As written: 0.07 * 100 is more than 7.
+        self.floor = math.ceil(floor)
+        blocks = find(policy, RanksBlocks)
+        self.prompt_block = None if blocks is None else blocks.prompt_block
+
+    def scores(self, slots: Slots) -> Tensor:
+        """Scores ``[B, H, S]`` of the policy."""
+        scores = self.policy.scores(slots)
+        if scores.shape != slots.positions.shape or scores.dtype != torch.float32:
+            raise ValueError(
+                f"{type(self.policy).__name__}.scores must return float32 of shape [B, H, S] = "
+                f"{list(slots.positions.shape)}, got {scores.dtype} of shape {list(scores.shape)}"
+            )
+        return self.shard.mean(scores) if self.is_same_for_all_heads else scores
+
+    def protect(self, scores: Tensor, slots: Slots) -> Tensor:
+        """Scores ``[B, H, S]`` of these tokens with protection applied."""
+        return eviction.protect(
+            scores,
+            slots.positions,
+            next_position=slots.next_position,
+            protected_prefix=slots.protected_prefix,
+            recent=slots.recent,
+        )
+
+    def dropped(self, slots: Slots, scores: Tensor) -> Tensor:
+        """Which tokens ``[B, H, S]`` go without being overwritten, by protected scores."""
+        assert self.dropping is not None
+        part, dropping = self.dropping
+        gone = dropping.dropped(own_view(self.policy, part, slots), scores)
+        return gone & (scores < torch.inf)
+
+    def note(self, tokens: Slots) -> Tensor:
+        """What the policy writes down of new tokens, ``[B, H, S, N]``."""
+        return write_notes(self.policy, tokens)
+
+    def revise(self, slots: Slots) -> Slots:
+        """The same tokens with the notes they have right before a ranking."""
+        return slots._replace(notes=revise_notes(self.policy, slots)) if self.revises else slots
+
+    def accumulate(
+        self, state: Tensor, weights: Tensor, query_positions: Tensor, positions: Tensor
+    ) -> Tensor:
+        """What the policy remembers once it saw these weights ``[B, H, G, Q, S]``."""
+        assert self.observer is not None
+        rows = AttentionRows(weights.float(), query_positions, positions)
+        state = self.observer.accumulate(state, rows)
+        return self.shard.mean(state) if self.needs.all_heads else state

@@ -1,0 +1,62 @@
+"""What attention is given: the tokens of one call, or the one token of a decode step."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressed_cache.ops.masks import Mask
+
+
+class AttentionInputs(NamedTuple):
+    """The tokens of one call."""
+
+    query: Tensor
+    """``[B, H * G, L, D]``."""
+    key: Tensor
+    """``[B, H, L, D]``."""
+    value: Tensor
+    """``[B, H, L, D]``."""
+    real: Tensor
+    """``[B, L]`` bool, ``False`` at padding."""
+    mask: Mask | None = None
+    """What these tokens see; None: those before them."""
+
+    def split(self, count: int) -> tuple["AttentionInputs", "AttentionInputs"]:
+        """The first ``count`` tokens, and the others, without what a mask says of these."""
+        first, rest = self.part(slice(None, count)), self.part(slice(count, None))
+        return first._replace(mask=self.mask and self.mask.first(count)), rest
+
+    def part(self, tokens: slice) -> "AttentionInputs":
+        """Some of the tokens, without what a mask says of these."""
+        query, key, value = (tensor[:, :, tokens] for tensor in (self.query, self.key, self.value))
+        return AttentionInputs(query, key, value, self.real[:, tokens])
+
+    def detach(self) -> "AttentionInputs":
+        """The same without gradients."""
+        query, key, value = (x.detach() for x in (self.query, self.key, self.value))
+        return self._replace(query=query, key=key, value=value)
+
+    def positions(self, first: Tensor | int) -> Tensor:
+        """Positions ``[B, L]`` int64 from ``first`` (``[B, 1]``) on, ``-1`` at padding."""
+        return torch.where(self.real, first + self.real.cumsum(dim=1) - 1, -1)
+
+
+class NewToken(NamedTuple):
+    """One token per row, and what is asked of the step."""
+
+    query: Tensor
+    """``[B, H * G, 1, D]``."""
+    key: Tensor
+    """``[B, H, 1, D]``."""
+    value: Tensor
+    """``[B, H, 1, D]``."""
+    ranks: bool
+    """Whether the slots are ranked before, for this step and the next ``interval - 1``."""
+    wants_weights: bool = False
+    """Whether the weights are wanted even where they must be made for it."""
+    real: Tensor | None = None
+    """``[B]`` bool, ``False`` in rows whose token is padding: they hold on to what they have. None:
+    no row is padded."""
+    mask: Mask | None = None
+    """What the tokens see; None: all that is held."""
