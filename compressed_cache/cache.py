@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from compressed_cache.drafting import Drafting, check_crop
 from compressed_cache.hf import attention_hook, checks
+from compressed_cache.hf.announced_calls import AnnouncedCalls
 from compressed_cache.hf.columns import Columns
 from compressed_cache.hf.linear_attention import LinearLayers
 from compressed_cache.layer import CompressedLayer
@@ -24,12 +25,13 @@ from compressed_cache.policies.eviction_config import (
 from compressed_cache.policies.registry import as_policy
 from compressed_cache.snapshot import LayerState, Snapshot
 from compressed_cache.step_counter import StepCounter
+from compressed_cache.stores.slots import SlotStore
 
 if TYPE_CHECKING:
     from compressed_cache.telemetry.timing import Timing
 
 
-class CompressedCache(LinearLayers):
+class CompressedCache(AnnouncedCalls, LinearLayers):
     """Keeps the key-value cache of a model inside a fixed budget while it generates.
 
     Pass a fresh one to ``generate``; nothing else changes::
@@ -116,7 +118,6 @@ class CompressedCache(LinearLayers):
             self._timer = Timer()
             self.add_observer(self._timer)
         self._drafting: Drafting | None = None
-        self._expected_prompt: int | None = None
         # Any: None before the first call, and the type checker would ask at each use.
         self._first: Any = None
         attention_hook.install()
@@ -131,7 +132,8 @@ class CompressedCache(LinearLayers):
         is_eager = not torch.compiler.is_compiling()
         if is_eager:
             checks.check_order(self._attention_layers(), layer, self.layers[self._first])
-            layer.check_states(key_states, value_states)
+            if layer.is_filled:
+                checks.check_states(layer.store.sizes, key_states, value_states)
         if layer_idx == self._first:
             self.columns.begin_call()
             tokens = key_states.shape[2]
@@ -187,8 +189,8 @@ class CompressedCache(LinearLayers):
 
     def activate_past_recording(self) -> None:
         """From the next call on :meth:`crop` can take tokens back; assisted decoding calls it."""
-        self._notify("activate_past_recording")
-        expected = self._expected_prompt
+        self.notify("activate_past_recording")
+        expected = self.expected_prompt
         self._stop_drafting()
         self._drafting = Drafting(expected)
         self.add_observer(self._drafting)
@@ -220,7 +222,7 @@ class CompressedCache(LinearLayers):
 
     def reset(self) -> None:
         """Makes the cache as new, in place: buffers are kept for the next prompt."""
-        self._notify("reset")
+        self.notify("reset")
         self.counter.reset()
         self.columns.reset()
         self._stop_drafting()
@@ -229,86 +231,24 @@ class CompressedCache(LinearLayers):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows become copies of the rows ``beam_idx`` ``[B]``, in place; beam search calls it."""
-        self._notify("reorder_cache")
+        self.notify("reorder_cache")
         self.columns.select(beam_idx)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times, one copy beside the other, in new memory."""
-        keys = self._filled_layer("batch_repeat_interleave").store.tokens.keys
-        rows = torch.arange(len(keys), device=keys.device)
+        positions = self._check_filled("batch_repeat_interleave").store.next_position
+        rows = torch.arange(len(positions), device=positions.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows ``indices``, in new memory where their number is another."""
-        self._filled_layer("batch_select_indices")
-        self._notify("batch_select_indices")
+        self._check_filled("batch_select_indices")
+        self.notify("batch_select_indices")
         self.columns.select(indices)
-        for layer in self.layers:
-            layer.select(indices) if isinstance(layer, CompressedLayer) else layer.reorder_cache(
-                indices
-            )
-
-    # What generate tells before a call, see :mod:`compressed_cache.hf.attention_hook`.
-
-    def expect_model(self, model: Any) -> None:
-        """Says what model is about to generate.
-
-        Raises:
-            NotImplementedError: a model this cache cannot serve.
-        """
-        checks.check_model(model)
-
-    def expect_text(self, tokens: int) -> None:
-        """Says how long the text is that ``generate`` goes on with, what it held included.
-
-        Raises:
-            ValueError: nothing would be new, as with another text.
-        """
-        checks.check_text(self.get_seq_length(), tokens)
-
-    def expect_prompt(self, tokens: int) -> None:
-        """Says how long the text is that the next call begins with, what it held included.
-
-        Assisted decoding reads the prompt and the first drafted tokens in one call, and only what
-        the user wrote is a prompt.
-        """
-        self._expected_prompt = tokens
-
-    def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
-        """Says what a call is like that begins, unless it is compiled.
-
-        What a 2-D mask shows as padding from now on is dropped, as if it had never been read. That
-        is not looked at for the single token of a decode step on another device than the CPU,
-        which would have to be waited for.
-
-        Args:
-            config: of the model.
-            attention_mask: as the model was given it.
-            tokens: of each row in this call.
-
-        Raises:
-            NotImplementedError: a model this cache cannot serve, or a prompt off the device of
-                which something would be dropped.
-            ValueError: a mask that is not of the text held.
-        """
-        if not self._is_filled:
-            checks.check_config(config)
-            return
-        next_position = self.layers[self._first].store.next_position
-        seen = self.counter.tokens_seen
-        real = self.columns.announce(attention_mask, tokens, seen=seen, like=next_position)
-        if real is None:
-            return
-        moved = self.columns.moved_by(real, seen=seen, next_position=next_position)
-        if moved is not None:
-            stores = [layer.store for layer in self._attention_layers() if layer.is_filled]
-            for store in stores:
-                store.check_renumber(moved)
-            self._notify("attention_mask")
-            for store in stores:
-                store.renumber(moved)
-        self.columns.known = real.expand(len(next_position), -1)
+        for store in self.stores():
+            store.select(indices)
+        self.reorder_linear_layers(indices)
 
     # What users look at and do.
 
@@ -322,7 +262,7 @@ class CompressedCache(LinearLayers):
         """The layer with fewest slots that the policy works on, the first of equals, or where all
         have a sliding window one of these; None before the first prompt."""
         layers = [layer for layer in self._attention_layers() if layer.is_filled]
-        return min(layers, key=lambda one: (one.is_sliding, one.slots_per_head), default=None)
+        return min(layers, key=lambda one: (one.is_sliding, one.store.slots_per_head), default=None)
 
     @property
     def evicted_tokens(self) -> int:
@@ -337,12 +277,12 @@ class CompressedCache(LinearLayers):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on the device, the policy's state included."""
-        return sum(layer.nbytes for layer in self._attention_layers()) + self.linear_nbytes
+        return sum(store.nbytes for store in self.stores()) + self.linear_nbytes
 
     @property
     def offloaded_bytes(self) -> int:
         """Bytes held off the device (``shadowkv``; 0 for the others)."""
-        return sum(layer.offloaded_bytes for layer in self._attention_layers())
+        return sum(store.offloaded_bytes for store in self.stores())
 
     def timing(self) -> "Timing":
         """What it took so far, or since :meth:`reset` or :meth:`restore`, with ``telemetry=True``.
@@ -379,7 +319,7 @@ class CompressedCache(LinearLayers):
             ValueError: a snapshot of a cache with another policy or other arguments.
         """
         snapshot.check(self.policy, self.eviction)
-        self._notify("restore")
+        self.notify("restore")
         self._stop_drafting()
         self.hold(snapshot)
 
@@ -481,6 +421,11 @@ class CompressedCache(LinearLayers):
         self.columns.reset()
         self.columns.known = snapshot.columns
 
+    def first_filled(self) -> Any:
+        """The layer that a call meets first, None while it holds nothing."""
+        first = None if self._first is None else self.layers[self._first]
+        return first if first is not None and first.is_filled else None
+
     @property
     def _is_filled(self) -> bool:
         return self._first is not None and self.layers[self._first].is_filled
@@ -488,17 +433,23 @@ class CompressedCache(LinearLayers):
     def _attention_layers(self) -> Iterator[CompressedLayer]:
         return (layer for layer in self.layers if isinstance(layer, CompressedLayer))
 
-    def _filled_layer(self, method: str) -> CompressedLayer:
-        if not self._is_filled:
-            raise ValueError(f"{method} needs a cache that holds a prompt, got an empty one")
-        return self.layers[self._first]
+    def stores(self) -> Iterator[SlotStore]:
+        """Those of all layers that have one."""
+        return (one.store for one in self._attention_layers() if one.store is not None)
 
-    def _notify(self, what: str) -> None:
+    def notify(self, what: str) -> None:
+        """Tells observers that something other than reading is about to change what is held."""
         for observer in self.observers:
             observer.rearranged(self, what)
 
+    def _check_filled(self, method: str) -> Any:
+        first = self.first_filled()
+        if first is None:
+            raise ValueError(f"{method} needs a cache that holds a prompt, got an empty one")
+        return first
+
     def _stop_drafting(self) -> None:
-        self._expected_prompt = None
+        self.expected_prompt = None
         if self._drafting is not None:
             self.remove_observer(self._drafting)
 
@@ -506,5 +457,5 @@ class CompressedCache(LinearLayers):
         """Ends the step that is running, before so many tokens come."""
         self.counter.end_step()
         if not self.policy.evicts:
-            for layer in self._attention_layers():
-                layer.grow(self.counter.tokens_seen + tokens)
+            for store in self.stores():
+                store.grow(self.counter.tokens_seen + tokens)

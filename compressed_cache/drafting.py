@@ -66,7 +66,7 @@ class Drafting(Observer):
         if kept:
             cache.begin_call(prompt_tokens, kept - prompt_tokens)
             for index, read in inputs.items():
-                cache.layers[index].read(read.split(kept)[0], prompt_tokens)
+                cache.layers[index].replay(read.split(kept)[0])
 
 
 def check_crop(tokens: int, had: int) -> None:

@@ -9,26 +9,21 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from compressed_cache.hf import attention_hook, checks
+from compressed_cache.hf.binding import bind_module, rebind
 from compressed_cache.hf.columns import Columns
 from compressed_cache.hf.module_identity import ModuleIdentity
 from compressed_cache.observers import Observer
 from compressed_cache.ops import gradients, masks
-from compressed_cache.ops.attention import LogitTransform
-from compressed_cache.ops.tensor_parallel import Shard
 from compressed_cache.ops.tokens import Tokens
 from compressed_cache.policies.base import Policy
-from compressed_cache.policies.budgets import is_per_head
-from compressed_cache.policies.capabilities import SharesBudget, find, find_store
-from compressed_cache.policies.eviction_config import EvictionConfig, share_budget
-from compressed_cache.policies.methods.streaming_llm import StreamingLLM
-from compressed_cache.policies.view import LayerContext
+from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.snapshot import LayerState
 from compressed_cache.step_counter import StepCounter
-from compressed_cache.stores import STORES
+from compressed_cache.stores import store_for
 from compressed_cache.stores.bound_policy import BoundPolicy
+from compressed_cache.stores.call import read_call
 from compressed_cache.stores.decode_step import decode_step
 from compressed_cache.stores.inputs import AttentionInputs, NewToken
-from compressed_cache.stores.prefill import prefill, prefill_chunk
 from compressed_cache.stores.slots import SlotStore
 
 _AS_IT_IS = nullcontext()
@@ -77,17 +72,21 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """``[B, H, S, D]``, ``[B, 1, P, D]`` of a pool; None before the first prompt."""
-        return None if self.store is None else self.store.tokens.keys
+        return self.store.tokens.keys if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """``[B, H, S, D]``, in the slots of :attr:`keys`."""
-        return None if self.store is None else self.store.tokens.values
+        return self.store.tokens.values if self.is_initialized else None
 
     @property
     def positions(self) -> Tensor | None:
         """``[B, H, S]`` int64, in the slots of :attr:`keys`; negative where a slot is empty."""
-        return None if self.store is None else self.store.tokens.positions
+        return self.store.tokens.positions if self.is_initialized else None
+
+    def tensors(self) -> list[Tensor]:
+        """Everything in memory."""
+        return [] if self.store is None else list(self.store.named_tensors().values())
 
     def held(self) -> Tokens:
         """What each head holds, ``[B, H, S, ...]``; only after a prompt."""
@@ -101,7 +100,7 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def is_initialized(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether there is memory."""
-        return self.store is not None
+        return self.store is not None and self.store.sizes is not None
 
     # What transformers calls.
 
@@ -115,7 +114,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.is_filled:
             held = self.store.tokens
             if (key_states.dtype, value_states.dtype) != (held.keys.dtype, held.values.dtype):
-                key_states, value_states = self._cast(key_states, value_states)
+                key_states, value_states = self.store.cast(key_states, value_states)
                 held = self.store.tokens
             if key_states.shape[2] == 1:
                 # Written when the query is at hand, so that one kernel can do both.
@@ -230,47 +229,6 @@ class CompressedLayer(CacheLayerMixin):
         awaits, self.awaits_attention = self.awaits_attention, False
         checks.check_attended(self.index, awaits=awaits)
 
-    def check_states(self, keys: Tensor, values: Tensor) -> None:
-        """Raises ``ValueError`` if new keys and values do not fit those held."""
-        if self.is_filled:
-            checks.check_states(self.store.sizes, keys, values)
-
-    def tensors(self) -> list[Tensor]:
-        """Everything in memory."""
-        return [] if self.store is None else list(self.store.named_tensors().values())
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether one kernel takes a whole step."""
-        return self.store is not None and self.store.is_fused
-
-    @property
-    def slots_per_head(self) -> int:
-        """Slots of a head, on average."""
-        return self.store.slots_per_head
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        if self.store is None:
-            return 0
-        return sum(tensor.nbytes for tensor in self.tensors()) - self.store.offloaded_bytes
-
-    @property
-    def offloaded_bytes(self) -> int:
-        """Bytes held off the device."""
-        return 0 if self.store is None else self.store.offloaded_bytes
-
-    def grow(self, tokens: int) -> None:
-        """Makes room for so many tokens where nothing is evicted."""
-        if self.store is not None and not self.store.bound.policy.evicts:
-            self.store.grow(tokens)
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the given rows, in new memory where their number is another."""
-        if self.store is not None:
-            self.store.select(rows)
-
     def state(self) -> LayerState | None:
         """A copy of what is held, None of nothing."""
         if not self.is_filled:
@@ -286,8 +244,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def restore(self, state: LayerState) -> None:
         """Holds again what ``state`` says, in place where it fits."""
-        shard = Shard() if self.store is None else self.store.bound.shard
-        self._bind(state.transform, state.window, state.budget, state.constants, shard)
+        shard = None if self.store is None else self.store.bound.shard
+        self._bind(rebind(*self.settings, self.index, state, shard))
         store: Any = self.store
         store.load(state.tensors, state.sizes)
         store.has_gradients = False
@@ -301,9 +259,10 @@ class CompressedLayer(CacheLayerMixin):
         if self.store is not None:
             self.store.reset()
 
-    def read(self, inputs: AttentionInputs, prompt_tokens: int) -> None:
+    def replay(self, inputs: AttentionInputs) -> None:
         """Reads tokens once more, of a call that was taken back."""
-        self._attend(inputs, prompt_tokens, wants_weights=False)
+        read_call(self.store, inputs, self.counter, is_filled=self.is_filled)
+        self.is_filled = True
 
     # A prompt, and everything else that is not one token per row.
 
@@ -326,32 +285,42 @@ class CompressedLayer(CacheLayerMixin):
         mask = masks.read_mask(attention_mask, key, seen=seen, is_built=self.columns.is_built)
         real = masks.real_tokens(attention_mask, key)
         count = self.counter.prompt_tokens
+        inputs = AttentionInputs(query, key, value, real, mask)
+        wants_weights = _wants_weights(module)
         if self.is_filled:
             checks.check_module(self.module, module)
-            self.columns.extend(real, seen=seen, next_position=self.store.next_position)
+            before = self.store.next_position
+            if count and self.counter.is_first_prompt:
+                self._check_prompt(before + real[:, :count].sum(dim=1))
+            self.columns.extend(real, seen=seen, next_position=before)
             if mask is not None:
-                columns = self.columns.until(seen + key.shape[2], self.store.next_position)
-                mask = mask._replace(real=columns)
-            inputs = AttentionInputs(query, key, value, real, mask)
-            with _exact(query.device):
-                output, weights = self._attend(inputs, count, wants_weights=_wants_weights(module))
-            assert output is not None
-            result = output.to(query.dtype), weights
+                columns = self.columns.until(seen + key.shape[2], before)
+                inputs = inputs._replace(mask=mask._replace(real=columns))
+            result = None
         else:
             masks.check_left(real)
             checks.check_attention(self.index, module, kwargs)
             checks.check_function(function, module)
-            inputs = AttentionInputs(query, key, value, real, mask)
-            self._bind_module(module, inputs, scaling, kwargs)
+            arguments = {"scaling": scaling, **kwargs}
+            self._bind(bind_module(*self.settings, self.index, module, inputs, arguments))
             self._check_prompt(real[:, :count].sum(dim=1))
             self.columns.extend(real, seen=0, next_position=real.sum(dim=1))
             prompt = (tensor[:, :, :count] for tensor in (query, key, value))
             own = masks.first_tokens(attention_mask, count, of=key.shape[2])
             result = function(module, *prompt, own, scaling=scaling, **kwargs)
-            with _exact(query.device):
-                drafted, _ = self._attend(inputs, count, wants_weights=False)
-            if drafted is not None:
-                result = torch.cat([result[0], drafted], dim=1), None
+        with _exact(query.device):
+            output, weights = read_call(
+                self.store,
+                inputs,
+                self.counter,
+                is_filled=self.is_filled,
+                wants_weights=wants_weights,
+            )
+        self.is_filled = True
+        if output is not None:
+            output = output.to(query.dtype)
+            result = (output if result is None else torch.cat([result[0], output], dim=1)), weights
+        assert result is not None
         self.module.bind(module)
         self.calls += 1
         if gradients.wants_gradient(key, value):
@@ -359,59 +328,6 @@ class CompressedLayer(CacheLayerMixin):
         if self.readers:
             self._tell(inputs)
         return result
-
-    def _attend(
-        self, inputs: AttentionInputs, prompt_tokens: int, *, wants_weights: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Reads so many tokens as a prompt and the others one by one.
-
-        Returns:
-            The output ``[B, L, H * G, D]``, but of an empty layer only that of the tokens after the
-            prompt, None if there are none: the model itself computes that of the prompt. And the
-            weights ``[B, H * G, L, S + L]`` over what was held before and then the new tokens; None
-            unless all of them were read together.
-        """
-        prompt, steps = inputs.split(prompt_tokens)
-        if not steps.real.shape[1]:
-            return self._attend_prompt(inputs, wants_weights=wants_weights)
-        if not prompt_tokens:
-            return self._attend_steps(inputs, wants_weights=wants_weights)
-        first, _ = self._attend_prompt(prompt, wants_weights=False)
-        rest, _ = self._attend_steps(steps, wants_weights=False)
-        return rest if first is None else torch.cat([first, rest], dim=1), None
-
-    def _attend_prompt(
-        self, inputs: AttentionInputs, *, wants_weights: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if not self.is_filled:
-            prefill(self.store, inputs.detach())
-            self.is_filled = True
-            return None, None
-        is_first_prompt = self.counter.is_first_prompt
-        if is_first_prompt:
-            self._check_prompt(self.store.next_position + inputs.real.sum(dim=1))
-        return prefill_chunk(
-            self.store, inputs, is_first_prompt=is_first_prompt, wants_weights=wants_weights
-        )
-
-    def _attend_steps(
-        self, inputs: AttentionInputs, *, wants_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Drafted tokens one by one: exactly what decoding them would give."""
-        outputs, kept = [], []
-        for token in range(inputs.real.shape[1]):
-            # What a mask says of drafted tokens is that they follow one another.
-            mask = inputs.mask if inputs.real.shape[1] == 1 else None
-            query, key, value, real, _ = inputs.part(slice(token, token + 1))
-            ranks = self.counter.ranks_at(token)
-            output, weights = decode_step(
-                self.store, NewToken(query, key, value, ranks, wants_weights, real[:, 0], mask)
-            )
-            outputs.append(output)
-            if weights is not None:
-                kept.append(weights.flatten(1, 2))
-        weights = torch.cat(kept, dim=2) if len(kept) == len(outputs) else None
-        return torch.cat(outputs, dim=2).transpose(1, 2), weights
 
     def _check_prompt(self, lengths: Tensor) -> None:
         bound: BoundPolicy = self.store.bound
@@ -429,97 +345,11 @@ class CompressedLayer(CacheLayerMixin):
         self.handed: tuple[Tensor, ...] = ()
         self.incoming: tuple[Tensor, Tensor] | None = None
 
-    # What the model is like at this layer.
-
-    def _bind_module(
-        self, module: Any, inputs: AttentionInputs, scaling: float | None, kwargs: dict[str, Any]
-    ) -> None:
-        """Chooses the store by the attention module of a first prompt."""
-        query, key, value = inputs[:3]
-        factor = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        transform = LogitTransform(factor, kwargs.get("softcap"), kwargs.get("s_aux"))
-        shard = Shard.of(module, query)
-        heads = key.shape[1]
-        context = LayerContext(
-            config=_text_config(module),
-            module=module,
-            layer=self.index,
-            first_head=shard.rank * heads,
-            heads=heads,
-            groups=query.shape[1] // heads,
-            dim=key.shape[3],
-            value_dim=value.shape[3],
-            device=key.device,
-        )
-        window = kwargs.get("sliding_window", _window(context.config, self.index))
-        budget = self._budget(context) if window is None else window
-        constants: dict[str, Tensor] = {}
-        if window is None:
-            for part in self.settings[0].parts:
-                constants |= part.constants(context)
-        self._bind(transform, window, budget, constants, shard)
-
-    def _bind(
-        self,
-        transform: LogitTransform,
-        window: int | None,
-        budget: int | tuple[int, ...],
-        constants: dict[str, Tensor],
-        shard: Shard,
-    ) -> None:
-        policy, eviction = self.settings
-        if window is not None:
-            policy = StreamingLLM()
-            eviction = EvictionConfig(window, 1, sinks=0, recent=0, protect_prompt=False)
-        bound = BoundPolicy(
-            policy,
-            eviction,
-            layer=self.index,
-            budget=budget,
-            transform=transform,
-            constants=constants,
-            window=window,
-            shard=shard,
-        )
-        name = find_store(policy)
-        if policy.evicts and is_per_head(eviction.budget):
-            name = "pool"
-        if self.store is not None and self.store.bound.policy == policy:
+    def _bind(self, bound: BoundPolicy) -> None:
+        if self.store is not None and self.store.bound.policy == bound.policy:
             self.store.bound = bound
         else:
-            self.store = STORES[name](bound, attention_hook.Owner(self).tag)
-
-    def _budget(self, context: LayerContext) -> int | tuple[int, ...]:
-        """Slots of every head of this layer, or of each."""
-        policy, eviction = self.settings
-        if isinstance(eviction.budget, int) and not find(policy, SharesBudget):
-            return eviction.budget
-        share = share_budget(eviction, policy, context.config)[context.layer]
-        return share if isinstance(share, int) else share[context.first_head :][: context.heads]
-
-    def _cast(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and values in the dtypes of the slots, or the slots in theirs where these are
-        wider: autocast brings both about."""
-        store: SlotStore = self.store
-        assert store.sizes is not None
-        dtype = torch.promote_types(store.sizes.dtype, keys.dtype)
-        value_dtype = torch.promote_types(store.sizes.value_dtype, values.dtype)
-        if (dtype, value_dtype) != (store.sizes.dtype, store.sizes.value_dtype):
-            sizes = store.sizes._replace(dtype=dtype, value_dtype=value_dtype)
-            store.load(store.named_tensors(), sizes)
-        return keys.to(dtype), values.to(value_dtype)
-
-
-def _window(config: Any, layer: int) -> int | None:
-    """The window of a layer by its config, as transformers' own caches read it.
-
-    Some attention is not told of it: its mask has it.
-    """
-    kinds = getattr(config, "layer_types", None)
-    if kinds and (layer >= len(kinds) or kinds[layer] != "sliding_attention"):
-        return None
-    layers = getattr(config, "per_layer_config", None)
-    return getattr(layers[layer] if layers else config, "sliding_window", None)
+            self.store = store_for(bound)(bound, attention_hook.Owner(self).tag)
 
 
 def _wants_weights(module: Any) -> bool:
@@ -532,8 +362,3 @@ def _exact(device: torch.device) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _AS_IT_IS
-
-
-def _text_config(module: Any) -> Any:
-    config: Any = getattr(module, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -12,5 +12,15 @@ CACHE = "cache" if "cache" in _FORWARDED else "past_key_values"
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
-    """The cache as a keyword argument of ``generate`` or of a model."""
+    """The cache as a keyword argument of ``generate`` or of a model.
+
+    Args:
+        cache: any cache of transformers, or a compressed one.
+    """
     return {CACHE: cache}
+
+
+def cache_parameter(module: Any) -> str | None:
+    """What a model or attention module calls its cache; None where it takes none."""
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)

@@ -15,6 +15,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f". Did you mean {near[0]!r}?" if near else ""
 
 
+def shown(value: object) -> str:
+    """A value with its type, as something else was expected."""
+    return f"{value!r} ({type(value).__name__})"
+
+
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table in Markdown."""
     header = list(header)

@@ -7,8 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
-from compressed_cache.ops.hashing import uniform
-from compressed_cache.policies.draws import gauss
+from compressed_cache.policies.draws import gauss, uniform
 from tests.conftest import distinct_tokens, held
 
 DRAWING = ["random", "random_prompt", "vase", "vase_dkv"]

@@ -11,9 +11,10 @@ from torch import Tensor
 from compressed_cache.cache import CompressedCache
 from compressed_cache.calibration.statistics import STATISTICS, Sample, Statistics, Sums
 from compressed_cache.layer import CompressedLayer
-from compressed_cache.ops.rotary import Rotary, cache_argument, rotary_of
+from compressed_cache.ops.rotary import Rotary, rotary_of
 from compressed_cache.policies.base import Needs, Policy
 from compressed_cache.policies.view import LayerContext
+from compressed_cache.versions import cache_parameter
 
 CHUNK = 1024
 """Tokens read at once: as many queries of every layer are in memory."""
@@ -74,7 +75,7 @@ def collect(
     for piece in pieces:
         record = Record(length=len(piece))
         cache = CompressedCache(record)
-        named = {cache_argument(model) or "past_key_values": cache}
+        named = {cache_parameter(model) or "past_key_values": cache}
         model(torch.tensor([piece], device=model.device), use_cache=True, **named)
         for layer, context in record.contexts.items():
             modules[layer] = context.module

@@ -55,7 +55,8 @@ def _is_region(hidden_states: Any, *others: Any) -> bool:
     for other in others:
         if is_compressed(other):
             # A region cannot hold an operator that writes (torch 2.13).
-            is_fused = any(getattr(layer, "is_fused", False) for layer in other.layers)
+            stores = [getattr(layer, "store", None) for layer in other.layers]
+            is_fused = any(store is not None and store.is_fused for store in stores)
             takes_step = other.takes_step(hidden_states.shape[1])
             return takes_step and not other.counter.is_read and not is_fused
     return False

@@ -62,6 +62,12 @@ class LinearLayers(Cache):
         """Makes a layer hold what a copy of it holds."""
         vars(self.linear_layer(index)).update(copy.deepcopy(vars(state)))
 
+    def reorder_linear_layers(self, rows: Any) -> None:
+        """Keeps the given rows of the states of all linear-attention layers."""
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                layer.reorder_cache(rows)
+
     @property
     def linear_nbytes(self) -> int:
         """Bytes of the states of all linear-attention layers."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from compressed_cache.versions import cache_parameter
+
 STATIC = ("default", "linear", "llama3", "yarn")
 """Rope types whose frequencies do not depend on the length of the text."""
 
@@ -110,12 +112,6 @@ def rotary_of(config: Any, module: Any, layer: int, dim: int) -> Rotary:
     )
 
 
-def cache_argument(module: Any) -> str | None:
-    """What a model or attention module calls its cache, which changed over the releases."""
-    names = inspect.signature(module.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), None)
-
-
 def _inverse_frequencies(config: Any, layer: int, dim: int) -> tuple[Tensor, float]:
     if hasattr(config, "standardize_rope_params"):
         config.standardize_rope_params()
@@ -200,7 +196,7 @@ def _keys_at(module: Any, config: Any, layer: int, inverse: Tensor, *, angle: fl
     device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 1, config.hidden_size, generator=generator).to(device, dtype or None)
-    name = cache_argument(module)
+    name = cache_parameter(module)
     problem: Exception | None = None
     if name is not None:
         # Some models leave it to their attention to repeat the angles for both channels of a pair.

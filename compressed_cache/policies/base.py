@@ -6,7 +6,9 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
+from compressed_cache.policies.former_names import check_names
 from compressed_cache.policies.view import AttentionRows, LayerContext, Slots
+from compressed_cache.wording import shown
 
 _CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "int": (int, "an int"),
@@ -15,20 +17,6 @@ _CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "str": (str, "a str"),
 }
 _PARTS = ("base", "prompt", "decoding")
-# What policies used to say one by one, and what says it now.
-_REPLACED = {
-    "observes_attention": "needs = Needs(attention=True)",
-    "mixes_heads": "needs = Needs(all_heads=True)",
-    "prompt_queries": "needs = Needs(prompt_queries=...)",
-    "num_queries": "needs = Needs(queries=...)",
-    "num_rows": "needs = Needs(state_width=...)",
-    "num_notes": "needs = Needs(notes=...)",
-    "own_notes": "needs = Needs(notes=...)",
-    "own_note": "note",
-    "kept_recent": "needs = Needs(recent=...)",
-    "mixes_scores": "same_for_all_heads",
-    "layout": "store",
-}
 
 
 class Needs(NamedTuple):
@@ -109,12 +97,7 @@ class Policy:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for name in vars(cls):
-            if name in _REPLACED:
-                raise TypeError(
-                    f"{cls.__name__}.{name} is written otherwise now: {_REPLACED[name]}. See "
-                    "CHANGELOG.md."
-                )
+        check_names(cls)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -125,9 +108,7 @@ class Policy:
                 continue
             allowed, wording = _CHECKED[kind]
             if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
-                raise TypeError(
-                    f"{field.name} must be {wording}, got {value!r} ({type(value).__name__})"
-                )
+                raise TypeError(f"{field.name} must be {wording}, got {shown(value)}")
 
     @property
     def needs(self) -> Needs:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from compressed_cache.wording import shown
+
 Budget = int | tuple[int, ...] | tuple[tuple[int, ...], ...]
 """Slots of every key/value head; or of every head of each layer; or of each head of each layer."""
 
@@ -28,7 +30,7 @@ def _slots(number: Any, value: Any) -> int:
     if isinstance(number, bool) or not isinstance(number, int):
         raise TypeError(
             "budget must be an int >= 1, a list with one for each layer, or a list of lists with "
-            f"one for each key/value head of each layer, got {value!r} ({type(value).__name__})"
+            f"one for each key/value head of each layer, got {shown(value)}"
         )
     if number < 1:
         raise ValueError(f"budget must be an int >= 1, got {number}")

@@ -23,6 +23,7 @@ from compressed_cache.policies.capabilities import (
     needs_of,
     same_for_all_heads,
 )
+from compressed_cache.wording import shown
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def resolve_eviction(
         if value is not None:
             _check_int(name, value, least=1 if name == "interval" else 0)
     if protect_prompt is not None and not isinstance(protect_prompt, bool):
-        raise TypeError(f"protect_prompt must be a bool, got {_shown(protect_prompt)}")
+        raise TypeError(f"protect_prompt must be a bool, got {shown(protect_prompt)}")
 
     slots = all_slots(budget)
     smallest = min(slots)
@@ -158,10 +159,6 @@ def share_budget(
 
 def _check_int(name: str, value: Any, *, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int >= {least}, got {_shown(value)}")
+        raise TypeError(f"{name} must be an int >= {least}, got {shown(value)}")
     if value < least:
         raise ValueError(f"{name} must be an int >= {least}, got {value}")
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})"

@@ -16,6 +16,7 @@ from compressed_cache.policies.capabilities import (
     same_for_all_heads,
 )
 from compressed_cache.policies.view import Slots
+from compressed_cache.wording import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,7 @@ class Modifier(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.base, Policy):
-            raise TypeError(
-                f"base must be a Policy, got {self.base!r} ({type(self.base).__name__})"
-            )
+            raise TypeError(f"base must be a Policy, got {shown(self.base)}")
         if not self.base.evicts:
             raise ValueError(
                 f"{self.name} changes which tokens are evicted, and {self.base.label} evicts none"

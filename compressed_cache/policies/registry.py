@@ -40,7 +40,7 @@ from compressed_cache.policies.methods.vase import VaSE
 from compressed_cache.policies.methods.vase_dkv import VaSEDKV
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.prefill_decode import PrefillDecode
-from compressed_cache.wording import listing, nearest
+from compressed_cache.wording import listing, nearest, shown
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
@@ -124,9 +124,7 @@ def as_policy(policy: Any, options: dict[str, Any]) -> Policy:
     if isinstance(policy, str):
         return make_policy(policy, **options)
     if not isinstance(policy, Policy):
-        raise TypeError(
-            f"policy must be a name or a Policy object, got {policy!r} ({type(policy).__name__})"
-        )
+        raise TypeError(f"policy must be a name or a Policy object, got {shown(policy)}")
     if options:
         raise TypeError(
             "policy options must be given to the policy object itself, got "

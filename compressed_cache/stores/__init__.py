@@ -5,6 +5,9 @@ override what is different. :mod:`~compressed_cache.stores.decode_step` is the w
 :mod:`~compressed_cache.stores.prefill` that of a prompt.
 """
 
+from compressed_cache.policies.budgets import is_per_head
+from compressed_cache.policies.capabilities import find_store
+from compressed_cache.stores.bound_policy import BoundPolicy
 from compressed_cache.stores.lazy import LazyStore
 from compressed_cache.stores.offloaded import OffloadedStore
 from compressed_cache.stores.pool import PoolStore
@@ -17,3 +20,9 @@ STORES: dict[str, type[SlotStore]] = {
     "lazy": LazyStore,
 }
 """By :attr:`Policy.store <compressed_cache.policies.base.Policy.store>`."""
+
+
+def store_for(bound: BoundPolicy) -> type[SlotStore]:
+    """What keeps the tokens of a layer."""
+    own = bound.policy.evicts and is_per_head(bound.eviction.budget)
+    return STORES["pool" if own else find_store(bound.policy)]

@@ -12,7 +12,8 @@ from compressed_cache.ops.rotary import Rotary
 from compressed_cache.ops.tokens import Sizes, Tokens
 from compressed_cache.policies.methods.shadowkv import ShadowKV
 from compressed_cache.stores.inputs import AttentionInputs
-from compressed_cache.stores.slots import SlotStore, power_of_two
+from compressed_cache.stores.memory import power_of_two
+from compressed_cache.stores.slots import SlotStore
 
 _OFFLOADED = ("offloaded_keys", "offloaded_values")
 _RESIDENT = ("landmarks", "is_listed", "factors", "basis")

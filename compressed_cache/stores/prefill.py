@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops import attention
-from compressed_cache.ops.attention_sums import attention_sums
-from compressed_cache.ops.masks import Mask, is_causal
 from compressed_cache.stores import prompt_blocks
 from compressed_cache.stores.inputs import AttentionInputs
+from compressed_cache.stores.prompt_attention import observed
 from compressed_cache.stores.slots import SlotStore
 
 
@@ -25,7 +24,7 @@ def prefill(store: SlotStore, inputs: AttentionInputs) -> None:
     store.counts[:, 1] = key.shape[2]
     seen = None
     if store.bound.observer is not None:
-        seen = _observed(store, query, key, positions, mask)
+        seen = observed(store, query, key, positions, mask)
     store.choose_channels(query, key, real)
     query, key = store.ordered(query), store.ordered(key)
     store.record_channels(key, positions)
@@ -41,7 +40,11 @@ def prefill(store: SlotStore, inputs: AttentionInputs) -> None:
 
 
 def prefill_chunk(
-    store: SlotStore, inputs: AttentionInputs, *, is_first_prompt: bool, wants_weights: bool
+    store: SlotStore,
+    inputs: AttentionInputs,
+    *,
+    is_first_prompt: bool,
+    wants_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """A further prompt, or the next chunk of one, attends over the slots and over itself.
 
@@ -106,50 +109,6 @@ def prefill_chunk(
     store.keep_chunk(tokens, new, is_first_prompt=is_first_prompt)
     store.counts[:, 1] += key.shape[2]
     return result
-
-
-def _observed(
-    store: SlotStore, query: Tensor, key: Tensor, positions: Tensor, mask: Mask | None
-) -> Tensor:
-    """What the policy makes of the attention of a first prompt, or of that within its blocks."""
-    length = store.bound.prompt_block
-    if length is None:
-        return _observed_at_once(store, query, key, positions, mask)
-    state = store.tokens.attention_state
-    state = state.new_zeros(*key.shape[:3], *state.shape[3:])
-    for block in prompt_blocks.split(positions, length):
-        own = _observed_at_once(store, block.take(query), block.take(key), block.positions, None)
-        state = block.put(state, own)
-    return state
-
-
-def _observed_at_once(
-    store: SlotStore, query: Tensor, key: Tensor, positions: Tensor, mask: Mask | None
-) -> Tensor:
-    """The same of all these tokens, ``[B, H, L]`` or ``[B, H, L, R]``."""
-    bound, see = store.bound, None
-    if mask is not None and not is_causal(mask, positions >= 0):
-        see = store.see(mask, positions.new_zeros(*key.shape[:2], 0))
-    elif bound.adds_attention:
-        assert store.sizes is not None
-        sums = attention_sums(
-            query, key, positions >= 0, transform=bound.transform, sizes=store.sizes
-        )
-        if sums is not None:
-            return sums
-    shape = *key.shape[:3], *store.tokens.attention_state.shape[3:]
-    state = torch.zeros(shape, dtype=torch.float32, device=key.device)
-    for weights, own in attention.attention_rows(
-        query,
-        key,
-        query_positions=positions,
-        positions=positions[:, None],
-        transform=bound.transform,
-        last=bound.needs.prompt_queries,
-        see=see,
-    ):
-        state = bound.accumulate(state, weights, own, positions[:, None].expand(key.shape[:3]))
-    return state
 
 
 def _end_prompt(store: SlotStore, query: Tensor, positions: Tensor) -> None:

@@ -1,239 +1,29 @@
-"""The plain store: a fixed number of slots for each head, allocated once, changed only in place."""
+"""The plain store: how slots are ranked, written and attended, which other stores vary."""
 
 import functools
-from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from compressed_cache.ops import attention, eviction, gradients
-from compressed_cache.ops.kernels import operators
 from compressed_cache.ops.masks import Mask
 from compressed_cache.ops.rerotation import rerotate_to_ranks
-from compressed_cache.ops.rings import moved_to, places_of, write_last, write_one
-from compressed_cache.ops.tokens import Sizes, Tokens, expand, gather, scatter, where_real
+from compressed_cache.ops.rings import write_last, write_one
+from compressed_cache.ops.tokens import Tokens, expand, scatter, where_real
 from compressed_cache.policies.view import Slots
 from compressed_cache.stores import channels
-from compressed_cache.stores.bound_policy import BoundPolicy
 from compressed_cache.stores.inputs import AttentionInputs
+from compressed_cache.stores.memory import SlotMemory
 
-_SMALLEST_CAPACITY = 256
 
+class SlotStore(SlotMemory):
+    """Slots of one attention layer, as many for each head.
 
-class SlotStore:
-    """What one layer keeps between two steps; addresses hold as long as the sizes do.
-
-    Attributes:
-        tokens: ``[B, H, S, ...]``, what the slots hold; what the policy does not need is empty.
-            Where it prunes channels, keys have ``D'`` of them.
-        counts: ``[B, 3]`` int64, for each row the position of the incoming token, the tokens seen,
-            padding included, and which of the victims is due: one tensor, so that a step counts in
-            one launch.
-        protected_prefix: ``[B]`` int64, positions below it are never evicted.
-        victims: ``[B, H, interval]`` int64, the slots to overwrite next, lowest first (read with
-            ``interval > 1``).
-        prompt_length: ``[B]`` int64, tokens of the first prompt.
-        queries, query_positions: ``[B, H, G, W, D]`` and ``[B, W]`` int64, a ring of the last
-            queries; ``W = 0`` unless the policy needs it.
-        channels, recent_channels: ``[B, H, D]`` int64 and ``[B, H, R, D - D']``, see
-            :mod:`compressed_cache.stores.channels`; empty unless the policy prunes channels.
-        is_fused: whether one kernel takes a whole step.
-        has_gradients: whether a token was read with gradients, which then end at it.
+    A decode step (:mod:`compressed_cache.stores.decode_step`) and a prompt
+    (:mod:`compressed_cache.stores.prefill`) call these methods. Another store overrides those in
+    which it differs; one that lays out its slots in another way says so in :meth:`held`,
+    :meth:`laid_out` and :meth:`owned`.
     """
-
-    tokens: Tokens
-    counts: Tensor
-    protected_prefix: Tensor
-    victims: Tensor
-    prompt_length: Tensor
-    queries: Tensor
-    query_positions: Tensor
-    channels: Tensor
-    recent_channels: Tensor
-
-    def __init__(self, bound: BoundPolicy, tag: Callable[[Tensor], None]) -> None:
-        self.bound = bound
-        self.tag = tag
-        """Marks keys as those of a layer."""
-        self.sizes: Sizes | None = None
-        self.is_fused = False
-        self.has_gradients = False
-
-    # Memory.
-
-    @property
-    def next_position(self) -> Tensor:
-        """``[B]`` int64, position of the incoming token of each row."""
-        return self.counts[:, 0]
-
-    @property
-    def tokens_seen(self) -> Tensor:
-        """0-d int64, tokens seen by every row, padding included."""
-        return self.counts[0, 1]
-
-    @property
-    def phase(self) -> Tensor:
-        """``[1]`` int64, which of the victims is due."""
-        return self.counts[:1, 2]
-
-    @property
-    def free_slot(self) -> Tensor:
-        """0-d int64, the slot of the incoming token (policies that do not evict)."""
-        return self.tokens_seen
-
-    @property
-    def offloaded_bytes(self) -> int:
-        """Bytes held off the device."""
-        return 0
-
-    @property
-    def slots_per_head(self) -> int:
-        """Slots of a head, on average."""
-        assert self.sizes is not None
-        return self.tokens.positions[0].numel() // self.sizes.heads
-
-    def prepare(self, inputs: AttentionInputs) -> None:
-        """Makes room for a first prompt; memory that fits is kept."""
-        self.provide(inputs.key, inputs.value, inputs.query.shape[1] // inputs.key.shape[1])
-
-    def provide(self, keys: Tensor, values: Tensor, groups: int) -> None:
-        """Allocates slots for a prompt ``[B, H, L, D]``, unless those there are fit."""
-        batch, heads, length, dim = keys.shape
-        capacity, context = self.capacities(length, heads)
-        sizes = Sizes(
-            *(batch, heads, groups, capacity, dim, values.shape[-1]),
-            *(keys.dtype, values.dtype, keys.device, context),
-        )
-        if sizes != self.sizes:
-            self.allocate(sizes)
-
-    def capacities(self, length: int, heads: int) -> tuple[int, int]:
-        """Slots in each row of slots for a prompt of this length, and tokens that must fit off the
-        device."""
-        evicts = self.bound.policy.evicts
-        return self.bound.budget if evicts else power_of_two(length + 1), 0
-
-    # A tensor born in inference mode could not be reset outside of it.
-    @torch.inference_mode(False)
-    def allocate(self, sizes: Sizes) -> None:
-        """New memory, empty."""
-        bound, needs, pruning = self.bound, self.bound.needs, self.bound.pruning
-        batch, heads, capacity = sizes.batch, sizes.heads, sizes.capacity
-
-        def full(*shape: int, dtype: torch.dtype = torch.int64, fill: int = 0) -> Tensor:
-            return torch.full(shape, fill, dtype=dtype, device=sizes.device)
-
-        self.sizes = sizes
-        dim = sizes.dim if pruning is None else pruning.key_channels(sizes.dim)
-        observed = capacity if bound.observer is not None else 0
-        width = () if needs.state_width == 1 else (needs.state_width,)
-        self.tokens = Tokens(
-            keys=full(batch, heads, capacity, dim, dtype=sizes.dtype),
-            values=full(batch, heads, capacity, sizes.value_dim, dtype=sizes.value_dtype),
-            positions=full(batch, heads, capacity, fill=-1),
-            attention_state=full(batch, heads, observed, *width, dtype=torch.float32),
-            notes=full(batch, heads, capacity, needs.notes, dtype=torch.float32),
-        )
-        self.counts = full(batch, 3)
-        self.protected_prefix = full(batch)
-        self.prompt_length = full(batch)
-        self.victims = full(batch, heads, bound.eviction.interval)
-        self.queries = full(batch, heads, sizes.groups, needs.queries, dim, dtype=sizes.dtype)
-        self.query_positions = full(batch, needs.queries, fill=-1)
-        recent = 0 if pruning is None else pruning.recent_whole_keys
-        self.channels = full(batch, heads, 0 if pruning is None else sizes.dim)
-        self.recent_channels = full(batch, heads, recent, sizes.dim - dim, dtype=sizes.dtype)
-        alters = bound.rerotates or pruning is not None
-        self.is_fused = bound.policy.evicts and not alters and operators.serves(sizes)
-        self.mark()
-
-    def mark(self) -> None:
-        """Says what these tensors are to attention, and to the compiler that they stay."""
-        # Without it every in-place write would make the compiler give up CUDA graphs.
-        for tensor in self.named_tensors().values():
-            torch._dynamo.mark_static_address(tensor)
-        self.tag(self.tokens.keys)
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """Everything in memory, by name."""
-        others = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return {**self.tokens._asdict(), **others} if self.sizes is not None else others
-
-    def grow(self, tokens: int) -> None:
-        """Doubles the slots until so many tokens fit (policies that do not evict)."""
-        sizes, capacity = self.sizes, power_of_two(tokens)
-        if sizes is None or capacity <= sizes.capacity:
-            return
-        held, tokens_held = self.named_tensors(), self.tokens
-        self.allocate(sizes._replace(capacity=capacity))
-        tokens_held.copy_into(self.tokens, slice(0, sizes.capacity))
-        for name, tensor in self.named_tensors().items():
-            if name not in Tokens._fields:
-                tensor.copy_(held[name])
-
-    def reset(self) -> None:
-        """Forgets all tokens and keeps the memory."""
-        self.has_gradients = False
-        for name, tensor in self.named_tensors().items():
-            tensor.fill_(-1 if name in ("positions", "query_positions") else 0)
-
-    def load(self, tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
-        """Takes over the contents of another memory, in place where the sizes are the same."""
-        if sizes != self.sizes:
-            self.allocate(sizes)
-        for name, tensor in self.named_tensors().items():
-            tensor.copy_(tensors[name])
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row ``b`` becomes a copy of row ``rows[b]``, in place."""
-        for tensor in self.named_tensors().values():
-            tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the given rows, in new memory where their number is another."""
-        assert self.sizes is not None
-        if len(rows) == self.sizes.batch:
-            self.reorder(rows)
-            return
-        held = self.named_tensors()
-        self.allocate(self.sizes._replace(batch=len(rows)))
-        for name, tensor in self.named_tensors().items():
-            tensor.copy_(held[name][rows.to(tensor.device)])
-
-    def check_renumber(self, moved: Tensor) -> None:
-        """Raises ``NotImplementedError`` where :meth:`renumber` cannot be done."""
-
-    def renumber(self, moved: Tensor) -> None:
-        """Moves tokens to other positions, and empties the slots of those that have none.
-
-        Args:
-            moved: ``[B, P]`` int64 by old position, ascending but for -1, which is none.
-        """
-        positions = self.tokens.positions
-        moved = moved.to(positions.device)
-        before = torch.nn.functional.pad((moved >= 0).cumsum(dim=1), (1, 0))
-        positions.copy_(moved_to(positions, moved))
-        last = self.next_position[:, None] - 1
-        for count in (self.next_position, self.prompt_length):
-            count.copy_(before.gather(1, count[:, None]).squeeze(1))
-        self.protect_prefix(self.prompt_length)
-        if self.query_positions.shape[1]:
-            own = moved_to(self.query_positions, moved)
-            place, found = places_of(own)
-            index = place[:, None, None, :, None].expand_as(self.queries)
-            self.queries.copy_(self.queries.gather(3, index))
-            self.query_positions.copy_(own.gather(1, place).masked_fill(~found, -1))
-        if self.recent_channels.shape[2]:
-            ring = torch.arange(self.recent_channels.shape[2], device=last.device)
-            place, found = places_of(moved_to(last - (last - ring) % len(ring), moved))
-            recent = gather(self.recent_channels, place[:, None])
-            self.recent_channels.copy_(recent.masked_fill(~found[:, None, :, None], 0))
-
-    def protect_prefix(self, length: Tensor | None) -> None:
-        """Protects the sinks, and a prompt of this length ``[B]`` if prompts are to be."""
-        self.protected_prefix.fill_(self.bound.eviction.sinks)
-        if self.bound.eviction.protect_prompt and length is not None:
-            self.protected_prefix.clamp_(min=length)
 
     # What the policy is shown.
 
@@ -591,8 +381,3 @@ class SlotStore:
 def put(memory: Tensor, slot: Tensor, new: Tensor, real: Tensor | None) -> None:
     """Overwrites ``[B, H, S, ...]`` with ``[B, H, n, ...]`` where tokens are real."""
     scatter(memory, 2, expand(slot, memory), new, real)
-
-
-def power_of_two(tokens: int) -> int:
-    """The smallest power of two, at least 256, that holds so many tokens."""
-    return max(_SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length())

@@ -6,7 +6,7 @@ from torch import Tensor
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.ops import attention
 from compressed_cache.stores.inputs import AttentionInputs
-from compressed_cache.stores.slots import power_of_two
+from compressed_cache.stores.memory import power_of_two
 
 
 class Shadow:

@@ -76,7 +76,7 @@ def batch_records(
     """
     layer = cache.compressed_layer
     assert layer is not None, "a batch was generated"
-    slots = layer.slots_per_head
+    slots = layer.store.slots_per_head
     share = cache.nbytes // len(replies)
     records = []
     for prompt, row in zip(attention_mask.sum(dim=1).tolist(), replies.tolist(), strict=True):

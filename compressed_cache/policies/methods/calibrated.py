@@ -7,6 +7,7 @@ from torch import Tensor
 from compressed_cache.policies import statistics_file as files
 from compressed_cache.policies.base import Policy
 from compressed_cache.policies.view import LayerContext
+from compressed_cache.wording import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,7 @@ class Calibrated(Policy):
         super().__post_init__()
         if self.calibration is not None:
             if not isinstance(self.calibration, str):
-                raise TypeError(
-                    f"calibration must be a str or None, got {self.calibration!r} "
-                    f"({type(self.calibration).__name__})"
-                )
+                raise TypeError(f"calibration must be a str or None, got {shown(self.calibration)}")
             files.check_policy(self.calibration, self.name)
 
     def statistics(self, context: LayerContext) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from compressed_cache.policies.budgets import compressed_layers, share_out
 from compressed_cache.policies.capabilities import SharesBudget, find, find_store
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.view import LayerContext, Slots
+from compressed_cache.wording import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,7 @@ class DuoAttention(Modifier):
         if find_store(self.base) != "slots" or find(self.base, SharesBudget):
             raise ValueError(f"duo_attention cannot share out the slots of {self.base.label!r}")
         if self.gates is not None and not isinstance(self.gates, str):
-            raise TypeError(
-                f"gates must be a str or None, got {self.gates!r} ({type(self.gates).__name__})"
-            )
+            raise TypeError(f"gates must be a str or None, got {shown(self.gates)}")
         if self._is_table and not Path(str(self.gates)).is_file():
             raise FileNotFoundError(f"no file of gates {self.gates!r}")
         if self.gates is not None and not self._is_table:

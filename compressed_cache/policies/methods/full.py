@@ -12,6 +12,8 @@ class Full(Policy):
 
     Doubling keeps the shapes static for long stretches, so that a decode step compiles here as it
     does under the other policies (once more per doubling).
+
+    Scores are never asked for.
     """
 
     name: ClassVar[str] = "full"

@@ -8,6 +8,7 @@ from torch import Tensor
 from compressed_cache.ops.rotary import rotary_of
 from compressed_cache.policies.base import Defaults, Needs, Policy
 from compressed_cache.policies.view import LayerContext
+from compressed_cache.wording import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,7 @@ class ShadowKV(Policy):
         if self.rank is not None and (
             isinstance(self.rank, bool) or not isinstance(self.rank, int)
         ):
-            raise TypeError(
-                f"rank must be an int or None, got {self.rank!r} ({type(self.rank).__name__})"
-            )
+            raise TypeError(f"rank must be an int or None, got {shown(self.rank)}")
         for name, least in (("chunk_size", 1), ("outlier_chunks", 0), ("local_chunks", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import keep_best
-from compressed_cache.ops.hashing import uniform
 from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
-from compressed_cache.policies.draws import check_seed, token_hash
+from compressed_cache.policies.draws import check_seed, token_hash, uniform
 from compressed_cache.policies.methods.snapkv import causal, check_window, window_logits
 from compressed_cache.policies.view import Slots
 

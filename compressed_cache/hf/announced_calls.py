@@ -1,0 +1,90 @@
+"""What ``generate`` and models tell a cache before they call it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from compressed_cache.hf import checks
+from compressed_cache.hf.columns import Columns
+from compressed_cache.step_counter import StepCounter
+
+
+class AnnouncedCalls:
+    """The part of a cache that :mod:`compressed_cache.hf.attention_hook` calls, always eagerly."""
+
+    counter: StepCounter
+    columns: Columns
+    expected_prompt: int | None = None
+    """Tokens of the text that the next call begins with, where somebody drafts."""
+
+    def first_filled(self) -> Any:
+        """The layer that a call meets first, None while it holds nothing."""
+        raise NotImplementedError
+
+    def stores(self) -> Iterator[Any]:
+        """The stores of all layers that have one."""
+        raise NotImplementedError
+
+    def notify(self, what: str) -> None:
+        """Tells observers that something other than reading is about to change what is held."""
+        raise NotImplementedError
+
+    def expect_model(self, model: Any) -> None:
+        """Says what model is about to generate.
+
+        Raises:
+            NotImplementedError: a model this cache cannot serve.
+        """
+        checks.check_model(model)
+
+    def expect_text(self, tokens: int) -> None:
+        """Says how long the text is that ``generate`` goes on with, what it held included.
+
+        Raises:
+            ValueError: nothing would be new, as with another text.
+        """
+        checks.check_text(0 if self.first_filled() is None else self.counter.tokens_seen, tokens)
+
+    def expect_prompt(self, tokens: int) -> None:
+        """Says how long the text is that the next call begins with, what it held included.
+
+        Assisted decoding reads the prompt and the first drafted tokens in one call, and only what
+        the user wrote is a prompt.
+        """
+        self.expected_prompt = tokens
+
+    def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
+        """Says what a call is like that begins, unless it is compiled.
+
+        What a 2-D mask shows as padding from now on is dropped, as if it had never been read. That
+        is not looked at for the single token of a decode step on another device than the CPU,
+        which would have to be waited for.
+
+        Args:
+            config: of the model.
+            attention_mask: as the model was given it.
+            tokens: of each row in this call.
+
+        Raises:
+            NotImplementedError: a model this cache cannot serve, or a prompt off the device of
+                which something would be dropped.
+            ValueError: a mask that is not of the text held.
+        """
+        first = self.first_filled()
+        if first is None:
+            checks.check_config(config)
+            return
+        next_position = first.store.next_position
+        seen = self.counter.tokens_seen
+        real = self.columns.announce(attention_mask, tokens, seen=seen, like=next_position)
+        if real is None:
+            return
+        moved = self.columns.moved_by(real, seen=seen, next_position=next_position)
+        if moved is not None:
+            for store in self.stores():
+                store.check_renumber(moved)
+            self.notify("attention_mask")
+            for store in self.stores():
+                store.renumber(moved)
+        self.columns.known = real.expand(len(next_position), -1)
