@@ -131,7 +131,7 @@ class CompressedCache(AnnouncedCalls, LinearLayers):
         layer = self.attention_layer(layer_idx)
         is_eager = not torch.compiler.is_compiling()
         if is_eager:
-            checks.check_order(self._attention_layers(), layer, self.layers[self._first])
+            checks.check_order(self.layers, layer, self.layers[self._first])
             if layer.is_filled:
                 checks.check_states(layer.store.sizes, key_states, value_states)
         if layer_idx == self._first:

@@ -414,9 +414,9 @@ def test_a_policy_without_scores_says_so(model: LlamaForCausalLM) -> None:
         ),
         (
             lambda cache: cache.restore(CompressedCache("h2o", 9).snapshot()),
-            "snapshot must be of a cache like this one (H2O(), EvictionConfig(budget=8, interval=1, "
-            "sinks=0, recent=4, protect_prompt=False)), got one with H2O(), EvictionConfig(budget=9, "
-            "interval=1, sinks=0, recent=4, protect_prompt=False)",
+            "snapshot must be of a cache like this one (H2O(), EvictionConfig(budget=8, "
+            "interval=1, sinks=0, recent=4, protect_prompt=False)), got one with H2O(), "
+            "EvictionConfig(budget=9, interval=1, sinks=0, recent=4, protect_prompt=False)",
         ),
     ],
 )

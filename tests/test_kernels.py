@@ -266,11 +266,11 @@ def test_attention_sums(
     np.testing.assert_allclose(found.cpu(), expected, rtol=2e-5, atol=2e-5)
 
 
-def row_sums(queries: Tensor, keys: Tensor, real: Tensor, form: LogitTransform) -> Tensor:
+def row_sums(queries: Tensor, keys: Tensor, real: Tensor, transform: LogitTransform) -> Tensor:
     """What a prompt gives where neither kernels nor blocks serve."""
     positions = torch.where(real, real.cumsum(dim=1) - 1, -1)
     rows = attention_rows(
-        queries, keys, query_positions=positions, positions=positions[:, None], form=form
+        queries, keys, query_positions=positions, positions=positions[:, None], transform=transform
     )
     return sum((weights.mean(2).sum(2) for weights, _ in rows), torch.zeros(keys.shape[:3]))
 
@@ -280,9 +280,9 @@ def test_a_broken_key_leaves_the_totals_of_the_others() -> None:
     keys[0, 1, 5] = torch.nan
     real = torch.ones(1, 40, dtype=torch.bool)
     sizes = SERVED._replace(device=torch.device("cpu"))
-    form = LogitTransform(1.0)
-    assert torch_sums.attention_sums(queries, keys, real, form=form, sizes=sizes) is None
-    found = row_sums(queries, keys, real, form)
+    transform = LogitTransform(1.0)
+    assert torch_sums.attention_sums(queries, keys, real, transform=transform, sizes=sizes) is None
+    found = row_sums(queries, keys, real, transform)
     assert found[0, 1, 5] == 0
     # Query 5 of the second head still gives all its attention away.
     torch.testing.assert_close(found.sum(dim=-1), torch.full((1, 2), 40.0))

@@ -433,4 +433,4 @@ def test_the_kernel_for_whole_keys_at_true_positions_stays_out(
     for name, fused in [("snapkv", True), *((name, False) for name in BOTH)]:
         cache = CompressedCache(name, 12)
         read(precise_model, cache, text, 20)
-        assert [layer.is_fused for layer in cache.layers] == [fused, fused]
+        assert [layer.store.is_fused for layer in cache.layers] == [fused, fused]

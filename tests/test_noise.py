@@ -41,7 +41,8 @@ def test_uniform_numbers_are_strictly_within_0_and_1() -> None:
 def test_gaussian_numbers_are_normal_and_fresh_at_each_position(model: LlamaForCausalLM) -> None:
     cache = CompressedCache("vase_dkv", 20)
     model(distinct_tokens(1, 30), past_key_values=cache)
-    view = cache.layers[0].held()
+    store = cache.layers[0].store
+    view = store.view(store.held())
     rows = [
         gauss(view._replace(next_position=torch.tensor([position])), 0, count=20_000)[0].double()
         for position in (30, 31)

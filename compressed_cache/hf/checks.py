@@ -2,8 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from transformers.models.auto import modeling_auto
@@ -57,20 +57,13 @@ def check_module(identity: ModuleIdentity, module: Any) -> None:
         raise ValueError(f"model must be the one that read the prompt, got another. {_RESET}")
 
 
-class CalledLayer(Protocol):
-    """What is asked of a layer about its calls."""
-
-    index: int
-    calls: int
-    is_filled: bool
-
-    def check_attended(self) -> None:
-        """Raises if the last keys it was given were never attended."""
-        ...
-
-
-def check_order(layers: Iterable[CalledLayer], layer: CalledLayer, first: CalledLayer) -> None:
+def check_order(layers: Sequence[Any], layer: Any, first: Any) -> None:
     """Raises unless all layers took part in the same calls before ``layer`` is given new keys.
+
+    Args:
+        layers: of the cache; those of linear attention are passed over.
+        layer: one of them.
+        first: the one that each call meets first.
 
     Raises:
         NotImplementedError: keys of another layer were never attended.
@@ -78,12 +71,13 @@ def check_order(layers: Iterable[CalledLayer], layer: CalledLayer, first: Called
     """
     if layer is first:
         for other in layers:
-            other.check_attended()
-            if other.is_filled:
-                _check_calls(other.index, other.calls, expected=first.calls)
+            if hasattr(other, "check_attended"):
+                other.check_attended()
+                if other.is_filled:
+                    _check_calls(other.index, other.calls, expected=first.calls)
         return
-    previous = next((other for other in layers if other.index == layer.index - 1), None)
-    if previous is not None:
+    previous = layers[layer.index - 1]
+    if hasattr(previous, "check_attended"):
         previous.check_attended()
     _check_calls(layer.index, layer.calls, expected=first.calls - 1)
 

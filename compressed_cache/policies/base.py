@@ -37,8 +37,9 @@ class Needs(NamedTuple):
     """Numbers written down of each token, see :mod:`compressed_cache.policies.capabilities`."""
     recent: int = 0
     """Tokens before the incoming one that :meth:`Policy.scores` itself always keeps."""
-    whole_keys: bool = False
-    """Whether keys must have all their channels."""
+    whole_keys: bool | None = None
+    """Whether keys must have all their channels; None: if there are constants, which may be about
+    them."""
     values: bool = False
     """Whether values are looked at (for readers: they are always there)."""
     model: tuple[str, ...] = ()
@@ -55,7 +56,6 @@ class Needs(NamedTuple):
             all_heads=observer.all_heads,
             notes=self.notes + other.notes,
             recent=max(self.recent, other.recent),
-            whole_keys=self.whole_keys or other.whole_keys,
             values=self.values or other.values,
             model=tuple(dict.fromkeys(self.model + other.model)),
         )

@@ -65,7 +65,7 @@ class Modifier(Policy):
                 f"{self.label!r} ranks blocks of a prompt on their own, and slots are shared out "
                 "by scores of the whole prompt. Leave one of the two out."
             )
-        bound = [part.name for part in self.parts if part.needs.whole_keys]
+        bound = [part.name for part in self.parts if _needs_whole_keys(part)]
         if find(self, PrunesChannels) and bound:
             raise ValueError(
                 f"{self.label!r} leaves out channels of keys, and {bound[0]} knows them all by "
@@ -88,3 +88,8 @@ class Modifier(Policy):
 
     def scores(self, slots: Slots) -> Tensor:
         return self.base.scores(own_view(self, self.base, slots))
+
+
+def _needs_whole_keys(part: Policy) -> bool:
+    needed = part.needs.whole_keys
+    return type(part).constants is not Policy.constants if needed is None else needed

@@ -55,7 +55,7 @@ class CriticalKV(Modifier):
 
     @property
     def needs(self) -> Needs:
-        return Needs(notes=1, values=True, model=("output projection",))
+        return Needs(notes=1, whole_keys=False, values=True, model=("output projection",))
 
     def constants(self, context: LayerContext) -> dict[str, Tensor]:
         return {"output_projection": output_projection(context, self.name)}

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from compressed_cache.policies import statistics_file as files
-from compressed_cache.policies.base import Needs
 from compressed_cache.policies.budgets import compressed_layers, share_out
 from compressed_cache.policies.capabilities import SharesBudget, find, find_store
 from compressed_cache.policies.modifier import Modifier
@@ -62,10 +61,6 @@ class DuoAttention(Modifier):
             raise FileNotFoundError(f"no file of gates {self.gates!r}")
         if self.gates is not None and not self._is_table:
             files.check_policy(self.gates, self.name)
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(whole_keys=True)
 
     def budgets(self, budget: int, num_heads: int, protected: int, config: Any) -> list[list[int]]:
         layers, streaming = compressed_layers(config), self._streaming(config)

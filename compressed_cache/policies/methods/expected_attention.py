@@ -54,7 +54,7 @@ class ExpectedAttention(Calibrated):
     @property
     def needs(self) -> Needs:
         model = "rotary position embedding", "calibration"
-        return Needs(whole_keys=True, values=True, model=model)
+        return Needs(values=True, model=model)
 
     def defaults(self, budget: int) -> Defaults:
         sinks = min(self.n_sinks, budget // 2)

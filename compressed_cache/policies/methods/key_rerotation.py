@@ -31,7 +31,7 @@ class KeyRerotation(Modifier):
 
     @property
     def needs(self) -> Needs:
-        return Needs(whole_keys=True, model=("rotary position embedding",))
+        return Needs(model=("rotary position embedding",))
 
     def constants(self, context: LayerContext) -> dict[str, Tensor]:
         return rotary_of(context.config, context.module, context.layer, context.dim).constants()

@@ -28,7 +28,7 @@ class QFilter(Calibrated):
 
     @property
     def needs(self) -> Needs:
-        return Needs(whole_keys=True, model=("calibration",))
+        return Needs(model=("calibration",))
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(recent=min(64, budget // 2))

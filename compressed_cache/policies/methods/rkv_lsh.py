@@ -47,7 +47,7 @@ class RKVLSH(ImportanceAndRedundancy):
 
     @property
     def needs(self) -> Needs:
-        return Needs(queries=self.window, recent=self.window, whole_keys=True)
+        return Needs(queries=self.window, recent=self.window)
 
     def constants(self, context: LayerContext) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)

@@ -43,7 +43,7 @@ class TriAttention(Calibrated):
 
     @property
     def needs(self) -> Needs:
-        return Needs(whole_keys=True, model=("rotary position embedding", "calibration"))
+        return Needs(model=("rotary position embedding", "calibration"))
 
     def defaults(self, budget: int) -> Defaults:
         return Defaults(interval=usual_interval(budget), protect_prompt=True)
