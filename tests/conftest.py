@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressed_cache.policies import statistics_file as files
+from tests.made_up_statistics import load_or_make_up
 from tests.reference import comparison
 from tests.reference.llama import ReferenceLlama
 from tests.reference.policies import Rules, full
-from tests.statistics import load_or_make_up
 
 VOCABULARY = 400
 

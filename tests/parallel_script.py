@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, CompileConfig
 
 from compressed_cache import CompressedCache
 from compressed_cache.policies import statistics_file as files
+from tests.made_up_statistics import load_or_make_up
 from tests.parallel import CASES, RULES
-from tests.statistics import load_or_make_up
 
 warnings.simplefilter("ignore")
 files.load = load_or_make_up

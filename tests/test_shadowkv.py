@@ -199,7 +199,7 @@ def test_every_family_can_be_held_off_the_device(family: Family) -> None:
             if kind != LINEAR:
                 assert layer.is_sliding == (kind == SLIDING)
                 holds = cache.policy.name == "shadowkv" and kind == FULL
-                assert (layer.offloaded_bytes > 0) == holds
+                assert (layer.store.offloaded_bytes > 0) == holds
     # What a model in float32 or its angles lose when sums are taken in another order.
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=2e-5)

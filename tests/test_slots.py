@@ -28,7 +28,7 @@ def _order(scores: list[float], positions: list[int]) -> list[int]:
 def test_rank_sorts_by_score_and_then_by_age() -> None:
     scores, positions = _scores(), _positions()
     scores = scores.masked_fill(positions < 0, -math.inf)
-    ranked = slots.rank(scores, positions)
+    ranked = slots.sort_slots(scores, positions)
     for b in range(B):
         for h in range(H):
             expected = _order(scores[b, h].tolist(), positions[b, h].tolist())
@@ -38,7 +38,9 @@ def test_rank_sorts_by_score_and_then_by_age() -> None:
 def test_lowest_slot_is_the_first_of_the_ranking() -> None:
     scores, positions = _scores(), _positions()
     scores = scores.masked_fill(positions < 0, -math.inf)
-    assert torch.equal(slots.lowest_slot(scores, positions), slots.rank(scores, positions)[..., :1])
+    assert torch.equal(
+        slots.lowest_slot(scores, positions), slots.sort_slots(scores, positions)[..., :1]
+    )
 
 
 def test_ties_keep_the_newer_token() -> None:
