@@ -29,3 +29,6 @@ __all__ = [
     "option_names",
     "split_name",
 ]
+
+# Every method by the name of its class, too: ``from compressed_cache.policies import H2O``.
+globals().update({kind.__name__: kind for kind in (*POLICIES.values(), *MODIFIERS.values())})
