@@ -37,14 +37,15 @@ def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | Non
         query, key = store.ordered(query), store.ordered(key)
         store.write(key, value, slot, real)
         store.write_notes(key, value, slot, real)
-        keys, values = store.whole_keys(store.next_position + 1), store.tokens.values
+        keys, values = store.whole_keys(written=1), store.tokens.values
         own = query
         if traced is not None:
             own = store.ordered(traced[0])
             new = store.laid_out(store.ordered(traced[1])), store.laid_out(traced[2])
             keys, values = _with_gradients(store, (keys, values), traced, new, slot, real)
-        now = store.next_position[:, None]
-        own, keys = store.rotated_inputs(own, keys, now, store.tokens.positions)
+        if store.bound.rerotates:
+            now = store.next_position[:, None]
+            own, keys = store.rotate_to_ranks(own, keys, now, store.tokens.positions)
         output, weights = store.attend(own, keys, values, mask)
         store.observe(weights, real)
     store.record_query(query, real)

@@ -83,7 +83,9 @@ def prefill_chunk(
             state = bound.accumulate(state, weights.detach(), own, tokens.positions)
             tokens = tokens._replace(attention_state=state)
 
-    own, keys = store.rotated_inputs(query, keys, positions, tokens.positions)
+    own = query
+    if bound.rerotates:
+        own, keys = store.rotate_to_ranks(query, keys, positions, tokens.positions)
     rows = attention.attention_rows(
         own,
         keys,

@@ -245,7 +245,7 @@ class SlotStore(SlotMemory):
     ) -> tuple[Tokens, Tensor]:
         """What the tokens of a chunk may see of what was read before, and its keys as a whole."""
         held = self.held()
-        keys = held.keys if self.bound.pruning is None else self.whole_keys(self.next_position)
+        keys = held.keys if self.bound.pruning is None else self.whole_keys()
         return held, keys
 
     def choose_channels(self, query: Tensor, key: Tensor, real: Tensor) -> None:
@@ -255,10 +255,11 @@ class SlotStore(SlotMemory):
             scores = self.bound.pruning.channel_scores(grouped, key, real)
             self.channels.copy_(channels.order_of(scores, self.tokens.keys.shape[3]))
 
-    def rotated_inputs(
+    def rotate_to_ranks(
         self, query: Tensor, keys: Tensor, query_positions: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Queries ``[B, H * G, L, D]`` and keys ``[B, H, S, D]`` as attention is to see them.
+        """Queries ``[B, H * G, L, D]`` and keys ``[B, H, S, D]`` as if held tokens followed one
+        another.
 
         Args:
             query: of tokens that follow one another.
@@ -266,8 +267,6 @@ class SlotStore(SlotMemory):
             query_positions: ``[B, L]`` int64, ``-1`` at padding.
             positions: ``[B, H, S]`` int64, ``-1`` where there is no token.
         """
-        if not self.bound.rerotates:
-            return query, keys
         return rerotate_to_ranks(
             query,
             keys,
@@ -287,11 +286,16 @@ class SlotStore(SlotMemory):
         """Of ordered channels those that stay, ``[..., D']``."""
         return x if self.bound.pruning is None else x[..., : self.tokens.keys.shape[3]]
 
-    def whole_keys(self, next_position: Tensor) -> Tensor:
-        """All that is known of the keys in the slots, ``[B, H, S, D]`` in their order."""
+    def whole_keys(self, *, written: int = 0) -> Tensor:
+        """All that is known of the keys in the slots, ``[B, H, S, D]`` in their order.
+
+        Args:
+            written: tokens in slots that are not counted yet.
+        """
         keys, _, positions = self.tokens[:3]
         if self.bound.pruning is None:
             return keys
+        next_position = self.next_position + written
         return channels.whole_keys(keys, self.recent_channels, positions, next_position)
 
     def attend(
