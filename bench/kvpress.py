@@ -81,7 +81,7 @@ class KvpressGeneration:
         self._ask(settings)
 
     def continue_by(self, tokens: int) -> list[float]:
-        """Generates so many tokens after an untimed first one; seconds of each."""
+        """Generates ``tokens`` tokens after an untimed first one; seconds of each."""
         return self._ask(tokens)
 
     def close(self) -> None:
