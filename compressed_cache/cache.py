@@ -1,8 +1,6 @@
 """The public face: a transformers cache with a fixed number of slots per layer."""
 
-import copy
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +21,7 @@ from compressed_cache.policies.eviction_config import (
     share_budget,
 )
 from compressed_cache.policies.registry import as_policy
-from compressed_cache.snapshot import LayerState, Snapshot
+from compressed_cache.snapshot import Snapshots
 from compressed_cache.step_counter import StepCounter
 from compressed_cache.stores.slots import SlotStore
 
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
     from compressed_cache.telemetry.timing import Timing
 
 
-class CompressedCache(AnnouncedCalls, LinearLayers):
+class CompressedCache(AnnouncedCalls, Snapshots, LinearLayers):
     """Keeps the key-value cache of a model inside a fixed budget while it generates.
 
     Pass a fresh one to ``generate``; nothing else changes::
@@ -191,7 +189,7 @@ class CompressedCache(AnnouncedCalls, LinearLayers):
         """From the next call on :meth:`crop` can take tokens back; assisted decoding calls it."""
         self.notify("activate_past_recording")
         expected = self.expected_prompt
-        self._stop_drafting()
+        self.stop_drafting()
         self._drafting = Drafting(expected)
         self.add_observer(self._drafting)
         super().activate_past_recording()
@@ -225,7 +223,7 @@ class CompressedCache(AnnouncedCalls, LinearLayers):
         self.notify("reset")
         self.counter.reset()
         self.columns.reset()
-        self._stop_drafting()
+        self.stop_drafting()
         self._first = None
         super().reset()
 
@@ -299,58 +297,6 @@ class CompressedCache(AnnouncedCalls, LinearLayers):
             raise ValueError("telemetry must be True for timing, got False")
         return self._timer.timing(self)
 
-    def snapshot(self) -> Snapshot:
-        """A copy of what is held, for :meth:`restore`: one prompt can then begin many texts."""
-        return Snapshot(
-            self.policy,
-            self.eviction,
-            self.counter.state(),
-            self.columns.known_until(self.counter.tokens_seen),
-            tuple(
-                layer.state() if isinstance(layer, CompressedLayer) else copy.deepcopy(layer)
-                for layer in self.layers
-            ),
-        )
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Holds again what it held at :meth:`snapshot`, in place where the batch is as large.
-
-        Raises:
-            ValueError: a snapshot of a cache with another policy or other arguments.
-        """
-        snapshot.check(self.policy, self.eviction)
-        self.notify("restore")
-        self._stop_drafting()
-        self.hold(snapshot)
-
-    def save(self, path: str | Path) -> None:
-        """Writes what is held to a safetensors file.
-
-        Raises:
-            NotImplementedError: a model with linear-attention layers.
-        """
-        self.snapshot().save(path)
-
-    @classmethod
-    def load(
-        cls, path: str | Path, *, policy: Policy | None = None, device: torch.device | str = "cpu"
-    ) -> "CompressedCache":
-        """A cache that goes on where the one that wrote ``path`` with :meth:`save` was.
-
-        Args:
-            path: the file.
-            policy: the policy object, for a policy that is not in ``POLICIES``.
-            device: where its tensors go, that of the model.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: a file of something else, or of another version of the format.
-        """
-        snapshot = Snapshot.load(path, policy=policy, device=device)
-        cache = cls(snapshot.policy, **vars(snapshot.eviction))
-        cache.hold(snapshot)
-        return cache
-
     def add_observer(self, observer: Observer) -> None:
         """From now on tells somebody what happens."""
         self.observers.append(observer)
@@ -407,20 +353,6 @@ class CompressedCache(AnnouncedCalls, LinearLayers):
             self._end_step(prompt_tokens + steps)
         self.counter.begin(prompt_tokens, steps)
 
-    def hold(self, snapshot: Snapshot) -> None:
-        """Holds what a snapshot says, in place where it fits."""
-        for index, layer in enumerate(self.layers):
-            if index >= len(snapshot.layers) or snapshot.layers[index] is None:
-                layer.empty() if isinstance(layer, CompressedLayer) else layer.reset()
-        for index, state in enumerate(snapshot.layers):
-            if isinstance(state, LayerState):
-                self.attention_layer(index).restore(state)
-            elif state is not None:
-                self.restore_linear_layer(index, state)
-        self.counter.restore(snapshot.counter)
-        self.columns.reset()
-        self.columns.known = snapshot.columns
-
     def first_filled(self) -> Any:
         """The layer that a call meets first, None while it holds nothing."""
         first = None if self._first is None else self.layers[self._first]
@@ -448,7 +380,8 @@ class CompressedCache(AnnouncedCalls, LinearLayers):
             raise ValueError(f"{method} needs a cache that holds a prompt, got an empty one")
         return first
 
-    def _stop_drafting(self) -> None:
+    def stop_drafting(self) -> None:
+        """Forgets what could be taken back."""
         self.expected_prompt = None
         if self._drafting is not None:
             self.remove_observer(self._drafting)

@@ -208,8 +208,11 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets the tokens and keeps the memory; any model may come next."""
-        self.module.clear()
-        self.empty()
+        self.module.reset()
+        self._forget_call()
+        self.is_filled = False
+        if self.store is not None:
+            self.store.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows become copies of the rows ``beam_idx`` ``[B]``, in place."""
@@ -255,13 +258,6 @@ class CompressedLayer(CacheLayerMixin):
         store.has_gradients = False
         self._forget_call()
         self.is_filled = True
-
-    def empty(self) -> None:
-        """Holds nothing."""
-        self._forget_call()
-        self.is_filled = False
-        if self.store is not None:
-            self.store.reset()
 
     def replay(self, inputs: AttentionInputs) -> None:
         """Reads tokens once more, of a call that was taken back."""

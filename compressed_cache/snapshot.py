@@ -1,21 +1,24 @@
 """What a cache holds at one moment, to come back to or to keep on disk."""
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
+from compressed_cache.hf.columns import Columns
 from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.ops.tokens import Sizes
 from compressed_cache.policies.base import Policy
 from compressed_cache.policies.budgets import to_budget
 from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.policies.registry import make_policy, split_name
+from compressed_cache.step_counter import StepCounter
 from compressed_cache.tensorfile import opened
 
 _FORMAT = "6"
@@ -137,6 +140,100 @@ class Snapshot:
         eviction = json.loads(found["eviction"])
         eviction = EvictionConfig(**eviction | {"budget": to_budget(eviction["budget"])})
         return cls(policy, eviction, json.loads(found["counter"]), tensors.get(_COLUMNS), layers)
+
+
+class Snapshots:
+    """The part of a cache that comes back to what it held before, also from disk."""
+
+    policy: Policy
+    eviction: EvictionConfig
+    counter: StepCounter
+    columns: Columns
+    layers: list[Any]
+
+    def attention_layer(self, index: int) -> Any:
+        """The layer of this index, made where there is none yet."""
+        raise NotImplementedError
+
+    def restore_linear_layer(self, index: int, state: LinearAttentionLayer) -> None:
+        """Makes a layer hold what a copy of it holds."""
+        raise NotImplementedError
+
+    def notify(self, what: str) -> None:
+        """Tells observers that something other than reading is about to change what is held."""
+        raise NotImplementedError
+
+    def stop_drafting(self) -> None:
+        """Forgets what could be taken back."""
+        raise NotImplementedError
+
+    def snapshot(self) -> Snapshot:
+        """A copy of what is held, for :meth:`restore`: one prompt can then begin many texts."""
+        return Snapshot(
+            self.policy,
+            self.eviction,
+            self.counter.state(),
+            self.columns.known_until(self.counter.tokens_seen),
+            tuple(_state(layer) for layer in self.layers),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Holds again what it held at :meth:`snapshot`, in place where the batch is as large.
+
+        Raises:
+            ValueError: a snapshot of a cache with another policy or other arguments.
+        """
+        snapshot.check(self.policy, self.eviction)
+        self.notify("restore")
+        self.stop_drafting()
+        self.hold(snapshot)
+
+    def save(self, path: str | Path) -> None:
+        """Writes what is held to a safetensors file.
+
+        Raises:
+            NotImplementedError: a model with linear-attention layers.
+        """
+        self.snapshot().save(path)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, policy: Policy | None = None, device: torch.device | str = "cpu"
+    ) -> Self:
+        """A cache that goes on where the one that wrote ``path`` with :meth:`save` was.
+
+        Args:
+            path: the file.
+            policy: the policy object, for a policy that is not in ``POLICIES``.
+            device: where its tensors go, that of the model.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file of something else, or of another version of the format.
+        """
+        snapshot = Snapshot.load(path, policy=policy, device=device)
+        make: Any = cls
+        cache = make(snapshot.policy, **vars(snapshot.eviction))
+        cache.hold(snapshot)
+        return cache
+
+    def hold(self, snapshot: Snapshot) -> None:
+        """Holds what a snapshot says, in place where it fits."""
+        for index, layer in enumerate(self.layers):
+            if index >= len(snapshot.layers) or snapshot.layers[index] is None:
+                layer.reset()
+        for index, state in enumerate(snapshot.layers):
+            if isinstance(state, LayerState):
+                self.attention_layer(index).restore(state)
+            elif state is not None:
+                self.restore_linear_layer(index, state)
+        self.counter.restore(snapshot.counter)
+        self.columns.reset()
+        self.columns.known = snapshot.columns
+
+
+def _state(layer: Any) -> LayerState | LinearAttentionLayer | None:
+    return copy.deepcopy(layer) if isinstance(layer, LinearAttentionLayer) else layer.state()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

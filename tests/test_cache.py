@@ -142,7 +142,7 @@ def test_layers_share_no_state(model: LlamaForCausalLM, policy: str) -> None:
     if policy != "streaming_llm":
         assert not torch.equal(first.positions, second.positions)
     before = [t.clone() for t in second.tensors()]
-    first.empty()
+    first.reset()
     for tensor, copied in zip(second.tensors(), before, strict=True):
         assert torch.equal(tensor, copied)
 

@@ -41,9 +41,9 @@ class ModuleIdentity:
     """
 
     def __init__(self) -> None:
-        self.clear()
+        self.reset()
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Any module may come next."""
         self._module: weakref.ref[Any] | None = None
         self._mark: _Mark | None = None

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from compressed_cache.ops import gradients
 from compressed_cache.ops.kernels import operators
+from compressed_cache.ops.rerotation import rerotate_to_ranks
 from compressed_cache.ops.tokens import gather, where_real
 from compressed_cache.stores.inputs import NewToken
 from compressed_cache.stores.slots import SlotStore
@@ -46,8 +47,13 @@ def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | Non
             new = store.laid_out(store.ordered(traced[1])), store.laid_out(traced[2])
             keys, values = _with_gradients(store, (keys, values), traced, new, slot, real)
         if store.bound.rerotates:
-            now = store.next_position[:, None]
-            own, keys = store.rotate_to_ranks(own, keys, now, store.tokens.positions)
+            own, keys = rerotate_to_ranks(
+                own,
+                keys,
+                query_positions=store.next_position[:, None],
+                positions=store.tokens.positions,
+                constants=store.bound.constants,
+            )
         output, weights = store.attend(own, keys, values, mask)
         store.observe(weights, real)
     store.record_query(query, real)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops import attention
+from compressed_cache.ops.rerotation import rerotate_to_ranks
 from compressed_cache.stores import prompt_blocks
 from compressed_cache.stores.inputs import AttentionInputs
 from compressed_cache.stores.prompt_attention import observed
@@ -85,7 +86,13 @@ def prefill_chunk(
 
     own = query
     if bound.rerotates:
-        own, keys = store.rotate_to_ranks(query, keys, positions, tokens.positions)
+        own, keys = rerotate_to_ranks(
+            query,
+            keys,
+            query_positions=positions,
+            positions=tokens.positions,
+            constants=bound.constants,
+        )
     rows = attention.attention_rows(
         own,
         keys,

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from compressed_cache.ops import attention, eviction, gradients
 from compressed_cache.ops.masks import Mask
-from compressed_cache.ops.rerotation import rerotate_to_ranks
 from compressed_cache.ops.rings import write_last, write_one
 from compressed_cache.ops.tokens import Tokens, expand, scatter, where_real
 from compressed_cache.policies.view import Slots
@@ -254,26 +253,6 @@ class SlotStore(SlotMemory):
             grouped = attention.group_queries(query, key.shape[1])
             scores = self.bound.pruning.channel_scores(grouped, key, real)
             self.channels.copy_(channels.order_of(scores, self.tokens.keys.shape[3]))
-
-    def rotate_to_ranks(
-        self, query: Tensor, keys: Tensor, query_positions: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Queries ``[B, H * G, L, D]`` and keys ``[B, H, S, D]`` as if held tokens followed one
-        another.
-
-        Args:
-            query: of tokens that follow one another.
-            keys: of all they may see, themselves included.
-            query_positions: ``[B, L]`` int64, ``-1`` at padding.
-            positions: ``[B, H, S]`` int64, ``-1`` where there is no token.
-        """
-        return rerotate_to_ranks(
-            query,
-            keys,
-            query_positions=query_positions,
-            positions=positions,
-            constants=self.bound.constants,
-        )
 
     def fetch(self, query: Tensor, real: Tensor | None = None) -> None:
         """Brings to the device what queries ``[B, H * G, L, D]`` ask for; real ``[B, L]`` bool."""
