@@ -16,6 +16,7 @@ from compressed_cache.policies import SLOT_POLICIES
 from compressed_cache.versions import cache_argument
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES
+from tests.reference.comparison import OPTIONS
 from tests.test_properties import every
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -148,6 +149,25 @@ def test_hidden_columns_of_the_past_are_not_seen(model: Any, policy: str, tokens
     _assert_close(logits[1], logits[0])
 
 
+def test_a_prompt_of_which_something_is_hidden_is_protected_as_far_as_it_is_left(
+    model: Any,
+) -> None:
+    cache = CompressedCache("random", 24, recent=2, protect_prompt=True)
+    ids, mask = distinct_tokens(2, 80), torch.ones(2, 80).long()
+    _call(model, cache, ids[:, :12])
+    mask[0, 3:6] = mask[1, 7] = 0
+    for token in range(12, 80):
+        where = mask[:, :token].sum(dim=1, keepdim=True)
+        here = ids[:, token : token + 1]
+        _call(model, cache, here, mask[:, : token + 1], position_ids=where)
+    for row, prompt in enumerate((9, 11)):
+        assert cache.layers[0].store.protected_prefix[row] == prompt
+        for head in held(cache, 0, row):
+            assert set(range(prompt)) <= set(head)
+    # Some token goes that would be protected by the length the prompt had.
+    assert any(9 + token not in head for head in held(cache, 0, 0) for token in range(3))
+
+
 def test_what_was_hidden_cannot_be_shown_again(model: Any) -> None:
     cache = _cache("h2o")
     _call(model, cache, distinct_tokens(1, 12))
@@ -222,6 +242,38 @@ def test_random_masks_of_several_turns_are_those_of_the_dynamic_cache(
         expected = _call(model, dynamic, part, mask)
         _assert_close(_call(model, cache, part, mask), expected)
         seen += new
+
+
+@pytest.mark.parametrize("policy", LAYOUTS)
+def test_columns_count_padding_which_positions_leave_out(model: Any, policy: str) -> None:
+    text, more = distinct_tokens(2, 12), distinct_tokens(2, 4, seed=3)
+    real = torch.ones(2, 12).long()
+    real[0, :5] = 0
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 1, 4, 16, generator=generator) < 0.6
+    mask = mask | torch.eye(4, 16).roll(12, dims=1).bool()
+    mask[0, :, :, :5] = False
+    places = (real.cumsum(dim=1) - 1).clamp(min=0)
+    where = real.sum(dim=1, keepdim=True) + torch.arange(4)
+    logits = []
+    for cache in (DynamicCache(), _cache(policy)):
+        _call(model, cache, text, real, position_ids=places)
+        logits.append(_call(model, cache, more, mask, position_ids=where))
+    _assert_close(logits[1], logits[0])
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "Mistral"])
+def test_a_window_is_counted_in_tokens_in_a_further_prompt(name: str) -> None:
+    """Compared with one call; the second row ends its answer before its next prompt begins."""
+    (family,) = (family for family in FAMILIES if family.name == name)
+    model, ids = family.make(), distinct_tokens(2, 50) % 150 + 1
+    real = torch.ones(2, 50).bool()
+    real[1, :4] = real[1, 28:33] = False
+    cache = CompressedCache("h2o", 64)
+    logits = torch.cat(_turns(model, cache, ids, real, [25, 25]), dim=1)
+    for row in range(2):
+        expected = model(ids[row, real[row]][None], use_cache=False).logits[0]
+        _assert_close(logits[row, real[row]], expected)
 
 
 # Biases.
@@ -323,7 +375,9 @@ def _conversation() -> tuple[Tensor, Tensor]:
 
 
 def _options(policy: str, interval: int) -> tuple[str, dict[str, Any]]:
+    # Windows that are full after a few steps.
     options: dict[str, Any] = dict(budget=16, interval=interval, sinks=1, recent=6)
+    options |= OPTIONS.get(policy, {})
     if policy == "rpc+growing":
         return "rpc", dict(options, window=4, compression=2.0, protect_prompt=False)
     return policy, dict(options, protect_prompt=False)

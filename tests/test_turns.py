@@ -14,6 +14,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from compressed_cache import POLICIES, CompressedCache
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
+from tests.grids import alternating
 from tests.kinds import KINDS
 
 # Those that give every layer the budget; tests/test_budgets.py has the others.
@@ -41,8 +42,7 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 # Turns.
 
 
-@pytest.mark.parametrize("policy", UNIFORM)
-@pytest.mark.parametrize("second", [1, 9, 40])
+@pytest.mark.parametrize(("policy", "second"), alternating(UNIFORM, [1, 9, 40]))
 def test_turns_with_a_budget_for_everything_are_those_of_the_dynamic_cache(
     model: Any, policy: str, second: int
 ) -> None:
@@ -56,8 +56,7 @@ def test_turns_with_a_budget_for_everything_are_those_of_the_dynamic_cache(
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.parametrize(("policy", "interval"), alternating(EVICTING, [1, 4]))
 def test_a_long_second_prompt_sees_what_is_held_and_all_of_itself(
     model: Any, policy: str, interval: int
 ) -> None:
@@ -96,8 +95,7 @@ def _masked(mask: torch.Tensor) -> Any:
     return hook
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", KINDS)
+@pytest.mark.parametrize(("policy", "interval"), alternating(KINDS, [1, 4]))
 def test_padded_second_prompts_are_what_they_are_alone(
     model: Any, policy: str, interval: int
 ) -> None:
@@ -144,8 +142,7 @@ def test_a_chunk_for_everything_is_no_chunk(model: Any, policy: str) -> None:
     assert [held(cache, layer) for layer in range(2)] == [held(whole, layer) for layer in range(2)]
 
 
-@pytest.mark.parametrize("chunk", [2, 7, 29])
-@pytest.mark.parametrize("policy", UNIFORM)
+@pytest.mark.parametrize(("policy", "chunk"), alternating(UNIFORM, [2, 7, 29]))
 def test_chunks_with_a_budget_for_everything_give_the_tokens_of_the_dynamic_cache(
     model: Any, policy: str, chunk: int
 ) -> None:
