@@ -200,7 +200,7 @@ class Generation:
             self.options["custom_generate"] = decode
 
     def continue_by(self, tokens: int) -> list[float]:
-        """Generates so many tokens after an untimed first one; seconds of each."""
+        """Generates ``tokens`` tokens after an untimed first one; seconds of each."""
         self.model.set_attn_implementation(self.attention)
         if self.capacity is None:
             return self._continue_by(tokens)

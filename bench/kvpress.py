@@ -36,7 +36,7 @@ def environment() -> Path:
 
 
 @dataclass(frozen=True)
-class Press:
+class PressSetting:
     """How a ``DecodingPress`` scores tokens, and after how many it evicts."""
 
     scorer: str
@@ -62,7 +62,7 @@ class KvpressGeneration:
         RuntimeError: if the process ends early; what it wrote to stderr says why.
     """
 
-    def __init__(self, python: Path, press: Press | None, like: Generation) -> None:
+    def __init__(self, python: Path, press: PressSetting | None, like: Generation) -> None:
         self.held_tokens = 0
         """The most that a layer has held after a step."""
         # Isolated, or `import kvpress` would find the file that this is.
@@ -81,7 +81,7 @@ class KvpressGeneration:
         self._ask(settings)
 
     def continue_by(self, tokens: int) -> list[float]:
-        """Generates so many tokens after an untimed first one; seconds of each."""
+        """Generates ``tokens`` tokens after an untimed first one; seconds of each."""
         return self._ask(tokens)
 
     def close(self) -> None:

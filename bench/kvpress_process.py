@@ -47,7 +47,7 @@ class Rounds(BaseStreamer):
 def pressing(
     model: Any, *, scorer: str, interval: int, budget: int, prompt: int
 ) -> AbstractContextManager[None]:
-    """Cuts the prompt to the budget, and what is decoded too, every so many tokens."""
+    """Cuts the prompt to the budget, and what is decoded too, every ``interval`` tokens."""
     # Not above: the import wraps the attention functions, which no plain cache needs.
     kvpress: Any = importlib.import_module("kvpress")
     score = getattr(kvpress, scorer)

@@ -56,7 +56,7 @@ class Continued(Protocol):
     """A text that is continued round by round."""
 
     def continue_by(self, tokens: int) -> list[float]:
-        """Seconds of each of so many tokens."""
+        """Seconds of each of ``tokens`` tokens."""
         ...
 
 

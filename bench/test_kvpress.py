@@ -13,15 +13,15 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.contenders import BASELINE, BUDGET, EACH_PLACE, PROMPT, Generation, Place
-from bench.kvpress import VERSIONS, KvpressGeneration, Press, environment
+from bench.kvpress import VERSIONS, KvpressGeneration, PressSetting, environment
 from bench.test_decode import FEW_ROUNDS, ROUNDS, compare, make_model
 
 PLAIN = f"{BASELINE.name} of transformers {VERSIONS['transformers']}"
 PRESSES = [
     None,
-    Press("KnormPress", interval=512),  # the default of DecodingPress
-    Press("KnormPress", interval=16),  # what snapkv takes here under this budget
-    Press("SnapKVPress", interval=65),  # the shortest that its window of 64 tokens allows
+    PressSetting("KnormPress", interval=512),  # the default of DecodingPress
+    PressSetting("KnormPress", interval=16),  # what snapkv takes here under this budget
+    PressSetting("SnapKVPress", interval=65),  # the shortest that its window of 64 tokens allows
 ]
 
 
@@ -37,7 +37,7 @@ def python() -> Path:
 @EACH_PLACE
 @pytest.mark.parametrize("press", PRESSES, ids=lambda press: str(press or PLAIN))
 def test_kvpress(
-    benchmark: BenchmarkFixture, python: Path, press: Press | None, place: Place, batch: int
+    benchmark: BenchmarkFixture, python: Path, press: PressSetting | None, place: Place, batch: int
 ) -> None:
     if place.model == "Qwen3-4B":
         pytest.skip("one model in the other environment is enough")

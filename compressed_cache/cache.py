@@ -54,7 +54,7 @@ class CompressedCache(AnnouncedCalls, LinearLayers):
             are unprotected, the oldest of the recent ones follow. With 1 the victim is chosen anew
             in every step. None: the policy's default.
         sinks: positions below it are never evicted. None: the policy's default.
-        recent: so many tokens before the incoming one are never evicted. None: the policy's
+        recent: how many tokens before the incoming one are never evicted. None: the policy's
             default.
         protect_prompt: never evict a token of the prompt. None: the policy's default.
         config: the model's config, to refuse a model that cannot work before any work is done
@@ -398,7 +398,7 @@ class CompressedCache(AnnouncedCalls, LinearLayers):
             self.layers.append(layer)
 
     def takes_step(self, tokens: int) -> bool:
-        """Whether a call with so many tokens is a decode step."""
+        """Whether a call with ``tokens`` tokens is a decode step."""
         return tokens == 1 and self._is_filled
 
     def begin_call(self, prompt_tokens: int, steps: int) -> None:
@@ -454,7 +454,7 @@ class CompressedCache(AnnouncedCalls, LinearLayers):
             self.remove_observer(self._drafting)
 
     def _end_step(self, tokens: int) -> None:
-        """Ends the step that is running, before so many tokens come."""
+        """Ends the step that is running, before ``tokens`` tokens come."""
         self.counter.end_step()
         if not self.policy.evicts:
             for store in self.stores():

@@ -107,7 +107,11 @@ class CompressedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Takes new keys and values ``[B, H, L, D]``; returns them tagged for :meth:`forward`."""
+        """Takes new keys and values ``[B, H, L, D]``.
+
+        Returns:
+            Tensors tagged for :meth:`forward`: in a decode step those of the slots, else the same.
+        """
         is_eager = not torch.compiler.is_compiling()
         if is_eager:
             self.awaits_attention = True
@@ -346,10 +350,12 @@ class CompressedLayer(CacheLayerMixin):
         self.incoming: tuple[Tensor, Tensor] | None = None
 
     def _bind(self, bound: BoundPolicy) -> None:
-        if self.store is not None and self.store.bound.policy == bound.policy:
-            self.store.bound = bound
+        store: Any = self.store
+        kind, settings = store_for(bound), (bound.policy, bound.eviction)
+        if type(store) is kind and (store.bound.policy, store.bound.eviction) == settings:
+            store.bound = bound
         else:
-            self.store = store_for(bound)(bound, attention_hook.Owner(self).tag)
+            self.store = kind(bound, attention_hook.Owner(self).tag)
 
 
 def _wants_weights(module: Any) -> bool:

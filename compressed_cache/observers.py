@@ -27,7 +27,7 @@ class ObservedCache(Protocol):
         ...
 
     def takes_step(self, tokens: int) -> bool:
-        """Whether a call with so many tokens is a decode step."""
+        """Whether a call with ``tokens`` tokens is a decode step."""
         ...
 
 
@@ -43,7 +43,7 @@ class Observer:
     not compile steps then."""
 
     def call_announced(self, cache: Any, tokens: int) -> None:
-        """A call is about to begin that reads so many tokens of each row.
+        """A call is about to begin that reads ``tokens`` tokens of each row.
 
         It is told where transformers asks for the size of the mask, outside of compiled graphs. Of
         one call, a model with several kinds of masks tells this several times.

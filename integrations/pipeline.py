@@ -159,7 +159,7 @@ class CompressedTextGenerationPipeline(Pipeline):
     def _read(self, contexts: Tensor, mask: Tensor, request: Request) -> "Timing":
         """Fills the cache."""
         from compressed_cache.telemetry import peaks
-        from compressed_cache.telemetry.marks import Mark, seconds_between
+        from compressed_cache.telemetry.timestamps import Timestamp, seconds_between
         from compressed_cache.telemetry.timing import finished
         from compressed_cache.versions import cache_argument
 
@@ -169,7 +169,7 @@ class CompressedTextGenerationPipeline(Pipeline):
             config, "prefill_chunk_size", None
         )
         peaks.restart()
-        began, end = Mark(), 0
+        began, end = Timestamp(), 0
         for ids in contexts.split(chunk or contexts.shape[1], dim=1):
             start, end = end, end + ids.shape[1]
             self.model(
@@ -180,7 +180,7 @@ class CompressedTextGenerationPipeline(Pipeline):
                 logits_to_keep=1,
                 **cache_argument(request.cache),
             )
-        (seconds,) = seconds_between([began, Mark()], self.model.device)
+        (seconds,) = seconds_between([began, Timestamp()], self.model.device)
         return finished(
             request.cache,
             device=self.model.device,

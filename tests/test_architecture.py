@@ -23,7 +23,7 @@ LEVELS = [
     ["policies"],
     ["step_counter", "stores"],
     ["snapshot", "observers", "hf"],
-    ["telemetry.peaks", "telemetry.marks", "telemetry.timing", "telemetry.timer"],
+    ["telemetry.peaks", "telemetry.timestamps", "telemetry.timing", "telemetry.timer"],
     ["drafting"],
     ["layer"],
     ["cache"],

@@ -3,11 +3,13 @@
 import copy
 import gc
 import resource
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
 from tests.conftest import distinct_tokens, held
@@ -270,3 +272,28 @@ def test_eager_attention_gives_the_same_tokens_and_positions(
     model.set_attn_implementation("sdpa")
     assert torch.equal(*tokens)
     assert positions[0] == positions[1]
+
+
+@pytest.mark.parametrize("rules", [dict(budget=[[10, 20], [12, 18]]), dict(budget=16, interval=4)])
+def test_after_reset_the_layers_are_those_of_the_next_model(
+    make_model: Callable[..., LlamaForCausalLM], rules: dict[str, Any]
+) -> None:
+    config = MistralConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=400,
+        sliding_window=16,
+    )
+    windowed, plain, ids = MistralForCausalLM(config).eval(), make_model(), distinct_tokens(1, 40)
+    used, fresh = (CompressedCache("streaming_llm", **rules) for _ in range(2))
+    windowed.generate(ids, past_key_values=used, max_new_tokens=4, do_sample=False)
+    used.reset()
+    texts = [_generate(plain, ids, cache, 20) for cache in (used, fresh)]
+    assert torch.equal(*texts)
+    for layer in range(2):
+        assert held(used, layer) == held(fresh, layer)
+    assert used.nbytes == fresh.nbytes

@@ -564,3 +564,13 @@ def test_continuous_batching_is_refused(model: LlamaForCausalLM) -> None:
         model.generate_batch(distinct_tokens(2, 20).tolist(), **argument)
     with pytest.raises(NotImplementedError, match="pages of its own, so a CompressedCache would"):
         model.generate(distinct_tokens(1, 20), cache_implementation="paged", **argument)
+
+
+def test_a_policy_written_for_names_that_are_gone_is_told_the_new_ones() -> None:
+    with pytest.raises(TypeError) as error:
+        type("Old", (Policy,), {"num_queries": 4})
+    assert str(error.value) == (
+        "Old.num_queries is written otherwise now: needs = Needs(queries=...). See CHANGELOG.md."
+    )
+    view = Slots(*range(len(Slots._fields)))  # type: ignore[arg-type]
+    assert view.attention is view.attention_state and view.form is view.transform

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from bench.contenders import BASELINE, Generation
-from bench.kvpress import KvpressGeneration, Press
+from bench.kvpress import KvpressGeneration, PressSetting
 
 PYTHON = Path(sys.executable)
 
@@ -25,4 +25,4 @@ def test_a_text_goes_on_as_far_as_it_is_asked(model: LlamaForCausalLM) -> None:
 def test_a_process_that_ends_early_is_an_error(model: LlamaForCausalLM) -> None:
     like = Generation(BASELINE, model, batch=1, prompt=5)
     with pytest.raises(RuntimeError, match="ended early, with status 1"):
-        KvpressGeneration(PYTHON, Press("NoSuchPress", interval=16), like)
+        KvpressGeneration(PYTHON, PressSetting("NoSuchPress", interval=16), like)

@@ -291,7 +291,9 @@ def test_observed_attention_is_what_h2o_adds_up_over_age(
     age = num_tokens - torch.arange(num_tokens)
     for mean, total, rows in zip(caches[0].layers, caches[1].layers, weights, strict=True):
         order = mean.positions.argsort(dim=-1)[:, :, -num_tokens:]
-        scores = mean.scores(mean.held()).gather(-1, order)
+        scores = mean.store.scores(mean.store.view(mean.held())).gather(-1, order)
         expected = rows.unflatten(1, (2, 2)).mean(dim=2).sum(dim=2) / age
         torch.testing.assert_close(scores, expected.float())
-        torch.testing.assert_close(scores, total.attention.gather(-1, order) / age)
+        torch.testing.assert_close(
+            scores, total.store.tokens.attention_state.gather(-1, order) / age
+        )

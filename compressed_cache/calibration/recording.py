@@ -21,7 +21,7 @@ CHUNK = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record(Policy):
+class QueryRecorder(Policy):
     """Keeps every token and every query of a text."""
 
     evicts: ClassVar[bool] = False
@@ -73,7 +73,7 @@ def collect(
     totals: dict[int, Sums] = {}
     modules: dict[int, Any] = {}
     for piece in pieces:
-        record = Record(length=len(piece))
+        record = QueryRecorder(length=len(piece))
         cache = CompressedCache(record)
         named = {cache_parameter(model) or "past_key_values": cache}
         model(torch.tensor([piece], device=model.device), use_cache=True, **named)

@@ -1,4 +1,4 @@
-"""The one place where transformers' attention meets a compressed layer.
+"""The one place where transformers is changed: its attention meets compressed layers here.
 
 transformers hands new keys and values to ``cache.update`` and the queries to an attention function
 later, so a cache never sees a query. A compressed layer therefore returns tensors that carry a
@@ -82,7 +82,7 @@ def takes_all_arguments(loop: Loop) -> Loop:
     """Marks a loop for ``generate(custom_generate=...)`` that is given what transformers' own are.
 
     ``generate`` itself keeps ``streamer``, ``tokenizer``, ``assistant_model`` and ``synced_gpus``
-    from a callable without a word.
+    from a callable silently.
     """
     setattr(loop, _TAKES_ALL, True)
     return loop

@@ -1,4 +1,4 @@
-"""What a layer refuses, in words, before any work is done."""
+"""What a cache and its layers refuse, in words, before any work is done."""
 
 import functools
 import inspect
@@ -132,7 +132,7 @@ def check_prompt(lengths: Tensor, eviction: EvictionConfig, budget: int) -> None
 
 
 def check_text(seen: int, tokens: int) -> None:
-    """Raises ``ValueError`` if a text of so many tokens cannot go on with what was read."""
+    """Raises ``ValueError`` if a text of ``tokens`` tokens cannot go on with what was read."""
     if seen and tokens <= seen:
         raise ValueError(
             f"the text must begin with the {seen} tokens the cache has seen (padding included) and "

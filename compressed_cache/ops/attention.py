@@ -139,7 +139,7 @@ def attention_rows(
         query_positions: ``[B, L]`` int64, ``-1`` at padding. Padded queries give zero rows.
         positions: ``[B, H, S]`` or ``[B, 1, S]`` int64, ``-1`` where there is no token.
         transform: how logits become weights.
-        last: only the last so many queries; None for all.
+        last: how many of the last queries; None for all.
         window: how many tokens a query sees at most, its own included; None for all before it.
         see: what queries see in place of that.
 

@@ -35,7 +35,7 @@ class Rotary(NamedTuple):
     """What the model multiplies the rotated channels with on top (other than 1 with YaRN)."""
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """``x`` turned by so many tokens, without the scaling; negative ones turn back.
+        """``x`` turned by ``positions`` tokens, without the scaling; negative ones turn back.
 
         Args:
             x: ``[..., D]``.

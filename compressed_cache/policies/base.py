@@ -74,9 +74,9 @@ class Defaults(NamedTuple):
 class Policy:
     """Decides which tokens stay: a frozen dataclass of numbers with one function, :meth:`scores`.
 
-    A subclass declares its options as fields with defaults (``int``, ``float`` or ``bool``; types
-    are checked), says what it :attr:`needs` and implements :meth:`scores`. The cache applies
-    protection, writes the slots and keeps every tensor. What only some policies do is in
+    A subclass declares its options as fields with defaults (the types ``int``, ``float``, ``bool``
+    and ``str`` are checked), says what it :attr:`needs` and implements :meth:`scores`. The cache
+    applies protection, writes the slots and keeps every tensor. What only some policies do is in
     :mod:`compressed_cache.policies.capabilities`.
 
     Raises:

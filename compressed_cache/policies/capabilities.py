@@ -1,7 +1,7 @@
 """What only some policies do, each thing a protocol that is looked up where it is used.
 
-Whoever has the methods has the capability: nothing else is declared. A policy may be made of parts,
-and each part is shown what it would be shown on its own.
+Whoever has the methods has the capability; where it takes more, the protocol says so. A policy may
+be made of parts, and each part is shown what it would be shown on its own.
 """
 
 import functools
@@ -19,7 +19,7 @@ Capability = TypeVar("Capability")
 
 @runtime_checkable
 class WritesNotes(Protocol):
-    """Writes down numbers of each token as it comes in."""
+    """Writes down numbers of each token as it comes in, as many as it ``needs.notes``."""
 
     def note(self, tokens: Slots) -> Tensor:
         """The notes of new tokens.
@@ -159,7 +159,7 @@ class SharesBudget(Protocol):
 
 @runtime_checkable
 class SharesSlots(Protocol):
-    """Slots of a pool go to the head with the highest scores."""
+    """Slots go to the head with the highest scores; its ``store`` must be ``"pool"``."""
 
     @property
     def head_floor(self) -> float:
@@ -182,7 +182,8 @@ class LazyLayerConfig(NamedTuple):
 
 @runtime_checkable
 class HasLazyLayers(Protocol):
-    """Leaves slots of a layer empty in the rows whose prompt shows that few will do."""
+    """Leaves slots of a layer empty in the rows whose prompt shows that few will do; its ``store``
+    must be ``"lazy"``."""
 
     def lazy_layer(self, budget: int, protected: int) -> LazyLayerConfig:
         """When that is.

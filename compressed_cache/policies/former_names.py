@@ -13,6 +13,11 @@ REPLACED = {
     "kept_recent": "needs = Needs(recent=...)",
     "mixes_scores": "same_for_all_heads",
     "layout": "store",
+    "contiguous": "rerotates",
+    "prunes_channels": "the methods of PrunesChannels suffice",
+    "whole_keys": "recent_whole_keys",
+    "key_constants": "needs = Needs(whole_keys=...)",
+    "laziness": "lazy_layer",
 }
 
 

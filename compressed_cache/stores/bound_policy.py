@@ -69,7 +69,8 @@ class BoundPolicy:
         )
         self.is_same_for_all_heads = same_for_all_heads(policy)
         self.revises = any(isinstance(part, RevisesNotes) for part in policy.parts)
-        self.rerotates = find(policy, Rerotates) is not None
+        rerotating = find(policy, Rerotates)
+        self.rerotates = rerotating is not None and rerotating.rerotates
         self.merging = find(policy, MergesValues)
         self.pruning = find(policy, PrunesChannels)
         self.dropping = find_dropping(policy)

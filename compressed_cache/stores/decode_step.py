@@ -1,4 +1,6 @@
-"""The way of one token through a layer: rank, write, attend, observe."""
+"""The way of one token through a layer: fetch, rank, merge, write, attend, observe, count.
+
+Only some stores fetch, and only some policies merge."""
 
 from torch import Tensor
 

@@ -113,7 +113,7 @@ class LazyStore(SlotStore):
         return torch.where(self._is_lazy[:, None, None], recency, super().scores(slots))
 
     def lowest(self, steps: int, real: Tensor | None) -> Tensor:
-        """The open slots to overwrite in so many steps, ``[B, H, steps]``."""
+        """The open slots to overwrite in ``steps`` steps, ``[B, H, steps]``."""
         scores = self.ranked(real)
         return eviction.next_open_victims(
             self.tokens.positions != CLOSED,

@@ -158,7 +158,7 @@ class SlotMemory:
         return {**self.tokens._asdict(), **others} if self.sizes is not None else others
 
     def grow(self, tokens: int) -> None:
-        """Doubles the slots until so many tokens fit; where tokens are evicted, they do."""
+        """Doubles the slots until ``tokens`` tokens fit; where tokens are evicted, they do."""
         if self.bound.policy.evicts:
             return
         sizes, capacity = self.sizes, power_of_two(tokens)
@@ -249,5 +249,5 @@ class SlotMemory:
 
 
 def power_of_two(tokens: int) -> int:
-    """The smallest power of two, at least 256, that holds so many tokens."""
+    """The smallest power of two, at least 256, that holds ``tokens`` tokens."""
     return max(_SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length())

@@ -70,7 +70,7 @@ class OffloadedStore(SlotStore):
         return power_of_two(sum(self._regions(chunks)) + 1), chunks * chunk_size
 
     def grow(self, tokens: int) -> None:
-        """Doubles the slots until what is on the device of so many tokens fits."""
+        """Doubles the slots until what is on the device of ``tokens`` tokens fits."""
         if self.sizes is not None:
             super().grow(tokens - self.context_tokens + sum(self._regions(self._num_chunks)))
 

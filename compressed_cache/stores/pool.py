@@ -81,7 +81,7 @@ class PoolStore(SlotStore):
         return steps.index_select(2, self.phase).squeeze(2)
 
     def lowest(self, steps: int, real: Tensor | None) -> Tensor:
-        """The slots to give away in so many steps, ``[B, 1, steps * H]``."""
+        """The slots to give away in ``steps`` steps, ``[B, 1, steps * H]``."""
         scores, positions = self.ranked(real), self.held_positions()
         if self.bound.head_budgets:
             victims = eviction.next_open_victims(

@@ -105,7 +105,7 @@ class SlotStore(SlotMemory):
         return self.victims.index_select(2, self.phase)
 
     def lowest(self, steps: int, real: Tensor | None) -> Tensor:
-        """The slots to overwrite in so many steps, ``[B, H, steps]``."""
+        """The slots to overwrite in ``steps`` steps, ``[B, H, steps]``."""
         scores, positions = self.ranked(real), self.tokens.positions
         if steps == 1:
             return eviction.lowest_slot(scores, positions)

@@ -1,4 +1,4 @@
-"""What a run took and what it evicted, told without a word inside a decode step."""
+"""What a run took and what it evicted, recorded without touching the compiled step."""
 
 from compressed_cache.telemetry.measure import Measurement, measure
 from compressed_cache.telemetry.recorder import Recorder

@@ -10,8 +10,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from compressed_cache.cache import CompressedCache
 from compressed_cache.telemetry import peaks
-from compressed_cache.telemetry.marks import Mark, seconds_between
 from compressed_cache.telemetry.timer import Timer
+from compressed_cache.telemetry.timestamps import Timestamp, seconds_between
 from compressed_cache.telemetry.timing import Timing, finished, total
 from compressed_cache.versions import CACHE
 
@@ -90,10 +90,10 @@ class _Marks(LogitsProcessor):
     """Notes when there are logits, and leaves them as they are."""
 
     def __init__(self) -> None:
-        self.marks: list[Mark] = []
+        self.marks: list[Timestamp] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.marks.append(Mark())
+        self.marks.append(Timestamp())
         return scores
 
 
@@ -109,7 +109,7 @@ def _timed(
     cache = next((kwargs[name] for name in _NAMES if kwargs.get(name) is not None), None)
     before, evicted = _counts(cache)
     peaks.restart()
-    start = Mark()
+    start = Timestamp()
     if isinstance(cache, CompressedCache):
         result, steps = _announced(original, cache, args, kwargs)
     else:
@@ -135,7 +135,7 @@ def _timed(
 
 def _announced(
     original: Any, cache: CompressedCache, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, list[Mark]]:
+) -> tuple[Any, list[Timestamp]]:
     """The result, and where each step began and the last ended."""
     timer = Timer()
     cache.add_observer(timer)
@@ -144,12 +144,12 @@ def _announced(
     finally:
         cache.remove_observer(timer)
     # The first call reads what it is given, be it one token.
-    return result, [*(call.mark for call in timer.calls[1:] if call.is_step), Mark()]
+    return result, [*(call.mark for call in timer.calls[1:] if call.is_step), Timestamp()]
 
 
 def _processed(
     original: Any, cache: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Any, list[Mark]]:
+) -> tuple[Any, Any, list[Timestamp]]:
     """The result, the cache, and when there were the logits of each token."""
     marks = _Marks()
     own = kwargs.get("logits_processor") or []

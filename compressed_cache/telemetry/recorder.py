@@ -12,8 +12,8 @@ from compressed_cache.cache import CompressedCache
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.observers import Observer, Progress
 from compressed_cache.stores.inputs import AttentionInputs
-from compressed_cache.telemetry.lives import Lives
 from compressed_cache.telemetry.shadow import Shadow
+from compressed_cache.telemetry.token_lifetimes import TokenLifetimes
 from compressed_cache.telemetry.trace import FORMAT, LOSSES, TOKENS, Columns, Trace
 
 
@@ -111,7 +111,7 @@ class _Notes(Observer):
         self.reads_layers = reads_layers
         self.progress = Progress()
         self.step = 0
-        self.lives: dict[int, Lives] = {}
+        self.lives: dict[int, TokenLifetimes] = {}
         self._is_step: bool | None = None
         """Whether the call that began last is a decode step; None once it is settled."""
         self._shadows: dict[int, Shadow] = {}
@@ -146,7 +146,7 @@ class _Notes(Observer):
         for layer in cache.layers:
             if isinstance(layer, CompressedLayer) and layer.is_filled and not layer.is_sliding:
                 if layer.index not in self.lives:
-                    self.lives[layer.index] = Lives(layer)
+                    self.lives[layer.index] = TokenLifetimes(layer)
                 shadow = self._shadows.get(layer.index)
                 weights = None if shadow is None else shadow.weights
                 self.lives[layer.index].settle(layer, self.step, weights)

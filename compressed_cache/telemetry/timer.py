@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 from compressed_cache.observers import ObservedCache, Observer, Progress
 from compressed_cache.telemetry import peaks
-from compressed_cache.telemetry.marks import Mark, seconds_between
+from compressed_cache.telemetry.timestamps import Timestamp, seconds_between
 from compressed_cache.telemetry.timing import Timing, finished
 
 
-class Call(NamedTuple):
+class BegunCall(NamedTuple):
     """A call of the model that began."""
 
-    mark: Mark
+    mark: Timestamp
     tokens: int
     is_step: bool
 
@@ -34,7 +34,7 @@ class Timer(Observer):
         if not self.calls:
             peaks.restart()
         if self._progress.begins(cache, tokens):
-            self.calls.append(Call(Mark(), tokens, cache.takes_step(tokens)))
+            self.calls.append(BegunCall(Timestamp(), tokens, cache.takes_step(tokens)))
 
     def rearranged(self, cache: ObservedCache, what: str) -> None:
         """Begins anew with another text."""
@@ -77,4 +77,4 @@ class Timer(Observer):
 
     def _forget(self) -> None:
         self._progress = Progress()
-        self.calls: list[Call] = []
+        self.calls: list[BegunCall] = []

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from compressed_cache.integrations.harness.arguments import Press, take_press
+from compressed_cache.integrations.harness.arguments import PressArguments, take_press
 from compressed_cache.tasks.record import Reply
 
 OLDEST, TOO_NEW = (0, 4, 13), (0, 5)
@@ -24,7 +24,7 @@ _log = logging.getLogger("lm_eval.compressed_cache")
 class Session:
     """The compressed cache of one model object of the harness."""
 
-    def __init__(self, press: Press, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, press: PressArguments, arguments: Mapping[str, Any]) -> None:
         from compressed_cache.integrations.harness.meter import Meter
 
         self.press = press
@@ -60,7 +60,7 @@ def patch(model_class: Any) -> None:
     _patch_response_cache()
 
 
-def change_press(model: Any, press: Press) -> None:
+def change_press(model: Any, press: PressArguments) -> None:
     """Gives another press to a loaded model that has one, and a record that begins anew.
 
     Raises:
@@ -253,7 +253,7 @@ def _seeded(session: Session, context: Any) -> Iterator[None]:
         yield
 
 
-def _warn_without_eviction(press: Press, requests: Any, replies: list[Reply]) -> None:
+def _warn_without_eviction(press: PressArguments, requests: Any, replies: list[Reply]) -> None:
     if not press.make_cache().policy.evicts:
         return
     records: dict[str, list[Any]] = {}
@@ -288,7 +288,7 @@ def _patch_response_cache() -> None:
     CachingLM.__init__ = init
 
 
-def _digest(press: Press) -> str:
+def _digest(press: PressArguments) -> str:
     import compressed_cache
 
     described = {"version": compressed_cache.__version__, **press.describe()}

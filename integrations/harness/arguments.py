@@ -16,7 +16,7 @@ _RULES = ("budget", "interval", "sinks", "recent", "protect_prompt")
 
 
 @dataclass(frozen=True)
-class Press:
+class PressArguments:
     """A recipe for caches: every batch gets a fresh one.
 
     Named as in ``kv_press=``, the word users of kvpress know.
@@ -44,7 +44,7 @@ class Press:
         }
 
 
-def take_press(arguments: dict[str, Any]) -> Press | None:
+def take_press(arguments: dict[str, Any]) -> PressArguments | None:
     """Removes the ``kv_`` arguments from a model's arguments and checks them.
 
     Args:
@@ -81,7 +81,7 @@ def take_press(arguments: dict[str, Any]) -> Press | None:
         # The harness takes a comma for the end of an argument.
         options["budget"] = [_number(part) for part in budget.split("/")]
     _check_names(policy, options)
-    press = Press(policy, options)
+    press = PressArguments(policy, options)
     try:
         press.make_cache()
     except (TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from compressed_cache.eval.catalogue.entries import BUDGET, HEAD_DIM, Entry, Option
-from compressed_cache.eval.catalogue.presses import Press
+from compressed_cache.eval.catalogue.presses import PressEquivalent
 from compressed_cache.wording import markdown
 
 _WIDTH = 100
@@ -30,7 +30,7 @@ def full(entry: Entry) -> str:
     return "\n".join(lines)
 
 
-def press(row: Press) -> str:
+def press(row: PressEquivalent) -> str:
     """A row of the table of presses."""
     here = f"CompressedCache({row.here}, budget=...)" if row.here else "not here"
     lines = [f"{row.name}({row.arguments})  [{row.origin}]", _indented(here)]
@@ -79,7 +79,7 @@ def tables(policies: Sequence[Entry], modifiers: Sequence[Entry]) -> str:
     )
 
 
-def presses(rows: Sequence[Press]) -> str:
+def presses(rows: Sequence[PressEquivalent]) -> str:
     """The table of presses for the README, and how budgets are told."""
     cells = [
         [

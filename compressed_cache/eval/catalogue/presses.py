@@ -8,7 +8,7 @@ FORK = "fork"
 """https://github.com/minghui-liu/kvpress, the code beside https://arxiv.org/abs/2512.12008"""
 
 
-class Press(NamedTuple):
+class PressEquivalent(NamedTuple):
     """A press. Without ``here`` there is no counterpart, and ``note`` says why."""
 
     origin: str
@@ -21,8 +21,8 @@ class Press(NamedTuple):
 
 
 # What a user of kvpress types for the budget is told once, beside the table.
-PRESSES: tuple[Press, ...] = tuple(
-    Press(KVPRESS, *row)
+PRESSES: tuple[PressEquivalent, ...] = tuple(
+    PressEquivalent(KVPRESS, *row)
     for row in (
         (
             "AdaKVPress",
@@ -237,7 +237,7 @@ PRESSES: tuple[Press, ...] = tuple(
         ("TOVAPress", "", '"tova"'),
     )
 ) + tuple(
-    Press(FORK, *row)
+    PressEquivalent(FORK, *row)
     for row in (
         ("AttentionCapPress", "attention_cap=0.5", "", "changes the attention, not the cache"),
         (

@@ -136,7 +136,7 @@ class Exam:
 
 
 def rows(exam: Exam, planned: Sequence[Setting], *, workers: int, threads: int) -> Iterator[Row]:
-    """Rows in the order planned, measured by so many processes of so many threads each."""
+    """Rows in the order planned, measured by ``workers`` processes of ``threads`` threads."""
     if workers == 1:
         torch.set_num_threads(threads)
         yield from map(exam.take, planned)

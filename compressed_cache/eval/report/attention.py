@@ -10,12 +10,12 @@ from compressed_cache.eval.report.parts import Part, drawn
 from compressed_cache.eval.report.svg import Picture
 from compressed_cache.eval.report.tables import Column, table
 from compressed_cache.eval.report.tables import field as column
-from compressed_cache.eval.report.traces import Head, Losses, Trace
+from compressed_cache.eval.report.traces import Head, Losses, TraceFile
 
 _STEPS_DRAWN = 100
 
 
-def retention(trace: Trace) -> Part:
+def retention(trace: TraceFile) -> Part:
     """What each head of some layers holds over time."""
     pictures = []
     for head in trace.heads:

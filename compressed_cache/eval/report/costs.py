@@ -7,7 +7,7 @@ from typing import Any
 
 from compressed_cache.eval.report.benches import Bench
 from compressed_cache.eval.report.figures import Curve
-from compressed_cache.eval.report.inputs import Timing
+from compressed_cache.eval.report.inputs import TimingFile
 from compressed_cache.eval.report.parts import Part, drawn
 from compressed_cache.eval.report.tables import Column, table
 from compressed_cache.eval.report.tables import field as column
@@ -114,7 +114,7 @@ def memory(bench: Bench) -> Iterator[Part]:
             )
 
 
-def timings(timings: list[Timing]) -> list[Part]:
+def timings(timings: list[TimingFile]) -> list[Part]:
     """How long the steps of single generations took."""
     if not timings:
         return []

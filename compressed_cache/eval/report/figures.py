@@ -133,7 +133,7 @@ def retention(share: np.ndarray, *, steps: int, positions: int, prompt: int) -> 
         share: of the positions under each pixel, how many are held; NaN where there are none yet.
         steps: the last step.
         positions: of the text at the last step.
-        prompt: so many of them are the prompt's.
+        prompt: how many of them are the prompt's.
     """
     figure, axes = _figure({})
     held, evicted = np.array(to_rgb(HELD)), np.array(to_rgb(EVICTED))
@@ -237,7 +237,7 @@ def _scale(axes: Axes, at: Sequence[float], *, log: bool) -> None:
 
 
 def _apart(at: Iterable[float], *, log: bool) -> list[float]:
-    """So many of sorted values that their labels do not touch."""
+    """As many of the sorted values as have labels that do not touch."""
     values = list(at)
     places = np.log(values) if log else np.asarray(values, dtype=float)
     gap = 0.17 * (places[-1] - places[0])

@@ -14,7 +14,7 @@ from compressed_cache import telemetry
 from compressed_cache.eval.report import rows, traces
 from compressed_cache.eval.report.benches import Bench
 from compressed_cache.eval.report.rows import Row
-from compressed_cache.eval.report.traces import Losses, Trace
+from compressed_cache.eval.report.traces import Losses, TraceFile
 from compressed_cache.eval.results import row as results
 from compressed_cache.eval.results.row import Result
 from compressed_cache.telemetry.trace import KEY, LOSSES, TOKENS
@@ -41,7 +41,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Timing:
+class TimingFile:
     """How long the steps of one generation took."""
 
     source: str
@@ -57,8 +57,8 @@ class Inputs:
     results: list[Result] = field(default_factory=list)
     """Those of the rows that come from sweeps, with the score of each document."""
     benches: list[Bench] = field(default_factory=list)
-    timings: list[Timing] = field(default_factory=list)
-    traces: list[Trace] = field(default_factory=list)
+    timings: list[TimingFile] = field(default_factory=list)
+    traces: list[TraceFile] = field(default_factory=list)
     losses: list[Losses] = field(default_factory=list)
 
 
@@ -118,7 +118,7 @@ def _read(inputs: Inputs, path: Path, name: str, layers: list[int] | None) -> No
         inputs.benches.append(bench)
     elif document.keys() >= _TIMING:
         inputs.sources.append(Source(name, "timing", {}, document.get("versions", {})))
-        inputs.timings.append(Timing(name, document))
+        inputs.timings.append(TimingFile(name, document))
     else:
         raise _unexpected(path, f"JSON with {', '.join(map(repr, document)) or 'nothing'}")
 

@@ -64,7 +64,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Trace:
+class TraceFile:
     """The heads of some layers over one generation."""
 
     source: str
@@ -101,7 +101,9 @@ class Losses:
         return self.lost.shape[1]
 
 
-def read_trace(path: str, source: str, about: dict[str, Any], chosen: list[int] | None) -> Trace:
+def read_trace(
+    path: str, source: str, about: dict[str, Any], chosen: list[int] | None
+) -> TraceFile:
     """A trace, with the first row's heads of the chosen layers.
 
     Args:
@@ -124,7 +126,7 @@ def read_trace(path: str, source: str, about: dict[str, Any], chosen: list[int] 
     table = pq.read_table(path, filters=[("row", "=", ROW), ("layer", "in", chosen)])
     columns = {name: table[name].to_numpy() for name in table.column_names}
     prompt = columns["position"][columns["inserted"] == 0]
-    return Trace(
+    return TraceFile(
         source=source,
         about=about,
         layers=len(layers),

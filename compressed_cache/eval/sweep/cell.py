@@ -21,7 +21,7 @@ from compressed_cache.eval.sweep import folder as files
 from compressed_cache.eval.sweep.plan import Cell, Plan
 from compressed_cache.eval.sweep.tasks import manager
 from compressed_cache.integrations.harness import adapter
-from compressed_cache.integrations.harness.arguments import Press
+from compressed_cache.integrations.harness.arguments import PressArguments
 from compressed_cache.integrations.harness.preflight import check_tasks
 
 PACKAGES = ("compressed-cache", "lm-eval", "torch", "transformers")
@@ -55,7 +55,7 @@ def take(plan: Plan, cell: Cell, folder: Path) -> bool:
 def _measure(plan: Plan, cell: Cell) -> tuple[Result, list[dict[str, Any]]]:
     started = time.perf_counter()
     model = _model(json.dumps({"pretrained": plan.pretrained} | plan.model_args), plan.batch_size)
-    press = Press(cell.policy, cell.cache_arguments)
+    press = PressArguments(cell.policy, cell.cache_arguments)
     adapter.change_press(model, press)
     run: dict[str, Any] = dict(
         tasks=[cell.task],

@@ -6,13 +6,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
-from compressed_cache.policies.methods.snapkv import causal, check_window, window_logits
+from compressed_cache.policies.methods.window_votes import (
+    WindowVotes,
+    causal,
+    window_logits,
+)
 from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finch(Policy):
+class Finch(WindowVotes):
     """Keeps what the question at the end of the prompt attends to.
 
     FINCH (https://doi.org/10.1162/tacl_a_00716), with the scores of kvpress' implementation: the
@@ -35,17 +38,6 @@ class Finch(Policy):
     normalize_scores: bool = True
     """Whether weights are multiplied by the number of held tokens their query sees (kvpress'
     default; the authors' code computes it and does not use it)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_window(self.window, 1)
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(queries=self.window)
-
-    def defaults(self, budget: int) -> Defaults:
-        return Defaults(interval=usual_interval(budget), recent=min(self.window, budget // 2))
 
     def scores(self, slots: Slots) -> Tensor:
         logits = window_logits(slots)

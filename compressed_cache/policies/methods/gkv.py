@@ -8,14 +8,18 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import pool_by_position
-from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, usual_interval
 from compressed_cache.policies.methods.rkv import check_mix, check_similarity, spared_redundancy
-from compressed_cache.policies.methods.snapkv import causal, check_window, window_logits
+from compressed_cache.policies.methods.window_votes import (
+    WindowVotes,
+    causal,
+    window_logits,
+)
 from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
-class GKV(Policy):
+class GKV(WindowVotes):
     """Trades attention, remembered with decay over all rankings, against redundancy of the keys.
 
     G-KV (https://arxiv.org/abs/2512.00504), in the form of the authors' code (microsoft/G-KV):
@@ -47,7 +51,6 @@ class GKV(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_window(self.window, self.kernel_size)
         check_mix(self.mix_lambda)
         check_similarity(self.similarity_threshold)
         if not 0 <= self.alpha <= 1:

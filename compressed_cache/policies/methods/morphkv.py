@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.policies.base import Defaults, Needs, Policy
-from compressed_cache.policies.methods.snapkv import check_window
+from compressed_cache.policies.methods.window_votes import check_window
 from compressed_cache.policies.view import AttentionRows, Slots
 
 

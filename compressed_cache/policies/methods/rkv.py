@@ -8,8 +8,8 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import pool_by_position
-from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
-from compressed_cache.policies.methods.snapkv import check_window, window_logits
+from compressed_cache.policies.base import Defaults, Needs, usual_interval
+from compressed_cache.policies.methods.window_votes import WindowVotes, window_logits
 from compressed_cache.policies.view import Slots
 
 _BLOCK_ROWS = 512
@@ -17,7 +17,7 @@ _BLOCK_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportanceAndRedundancy(Policy):
+class ImportanceAndRedundancy(WindowVotes):
     """What R-KV and its relatives share: a window that votes, and a redundancy to be subtracted."""
 
     window: int = 8
@@ -29,7 +29,6 @@ class ImportanceAndRedundancy(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_window(self.window, self.kernel_size)
         check_mix(self.mix_lambda)
 
     @property

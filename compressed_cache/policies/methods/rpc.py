@@ -8,13 +8,13 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import pool_by_position, sort_slots
-from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
-from compressed_cache.policies.methods.snapkv import check_window, window_logits
+from compressed_cache.policies.base import Defaults, usual_interval
+from compressed_cache.policies.methods.window_votes import WindowVotes, window_logits
 from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
-class RPC(Policy):
+class RPC(WindowVotes):
     """Keeps the prompt, and of the generated tokens what the last ``window`` queries attend to.
 
     Reasoning Path Compression (https://arxiv.org/abs/2505.13866). The attention of the last
@@ -46,13 +46,8 @@ class RPC(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_window(self.window, self.kernel_size)
         if self.compression and not self.compression > 1:
             raise ValueError(f"compression must be 0 or above 1, got {self.compression}")
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(queries=self.window)
 
     def defaults(self, budget: int) -> Defaults:
         interval = 1024 if self.compression else usual_interval(budget)

@@ -14,7 +14,7 @@ class SimLayerKV(Modifier):
     SimLayerKV, section 3 (https://arxiv.org/abs/2410.13846), its variant for the prompt. A layer is
     lazy if the last ``lazy_queries`` of the prompt give more than ``lazy_threshold`` of their
     attention, averaged over all heads, to the first ``lazy_sinks`` and the last ``lazy_recent``
-    tokens. It then holds so many tokens at most; in the other layers the policy before ``+``
+    tokens. It then holds no more tokens than these; in the other layers the policy before ``+``
     decides within the budget. A layer that is lazy in all rows of a batch takes that much less
     memory, and one that is lazy in some leaves the slots of these rows empty.
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import pool_by_position
-from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.methods.window_votes import WindowVotes, causal, window_logits
 from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(Policy):
+class SnapKV(WindowVotes):
     """Keeps what the last ``window`` queries attend to, smoothed over neighbouring tokens.
 
     SnapKV, section 4 (https://arxiv.org/abs/2404.14469), at prefill; while decoding the same score
@@ -34,17 +34,6 @@ class SnapKV(Policy):
     kernel_size: int = 5
     """Odd width of the average pooling, in held tokens; 1 switches it off."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_window(self.window, self.kernel_size)
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(queries=self.window)
-
-    def defaults(self, budget: int) -> Defaults:
-        return Defaults(interval=usual_interval(budget), recent=min(self.window, budget // 2))
-
     def scores(self, slots: Slots) -> Tensor:
         logits = window_logits(slots)
         visible = causal(slots)[:, :, None]
@@ -53,22 +42,3 @@ class SnapKV(Policy):
         return pool_by_position(
             votes.mean(dim=2), slots.positions, kernel_size=self.kernel_size, reduce="mean"
         )
-
-
-def check_window(window: int, kernel_size: int) -> None:
-    """Raises ``ValueError`` for a window or a pooling width that cannot work."""
-    if window < 1:
-        raise ValueError(f"window must be >= 1, got {window}")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd and >= 1, got {kernel_size}")
-
-
-def window_logits(slots: Slots) -> Tensor:
-    """Logits of the last ``W`` queries: ``[B, H, G, W, S]`` float32, nothing masked."""
-    return slots.transform.logits(slots.queries, slots.keys.unsqueeze(2)).float()
-
-
-def causal(slots: Slots) -> Tensor:
-    """Which held tokens each of the last ``W`` queries may see: ``[B, H, W, S]`` bool."""
-    held = slots.positions[:, :, None, :]
-    return (held >= 0) & (held <= slots.query_positions[:, None, :, None])

@@ -8,9 +8,13 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import keep_best
-from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, usual_interval
 from compressed_cache.policies.draws import check_seed, token_hash, uniform
-from compressed_cache.policies.methods.snapkv import causal, check_window, window_logits
+from compressed_cache.policies.methods.window_votes import (
+    WindowVotes,
+    causal,
+    window_logits,
+)
 from compressed_cache.policies.view import Slots
 
 _LARGE = 1e9
@@ -18,7 +22,7 @@ _LARGE = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaSE(Policy):
+class VaSE(WindowVotes):
     """Keeps the values of largest range, and draws the others in proportion to their attention.
 
     VaSE (https://arxiv.org/abs/2606.03928), with attention. Among the tokens that can be evicted,
@@ -48,7 +52,6 @@ class VaSE(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_window(self.window, 1)
         check_seed(self.seed)
         if not 0 <= self.large_share <= 1:
             raise ValueError(f"large_share must be from 0 to 1, got {self.large_share}")

@@ -9,7 +9,7 @@ from compressed_cache.layer import CompressedLayer
 from compressed_cache.telemetry.trace import Columns
 
 
-class Lives:
+class TokenLifetimes:
     """What became of the tokens of one layer, kept by position, not by slot.
 
     So it does not matter where a layout has a token, or that it moves.

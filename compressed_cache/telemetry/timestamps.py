@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 
-class Mark:
+class Timestamp:
     """A moment: on the host, and on the current CUDA stream where there is one."""
 
     def __init__(self) -> None:
@@ -18,7 +18,7 @@ class Mark:
             self.event.record()
 
 
-def seconds_between(marks: Sequence[Mark], device: torch.device) -> list[float]:
+def seconds_between(marks: Sequence[Timestamp], device: torch.device) -> list[float]:
     """Seconds from each to the next, of the device; waits until it has passed the last."""
     pairs = list(pairwise(marks))
     if device.type != "cuda":
