@@ -234,6 +234,12 @@ def test_a_row_that_ended_cannot_be_shown_as_text(model: Any) -> None:
     mask[:, :30] = _padded()["attention_mask"]
     with pytest.raises(ValueError, match="must hide what was read as padding, of rows that had"):
         _generate(model, cache, input_ids=ids, attention_mask=mask)
+    # Not even one more token than the shortest answer has.
+    mask[:, 30:-7] = text[:, 30:] != 0
+    row = int(mask.sum(dim=1).argmin())
+    mask[row, 30 + int((text[row, 30:] != 0).sum())] = 1
+    with pytest.raises(ValueError, match=f"it shows 1 such tokens of row {row}"):
+        _generate(model, cache, input_ids=ids, attention_mask=mask)
 
 
 def test_a_prompt_of_embeddings(model: Any) -> None:

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.mutants import FOUND, MUTANTS, problems
+from tests.mutants import FOUND, MUTANTS, problems, was_caught
 
 
 def test_each_mutant_changes_one_place() -> None:
@@ -12,5 +12,4 @@ def test_each_mutant_changes_one_place() -> None:
 def test_each_mutant_was_caught() -> None:
     """When it was last run; a new one is run before it is committed."""
     found = json.loads(FOUND.read_text())
-    caught = [one.name for one in MUTANTS if "::" in (found[one.name]["caught_by"] or "")]
-    assert caught == [one.name for one in MUTANTS]
+    assert not [one.name for one in MUTANTS if not was_caught(found.get(one.name))]

@@ -14,6 +14,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from compressed_cache import POLICIES, CompressedCache
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
+from tests.families import FAMILIES
 from tests.grids import alternating
 from tests.kinds import KINDS
 
@@ -270,6 +271,25 @@ text = torch.load(folder + "/text.pt")
 out = model.generate(text, past_key_values=cache, max_new_tokens=12, do_sample=False)
 torch.save(out, folder + "/out.pt")
 """
+
+
+@pytest.mark.parametrize("name", ["Gemma 2", "GPT-OSS"])
+def test_a_file_knows_padding_and_how_logits_become_weights(name: str, tmp_path: Path) -> None:
+    """Soft-capped logits, learned sinks and sliding windows; a turn that begins with padding."""
+    (family,) = (family for family in FAMILIES if family.name == name)
+    model, ids = family.make(), distinct_tokens(2, 50) % 150 + 1
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[1, 30:34] = 0
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    caches = [CompressedCache("h2o", 16)]
+    with torch.no_grad():
+        for start, end in ((0, 30), (30, 49), (49, 50)):
+            inputs = dict(attention_mask=mask[:, :end], position_ids=places[:, start:end])
+            logits = [model(ids[:, start:end], past_key_values=c, **inputs).logits for c in caches]
+            assert torch.equal(logits[0], logits[-1])
+            if not start:
+                caches[0].save(tmp_path / "cache.safetensors")
+                caches.append(CompressedCache.load(tmp_path / "cache.safetensors"))
 
 
 @pytest.mark.parametrize("policy", ["random", "snapkv"])
