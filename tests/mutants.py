@@ -464,7 +464,7 @@ MUTANTS = (
         "ops/rings.py",
         "return found.clamp(max=window - 1), found < window",
         "return found.clamp(max=window - 1), found <= window",
-        "test_masks.py -k '(rows_that_end_early or were_read_as_text) and not adakv'",
+        "test_masks.py -k queries_of_hidden",
     ),
     # Tokens.
     Mutant(
@@ -717,7 +717,7 @@ MUTANTS = (
         "stores/memory.py",
         "self.query_positions.copy_(own.gather(1, place).masked_fill(~found, -1))",
         "self.query_positions.copy_(own.gather(1, place))",
-        "test_masks.py -k 'rows_that_end_early or were_read_as_text'",
+        "test_masks.py -k queries_of_hidden",
     ),
     Mutant(
         "prompts are not protected",
@@ -753,7 +753,7 @@ MUTANTS = (
         "stores/prefill.py",
         "saw = (count > 0)",
         "saw = (count >= 0)",
-        "test_masks.py test_turns.py -k 'padded_second or rows_that_end_early'",
+        "test_masks.py -k 'rows_that_end_early and (tova or morphkv)'",
     ),
     Mutant(
         "every prompt is protected, not only the first",
@@ -963,7 +963,7 @@ MUTANTS = (
         "policies/eviction_config.py",
         "        room -= sinks\n",
         "",
-        "test_errors.py test_cache.py -k 'default or bad_arg or budget'",
+        "test_errors.py -k defaults_leave_room",
     ),
     Mutant(
         "a budget without a free slot is taken",

@@ -182,6 +182,23 @@ def test_what_was_hidden_cannot_be_shown_again(model: Any) -> None:
     _call(model, cache, distinct_tokens(1, 3, seed=2), mask)
 
 
+def test_queries_of_hidden_tokens_are_forgotten(model: Any) -> None:
+    cache, ids, mask = CompressedCache("snapkv", 32, window=4), distinct_tokens(1, 13), [1] * 13
+    mask[9:11] = [0, 0]
+
+    def ring() -> dict[int, Tensor]:
+        store = cache.layers[1].store
+        places = store.query_positions[0].tolist()
+        return dict(zip(places, store.queries[0].clone().unbind(dim=2), strict=True))
+
+    _call(model, cache, ids[:, :12])
+    before = ring()
+    _call(model, cache, ids[:, 12:], torch.tensor([mask]))
+    after = ring()
+    assert sorted(after) == [-1, 8, 9, 10]
+    assert torch.equal(after[8], before[8]) and torch.equal(after[9], before[11])
+
+
 def test_a_prompt_off_the_device_cannot_be_hidden_in_part(model: Any) -> None:
     cache = _cache("shadowkv")
     _call(model, cache, distinct_tokens(1, 12))
@@ -352,7 +369,7 @@ def _turns(
 
 
 CALLS = [24, *[1] * 12, 9, *[1] * 10, 5]
-ENDED = [[6, 4], [12, 10], [1, 9]]
+ENDED = [[6, 4], [12, 10], [1, 9], [3, 10]]
 """Of each row, how many tokens both answers have."""
 POLICIES_OF_ROWS = [
     *SLOT_POLICIES,
@@ -364,12 +381,13 @@ POLICIES_OF_ROWS = [
 
 
 def _conversation() -> tuple[Tensor, Tensor]:
-    """Three rows: left padding, answers padded behind their ends, a second prompt padded too."""
-    ids, real = distinct_tokens(3, sum(CALLS)), torch.ones(3, sum(CALLS)).bool()
+    """Rows with left padding, answers padded behind their ends, and a second prompt padded too,
+    which the last row does not have at all."""
+    ids, real = distinct_tokens(4, sum(CALLS)), torch.ones(4, sum(CALLS)).bool()
     for row, (first, second) in enumerate(ENDED):
         real[row, : 5 * row] = False
         real[row, 24 + first : 36] = False
-        real[row, 36 : 36 + 2 * row] = False
+        real[row, 36 : 36 + 3 * row] = False
         real[row, 45 + second : 55] = False
     return ids, real
 
@@ -392,7 +410,7 @@ def test_rows_that_end_early_are_what_they_are_alone(
     name, options = _options(policy, interval)
     batch = CompressedCache(name, **options)
     together = _turns(model, batch, ids, real, CALLS)
-    for row in range(3):
+    for row in range(len(ENDED)):
         alone = CompressedCache(name, **options)
         own, calls, compared = real[row], [], []
         start = 0
