@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
+import pytest
+
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Few combinations, one value of each axis, in which any two values of two axes meet.
@@ -23,6 +25,15 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
 def alternating(names: Iterable[Any], values: Sequence[Any]) -> list[tuple[Any, Any]]:
     """Each name with one of the values, in turn."""
     return [(name, values[number % len(values)]) for number, name in enumerate(names)]
+
+
+def slow_but(quick: Iterable[str], cases: Iterable[Any]) -> list[Any]:
+    """Cases, all of them slow but those that begin with one of these names."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    names = set(quick)
+    return [
+        pytest.param(*case, marks=[] if case[0] in names else pytest.mark.slow) for case in cases
+    ]
 
 
 def _pairs(point: tuple[int, ...]) -> set[Any]:

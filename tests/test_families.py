@@ -75,6 +75,7 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(
                 assert held(batch, layer, row) == held(alone, layer)
 
 
+@pytest.mark.slow
 def test_compiled_gives_the_tokens_of_eager_in_one_graph(model: object, family: Family) -> None:
     if not family.compiles:
         pytest.skip("transformers has code of it that cannot be compiled")
@@ -103,6 +104,7 @@ def _check_compiled(model: object, *, budget: int, sample: bool) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_layers_compiled_once_give_the_tokens_of_eager(family: Family) -> None:
     if not family.compiles_layers:
         pytest.skip("its layers differ in what they are given")

@@ -21,7 +21,7 @@ from compressed_cache.ops.tokens import Sizes
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens
-from tests.grids import pairwise
+from tests.grids import pairwise, slow_but
 from tests.kinds import KINDS
 
 pytest.importorskip("triton")
@@ -361,6 +361,16 @@ def test_generation_is_the_same_with_and_without(
     fused, fused_positions = generate(model, policy, disable_compile=True)
     assert torch.equal(text, fused)
     assert all(map(torch.equal, positions, fused_positions))
+
+
+# Nothing is recorded, or sums, or weights; scores are of this step or of an earlier one; notes.
+@pytest.mark.parametrize("policy", slow_but(["h2o"], ["random", "h2o", "tova", "snapkv", "gkv"]))
+def test_compiled_generation_is_the_same_with_and_without(
+    policy: str, model: LlamaForCausalLM, served: Callable[[bool], None]
+) -> None:
+    served(False)
+    text, positions = generate(model, policy, disable_compile=True)
+    served(True)
     torch._dynamo.reset()
     backend = CountingBackend()
     fused, fused_positions = generate(model, policy, compile_config=compiled(backend))

@@ -14,7 +14,7 @@ from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES, VOCABULARY, Family
-from tests.grids import alternating
+from tests.grids import alternating, slow_but
 
 NAMES = (
     "snapkv+chunkkv",
@@ -63,7 +63,11 @@ def _padded(length: int) -> torch.Tensor:
     return ids
 
 
-@pytest.mark.parametrize(("name", "steps"), alternating(NAMES, [(1, 1), (4, 2)]), ids=str)
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    slow_but(["h2o+merging", "rkv+chunkkv"], alternating(NAMES, [(1, 1), (4, 2)])),
+    ids=str,
+)
 def test_generate_compiles_once_and_never_again(
     model: LlamaForCausalLM, backend: CountingBackend, name: str, steps: tuple[int, int]
 ) -> None:
@@ -80,6 +84,7 @@ def test_generate_compiles_once_and_never_again(
 
 
 # One with each modifier that does something in a step.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES[-4:])
 def test_layers_are_compiled_once(
     make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend, name: str
