@@ -351,7 +351,9 @@ def generate(model: LlamaForCausalLM, policy: str, **options: Any) -> tuple[Tens
     return text, [layer.positions.clone() for layer in cache.layers]
 
 
-@pytest.mark.parametrize("policy", [name for name in KINDS if name != "full"])
+@pytest.mark.parametrize(
+    "policy", slow_but(["h2o", "snapkv"], (name for name in KINDS if name != "full"))
+)
 def test_generation_is_the_same_with_and_without(
     policy: str, model: LlamaForCausalLM, served: Callable[[bool], None]
 ) -> None:

@@ -143,6 +143,7 @@ def test_the_budget_holds_and_protected_tokens_stay(
         assert set(head) >= set(range(max(0, seen - 1 - rules.recent), seen))
 
 
+@pytest.mark.slow
 @every(12)
 @given(make=caches(), lengths=lengths, seed=seeds)
 def test_compiled_is_eager(
