@@ -292,6 +292,7 @@ def test_a_file_knows_padding_and_how_logits_become_weights(name: str, tmp_path:
                 caches.append(CompressedCache.load(tmp_path / "cache.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["random", "snapkv"])
 def test_another_process_goes_on_from_a_file(model: Any, policy: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
