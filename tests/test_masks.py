@@ -369,7 +369,7 @@ def _turns(
 
 
 CALLS = [24, *[1] * 12, 9, *[1] * 10, 5]
-ENDED = [[6, 4], [12, 10], [1, 9], [3, 10]]
+ENDED = [[6, 4], [12, 10], [1, 9], [11, 10]]
 """Of each row, how many tokens both answers have."""
 POLICIES_OF_ROWS = [
     *SLOT_POLICIES,
