@@ -6,13 +6,17 @@ TRITON ?= 3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench readme compat core clean
+.PHONY: demo test quick lint bench readme compat core clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m compressed_cache demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup
+
+# What a change is tested with while it is made; `make test` is for what is to be merged.
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

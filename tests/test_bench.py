@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaForCausalLM
 
@@ -71,6 +72,7 @@ def test_keys_that_are_not_repeated_give_the_same_tokens(model: LlamaForCausalLM
         model.set_attn_implementation(implementation)
 
 
+@pytest.mark.slow
 def test_the_last_line_is_one_json_document(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "bench/test_capacity.py", "--benchmark-only", "-q"]
     # A worker of xdist would pass on that it is one.

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from compressed_cache import CompressedCache
 from compressed_cache.integrations.harness.arguments import take_press
 from compressed_cache.policies import statistics_file as files
+from compressed_cache.policies.budgets import is_per_head
 from compressed_cache.policies.methods.duo_attention import DuoAttention
 from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.policies.methods.pyramidkv import PyramidKV
 from compressed_cache.reasoner import MODEL_PATH
 from tests.compiling import CountingBackend, compiled
+from tests.grids import pairwise
 from tests.reference.comparison import NUM_STEPS, OPTIONS, assert_agree, distinct_tokens, make_model
 from tests.reference.llama import ReferenceLlama
 from tests.reference.policies import POLICIES, Rules, Score, View, snapkv
@@ -41,18 +44,14 @@ def pyramid(budget: int, num_layers: int, protected: int, beta: int) -> list[int
     return [protected + slots for slots in budgets]
 
 
-@pytest.mark.parametrize("protected", [0, 8, 32])
-@pytest.mark.parametrize("num_layers", [2, 3, 4, 28])
-@pytest.mark.parametrize("budget", [33, 64, 127, 256])
-def test_budgets_of_pyramidkv_fall_on_a_line_and_sum_to_those_of_a_uniform_one(
-    budget: int, num_layers: int, protected: int
-) -> None:
+def test_budgets_of_pyramidkv_fall_on_a_line_and_sum_to_those_of_a_uniform_one() -> None:
     policy = PyramidKV()
-    budgets = policy.budgets(budget, 8, protected, LlamaConfig(num_hidden_layers=num_layers))
-    assert budgets == pyramid(budget, num_layers, protected, beta=20)
-    assert sum(budgets) == num_layers * budget
-    assert budgets == sorted(budgets, reverse=True)
-    assert min(budgets) > protected
+    for budget, num_layers, protected in product((33, 64, 127, 256), (2, 3, 4, 28), (0, 8, 32)):
+        budgets = policy.budgets(budget, 8, protected, LlamaConfig(num_hidden_layers=num_layers))
+        assert budgets == pyramid(budget, num_layers, protected, beta=20)
+        assert sum(budgets) == num_layers * budget
+        assert budgets == sorted(budgets, reverse=True)
+        assert min(budgets) > protected
 
 
 @pytest.mark.parametrize("interval", [1, 3])
@@ -170,9 +169,9 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("interval", [1, 3, 13])
-@pytest.mark.parametrize("floor", [0.0, 0.2, 0.75, 1.0])
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(
+    ("name", "floor", "interval"), pairwise([*ATTENTION], [0.0, 0.2, 0.75, 1.0], [1, 3, 13])
+)
 def test_adakv_keeps_the_tokens_of_the_reference(
     precise_model: LlamaForCausalLM,
     reference: ReferenceLlama,
@@ -191,6 +190,17 @@ def test_adakv_keeps_the_tokens_of_the_reference(
         options={"floor": floor, **ATTENTION[name]},
         floor=floor,
     )
+
+
+@pytest.mark.parametrize(
+    ("budget", "floor", "tokens"), [(14, 0.2, 3), (100, 0.07, 7), (10, 0.0, 0), (10, 1.0, 10)]
+)
+def test_the_floor_of_a_head_is_rounded_up_from_what_was_written(
+    precise_model: LlamaForCausalLM, budget: int, floor: float, tokens: int
+) -> None:
+    cache = CompressedCache("h2o+adakv", budget, floor=floor, recent=0)
+    precise_model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    assert [layer.store.bound.floor for layer in cache.layers] == [tokens, tokens]
 
 
 @pytest.mark.parametrize("interval", [1, 3, 13])
@@ -258,6 +268,11 @@ def test_a_pool_has_the_slots_of_a_uniform_budget_and_keeps_them(name: str, prom
         assert held <= slots
         assert all(token + prompt in head for layer in positions(cache) for head in layer[0])
     assert held == slots
+    budget = cache.eviction.budget
+    if is_per_head(budget):
+        assert [[len(head) for head in layer[0]] for layer in positions(cache)] == [
+            *map(list, budget)
+        ]
     assert cache.nbytes == before
     assert addresses == [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors()]
 

@@ -1,9 +1,10 @@
 """Policies made of others."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from transformers import LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
 from compressed_cache.policies import MODIFIERS, make_policy, option_names
+from compressed_cache.policies.base import Needs, Policy
 from compressed_cache.policies.methods.caote import CAOTE
 from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.policies.methods.snapkv import SnapKV
 from compressed_cache.policies.prefill_decode import PrefillDecode
+from compressed_cache.policies.view import Slots
+from tests.conftest import held
 from tests.reference import policies as reference_policies
 from tests.reference.comparison import (
     assert_same_kept,
@@ -120,6 +124,70 @@ def test_each_phase_has_its_own_scorer(
     trace = reference.generate(text[:length], steps, score=score, rules=rules, forced=text[length:])
     assert_same_kept(trace, watch, 0)
     assert_same_logits(trace, watch, 0, tolerance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notes(Policy):
+    """Notes positions and multiples of them, and says whether it is shown its own."""
+
+    width: ClassVar[int]
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(queries=self.width, notes=self.width)
+
+    def note(self, tokens: Slots) -> torch.Tensor:
+        return tokens.positions.float()[..., None] * self._factors
+
+    def scores(self, slots: Slots) -> torch.Tensor:
+        held = slots.positions >= 0
+        expected = slots.positions.float()[..., None] * self._factors
+        assert torch.equal(slots.notes[held], expected[held])
+        newest = slots.next_position[:, None] - 1 - torch.arange(self.width)
+        assert torch.equal(slots.query_positions.sort(dim=1, descending=True).values, newest)
+        assert slots.queries.shape[3] == self.width
+        return slots.positions.float()
+
+    @property
+    def _factors(self) -> torch.Tensor:
+        return torch.arange(1, 1 + self.width).float() * self.width
+
+
+class Two(Notes):
+    width = 2
+
+
+class Three(Notes):
+    width = 3
+
+
+@pytest.mark.parametrize(("prompt", "decoding"), [(Two, Three), (Three, Two)])
+def test_each_part_is_shown_its_own_notes_and_as_many_queries_as_it_asks_for(
+    precise_model: LlamaForCausalLM, prompt: type[Policy], decoding: type[Policy]
+) -> None:
+    cache = CompressedCache(PrefillDecode(prompt=prompt(), decoding=decoding()), 12)
+    ids = torch.tensor([distinct_tokens(24, seed=7)])
+    with torch.no_grad():
+        for part in ids.split([18, *[1] * 6], dim=1):
+            precise_model(part, past_key_values=cache)
+    assert cache.evicted_tokens == 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropsAll(H2O):
+    drops: ClassVar[bool] = True
+
+    def dropped(self, slots: Slots, scores: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(scores, dtype=torch.bool)
+
+
+def test_a_policy_cannot_drop_what_is_protected(precise_model: LlamaForCausalLM) -> None:
+    cache = CompressedCache(DropsAll(), 16, sinks=2, recent=4)
+    ids = torch.tensor([distinct_tokens(24, seed=8)])
+    with torch.no_grad():
+        for part in ids.split([12, *[1] * 12], dim=1):
+            precise_model(part, past_key_values=cache)
+    assert held(cache, 0) == [[0, 1, *range(19, 24)]] * 2
 
 
 def test_a_cache_of_a_combination_goes_on_from_a_file(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES
+from tests.grids import alternating, slow_but
+from tests.kinds import KINDS
 
 
 @pytest.fixture
@@ -27,16 +30,25 @@ def _generate(model: LlamaForCausalLM, ids: torch.Tensor, cache: object, **more:
     return model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False, **more)
 
 
-@pytest.mark.parametrize(("interval", "graphs"), [(1, 1), (4, 2)])
-@pytest.mark.parametrize("policy", SLOT_POLICIES)
+# What a policy computes is the same at any interval, and what an interval changes is the same for
+# any policy but those that draw.
+INTERVALS = {
+    *alternating(SLOT_POLICIES, [(1, 1), (4, 2)]),
+    *product(("full", "random", "h2o", "vase"), [(1, 1), (4, 2)]),
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps"), slow_but(("h2o", "full", "tova"), sorted(INTERVALS)), ids=str
+)
 def test_generate_compiles_once_and_never_again(
     make_model: Callable[..., LlamaForCausalLM],
     backend: CountingBackend,
     policy: str,
-    interval: int,
-    graphs: int,
+    steps: tuple[int, int],
 ) -> None:
-    model = make_model()
+    """Steps: the interval, and how many graphs it needs."""
+    (interval, graphs), model = steps, make_model()
     cache = CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False)
     for prompt in (33, 33, 12, 50):
         ids = distinct_tokens(2, prompt)
@@ -129,6 +141,7 @@ def test_a_model_compiled_by_hand_gives_the_same_positions(
         assert held(caches[0], layer) == held(caches[1], layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["compressed", "static"])
 def test_no_limit_is_hit_where_a_model_compiled_by_hand_reads_prompts(
     make_model: Callable[..., LlamaForCausalLM],
@@ -183,20 +196,23 @@ def test_a_prompt_compiled_as_one_graph_is_refused_in_words_that_help(
             _generate(model, ids, cache, **options)
 
 
-@pytest.mark.parametrize(("interval", "graphs"), [(1, 1), (4, 2)])
-@pytest.mark.parametrize("policy", SLOT_POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "steps"),
+    slow_but(["h2o"], [*product(KINDS, [(1, 1)]), *product(("h2o", "snapkv", "random"), [(4, 2)])]),
+    ids=str,
+)
 def test_one_layer_is_compiled_for_all(
     make_model: Callable[..., LlamaForCausalLM],
     backend: CountingBackend,
     policy: str,
-    interval: int,
-    graphs: int,
+    steps: tuple[int, int],
 ) -> None:
-    model, ids = make_model(num_hidden_layers=4), distinct_tokens(2, 33)
+    interval, graphs = steps
+    model, ids = make_model(num_hidden_layers=3), distinct_tokens(2, 33)
 
     def generate(**more: object) -> tuple[torch.Tensor, list[list[list[int]]]]:
         cache = CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False)
-        return _generate(model, ids, cache, **more), [held(cache, layer) for layer in range(4)]
+        return _generate(model, ids, cache, **more), [held(cache, layer) for layer in range(3)]
 
     expected_tokens, expected_positions = generate()
     for _ in range(2):
@@ -210,7 +226,7 @@ def test_one_layer_is_compiled_for_all(
         # code.
         draws = policy in ("random", "random_prompt", "vase", "vase_dkv") and interval == 1
         differs = draws or hasattr(POLICIES[policy], "budgets")
-        assert len(backend.regions) == (0 if differs else 4)
+        assert len(backend.regions) == (0 if differs else 3)
         assert len(set(backend.regions)) <= 1
 
 

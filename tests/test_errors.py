@@ -22,6 +22,8 @@ from transformers import (
 from transformers.modeling_utils import AttentionInterface
 
 from compressed_cache import POLICIES, CompressedCache, Policy, Slots, decode
+from compressed_cache.policies import SLOT_POLICIES, make_policy
+from compressed_cache.policies.capabilities import needs_of
 from compressed_cache.policies.methods.rkv import RKV
 from compressed_cache.policies.methods.snapkv import SnapKV
 from compressed_cache.versions import cache_argument
@@ -155,6 +157,13 @@ def test_bad_arguments_are_named_before_any_work(
     with pytest.raises(error) as caught:
         CompressedCache(**arguments)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("policy", SLOT_POLICIES)
+def test_defaults_leave_room_in_any_budget(policy: str) -> None:
+    for budget in range(needs_of(make_policy(policy)).recent + 1, 40):
+        eviction = CompressedCache(policy, budget).eviction
+        assert eviction.sinks + eviction.recent < budget
 
 
 def test_postponed_annotations_are_checked_too() -> None:

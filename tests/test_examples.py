@@ -29,6 +29,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", RUNS)
 def test_an_example_prints_what_it_found_and_draws_it(
     command: str,

@@ -12,6 +12,7 @@ from tests.conftest import held
 from tests.families import FAMILIES, VOCABULARY, Family, table
 
 PADDING = (9, 2, 0)
+_OF_EACH_KIND = [one for one in FAMILIES if one.name in ("Llama 3", "Gemma 3", "Qwen3-Next")]
 NEW = 30
 
 
@@ -51,8 +52,9 @@ def test_a_budget_for_everything_gives_the_tokens_of_the_own_cache(
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("budget", [16, 40], ids=["prompt above", "prompt below"])
-@pytest.mark.parametrize("policy", ["h2o", "snapkv"])
+@pytest.mark.parametrize(
+    ("policy", "budget"), [("h2o", 16), ("snapkv", 40)], ids=["prompt above", "prompt below"]
+)
 def test_rows_of_a_padded_batch_are_what_they_are_alone(
     model: object, family: Family, policy: str, budget: int
 ) -> None:
@@ -73,13 +75,20 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(
                 assert held(batch, layer, row) == held(alone, layer)
 
 
-@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("budget", [16, 40], ids=["prompt above", "prompt below"])
-def test_compiled_gives_the_tokens_of_eager_in_one_graph(
-    model: object, family: Family, budget: int, sample: bool
-) -> None:
+@pytest.mark.slow
+def test_compiled_gives_the_tokens_of_eager_in_one_graph(model: object, family: Family) -> None:
     if not family.compiles:
         pytest.skip("transformers has code of it that cannot be compiled")
+    _check_compiled(model, budget=16, sample=False)
+
+
+@pytest.mark.parametrize("budget", [16, 40], ids=["prompt above", "prompt below"])
+@pytest.mark.parametrize("family", _OF_EACH_KIND, ids=lambda one: one.name, indirect=True)
+def test_compiled_gives_what_eager_samples(model: object, family: Family, budget: int) -> None:
+    _check_compiled(model, budget=budget, sample=True)
+
+
+def _check_compiled(model: object, *, budget: int, sample: bool) -> None:
     torch._dynamo.reset()
     backend = CountingBackend()
     expected = _generate(model, CompressedCache("h2o", budget), sample=sample)
@@ -95,6 +104,7 @@ def test_compiled_gives_the_tokens_of_eager_in_one_graph(
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_layers_compiled_once_give_the_tokens_of_eager(family: Family) -> None:
     if not family.compiles_layers:
         pytest.skip("its layers differ in what they are given")

@@ -91,6 +91,12 @@ def test_a_reset_cache_has_no_past(model: Any) -> None:
         loss = _loss(model, cache, ANSWER)
         loss.backward()
         cache.reset()
+    # Nor has its memory, where a prompt is a constant.
+    for _ in range(2):
+        with torch.no_grad():
+            model(PROMPT, **cache_argument(cache))
+        _loss(model, cache, ANSWER).backward()
+        cache.reset()
 
 
 def test_compiled_steps_refuse_too(model: Any) -> None:

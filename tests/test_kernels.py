@@ -21,6 +21,7 @@ from compressed_cache.ops.tokens import Sizes
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens
+from tests.grids import pairwise, slow_but
 from tests.kinds import KINDS
 
 pytest.importorskip("triton")
@@ -32,13 +33,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDS_CUDA = pytest.mark.skipif(
     DEVICE == "cpu", reason="the interpreter multiplies bfloat16 as if it were integers"
 )
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    pytest.param(torch.bfloat16, marks=[pytest.mark.gpu, NEEDS_CUDA]),
-]
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 RECENT, SEEN = 5, 500
+
+
+def in_each_dtype(*axes: list[Any]) -> list[Any]:
+    """Any two values of two axes, in float32 or float16, and again in bfloat16."""
+    bfloat16 = [
+        pytest.param(torch.bfloat16, *point, marks=[pytest.mark.gpu, NEEDS_CUDA])
+        for point in pairwise(*axes)
+    ]
+    return [*pairwise([torch.float32, torch.float16], *axes), *bfloat16]
 
 
 def softmax(logits: np.ndarray, sink: float | None = None) -> np.ndarray:
@@ -78,10 +83,15 @@ def make_step(
         [torch.randperm(SEEN, generator=generator)[:capacity] for _ in range(batch * heads)]
     )
     positions = positions.view(batch, heads, capacity)
+    # The oldest of the recent tokens would be the first to go.
+    oldest, own = capacity // 3, positions[-1, -1]
+    own[own == SEEN - RECENT] = own[oldest]
+    own[oldest] = SEEN - RECENT
     positions[0, 0, : capacity // 3] = -1
     scores = normal(batch, heads, capacity).float()
     scores[-1, -1, capacity // 2 :] = scores[-1, -1].min()
     scores[-1, 0, capacity // 2] = torch.nan
+    scores[-1, -1, oldest] = -100
     slot = torch.randint(0, capacity, (batch, heads, 1), generator=generator).to(DEVICE)
     counts = torch.full((batch, 3), SEEN).to(DEVICE)
     step = decode.Step(
@@ -98,6 +108,7 @@ def make_step(
         scores=None if record == "total" else scores,
         sinks=normal(heads * groups) if with_sinks else None,
     )
+    step.memory[-1, -1, oldest : oldest + 1] = 0
     # What an empty slot holds must never be read.
     step.keys[0, 0, : capacity // 3] = torch.nan
     step.values[0, 0, : capacity // 3] = torch.inf
@@ -164,12 +175,15 @@ def check_step(
         assert weights.numel() == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("record", ["nothing", "weights", "total"])
-@pytest.mark.parametrize("chooses", [True, False])
 @pytest.mark.parametrize(
-    "sizes", [(2, 2, 2, 40, 16, 16), (1, 2, 4, 300, 80, 64), (1, 1, 7, 130, 256, 256)], ids=str
+    ("dtype", "sizes", "chooses", "record", "splits"),
+    in_each_dtype(
+        [(2, 2, 2, 40, 16, 16), (1, 2, 4, 300, 80, 64), (1, 1, 7, 130, 256, 256)],
+        [True, False],
+        ["nothing", "weights", "total"],
+        [1, 3],
+    ),
+    ids=str,
 )
 def test_decode_step(
     sizes: tuple[int, ...], chooses: bool, record: str, splits: int, dtype: torch.dtype
@@ -218,11 +232,16 @@ def test_a_broken_key_spoils_its_own_head_only() -> None:
     torch.testing.assert_close(step.memory[0, 1], memory[0, 1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("sizes", [(3, 2, 2, 70, 16), (1, 1, 4, 130, 80), (2, 1, 1, 33, 256)])
-@pytest.mark.parametrize("way", ["kernel", "blocks", "rows"])
+@pytest.mark.parametrize(
+    ("dtype", "way", "sizes", "with_sinks", "softcap"),
+    in_each_dtype(
+        ["kernel", "blocks", "rows"],
+        [(3, 2, 2, 70, 16), (1, 1, 4, 130, 80), (2, 1, 1, 33, 256)],
+        [False, True],
+        [None, 2.0],
+    ),
+    ids=str,
+)
 def test_attention_sums(
     way: str,
     sizes: tuple[int, ...],
@@ -332,7 +351,9 @@ def generate(model: LlamaForCausalLM, policy: str, **options: Any) -> tuple[Tens
     return text, [layer.positions.clone() for layer in cache.layers]
 
 
-@pytest.mark.parametrize("policy", [name for name in KINDS if name != "full"])
+@pytest.mark.parametrize(
+    "policy", slow_but(["h2o", "snapkv"], (name for name in KINDS if name != "full"))
+)
 def test_generation_is_the_same_with_and_without(
     policy: str, model: LlamaForCausalLM, served: Callable[[bool], None]
 ) -> None:
@@ -342,6 +363,16 @@ def test_generation_is_the_same_with_and_without(
     fused, fused_positions = generate(model, policy, disable_compile=True)
     assert torch.equal(text, fused)
     assert all(map(torch.equal, positions, fused_positions))
+
+
+# Nothing is recorded, or sums, or weights; scores are of this step or of an earlier one; notes.
+@pytest.mark.parametrize("policy", slow_but(["h2o"], ["random", "h2o", "tova", "snapkv", "gkv"]))
+def test_compiled_generation_is_the_same_with_and_without(
+    policy: str, model: LlamaForCausalLM, served: Callable[[bool], None]
+) -> None:
+    served(False)
+    text, positions = generate(model, policy, disable_compile=True)
+    served(True)
     torch._dynamo.reset()
     backend = CountingBackend()
     fused, fused_positions = generate(model, policy, compile_config=compiled(backend))

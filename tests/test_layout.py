@@ -105,6 +105,7 @@ def test_a_further_prompt_sees_what_the_model_sees_of_keys_without_gaps(family: 
     )
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_do_not_drift(
     precise_model: LlamaForCausalLM, reference: ReferenceLlama, tolerance: float
 ) -> None:

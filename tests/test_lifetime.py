@@ -209,6 +209,7 @@ print(model.generate(more, **argument, max_new_tokens=6, do_sample=False).tolist
 """
 
 
+@pytest.mark.slow
 def test_another_process_goes_on(
     make_model: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import VOCABULARY, distinct_tokens, held
 from tests.families import FAMILIES, LINEAR, Family
+from tests.grids import pairwise
 
 NEW = 24
 SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=0.7, top_k=50, top_p=0.9)
@@ -111,8 +112,15 @@ def test_rows_end_at_different_steps(model: Any) -> None:
     assert len(set(lengths)) == 3 and max(lengths) < NEW
 
 
-@pytest.mark.parametrize("mode", ["greedy", "sampling", "ends", "repetition penalty"])
-@pytest.mark.parametrize(("policy", "interval", "graphs"), [("h2o", 1, 1), ("snapkv", 4, 2)])
+@pytest.mark.parametrize(
+    ("policy", "interval", "graphs", "mode"),
+    [
+        ("h2o", 1, 1, "greedy"),
+        ("h2o", 1, 1, "ends"),
+        ("snapkv", 4, 2, "sampling"),
+        ("snapkv", 4, 2, "repetition penalty"),
+    ],
+)
 def test_the_graphs_are_those_of_generate(
     model: Any, backend: CountingBackend, policy: str, interval: int, graphs: int, mode: str
 ) -> None:
@@ -153,18 +161,20 @@ def test_a_conversation_goes_on(model: Any) -> None:
     _assert_same(caches[1], caches[0])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("compiles", [False, True])
-@pytest.mark.parametrize(("policy", "interval"), [("h2o", 1), ("snapkv", 4), ("full", 1)])
+@pytest.mark.parametrize(
+    ("steps", "compiles", "attention"),
+    pairwise([("h2o", 1), ("snapkv", 4), ("full", 1)], [False, True], ["sdpa", "eager"]),
+    ids=str,
+)
 def test_a_row_that_ends_holds_what_it_holds_alone(
     make_model: Callable[..., LlamaForCausalLM],
     backend: CountingBackend,
-    policy: str,
-    interval: int,
+    steps: tuple[str, int],
     compiles: bool,
     attention: str,
 ) -> None:
     """At a budget below the prompt, and in the turn after it."""
+    policy, interval = steps
     # transformers' eager attention cannot pad in float64.
     dtype = torch.float64 if attention == "sdpa" else torch.float32
     model = make_model(attn_implementation=attention).to(dtype)
@@ -223,6 +233,12 @@ def test_a_row_that_ended_cannot_be_shown_as_text(model: Any) -> None:
     mask = torch.ones_like(ids)
     mask[:, :30] = _padded()["attention_mask"]
     with pytest.raises(ValueError, match="must hide what was read as padding, of rows that had"):
+        _generate(model, cache, input_ids=ids, attention_mask=mask)
+    # Not even one more token than the shortest answer has.
+    mask[:, 30:-7] = text[:, 30:] != 0
+    row = int(mask.sum(dim=1).argmin())
+    mask[row, 30 + int((text[row, 30:] != 0).sum())] = 1
+    with pytest.raises(ValueError, match=f"it shows 1 such tokens of row {row}"):
         _generate(model, cache, input_ids=ids, attention_mask=mask)
 
 

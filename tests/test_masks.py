@@ -16,6 +16,7 @@ from compressed_cache.policies import SLOT_POLICIES
 from compressed_cache.versions import cache_argument
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES
+from tests.reference.comparison import OPTIONS
 from tests.test_properties import every
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -148,6 +149,25 @@ def test_hidden_columns_of_the_past_are_not_seen(model: Any, policy: str, tokens
     _assert_close(logits[1], logits[0])
 
 
+def test_a_prompt_of_which_something_is_hidden_is_protected_as_far_as_it_is_left(
+    model: Any,
+) -> None:
+    cache = CompressedCache("random", 24, recent=2, protect_prompt=True)
+    ids, mask = distinct_tokens(2, 80), torch.ones(2, 80).long()
+    _call(model, cache, ids[:, :12])
+    mask[0, 3:6] = mask[1, 7] = 0
+    for token in range(12, 80):
+        where = mask[:, :token].sum(dim=1, keepdim=True)
+        here = ids[:, token : token + 1]
+        _call(model, cache, here, mask[:, : token + 1], position_ids=where)
+    for row, prompt in enumerate((9, 11)):
+        assert cache.layers[0].store.protected_prefix[row] == prompt
+        for head in held(cache, 0, row):
+            assert set(range(prompt)) <= set(head)
+    # Some token goes that would be protected by the length the prompt had.
+    assert any(9 + token not in head for head in held(cache, 0, 0) for token in range(3))
+
+
 def test_what_was_hidden_cannot_be_shown_again(model: Any) -> None:
     cache = _cache("h2o")
     _call(model, cache, distinct_tokens(1, 12))
@@ -160,6 +180,23 @@ def test_what_was_hidden_cannot_be_shown_again(model: Any) -> None:
     assert all(torch.equal(a, b.positions) for a, b in zip(before, cache.layers, strict=True))
     mask = torch.cat([mask, torch.ones(1, 3).long()], dim=1)
     _call(model, cache, distinct_tokens(1, 3, seed=2), mask)
+
+
+def test_queries_of_hidden_tokens_are_forgotten(model: Any) -> None:
+    cache, ids, mask = CompressedCache("snapkv", 32, window=4), distinct_tokens(1, 13), [1] * 13
+    mask[9:11] = [0, 0]
+
+    def ring() -> dict[int, Tensor]:
+        store = cache.layers[1].store
+        places = store.query_positions[0].tolist()
+        return dict(zip(places, store.queries[0].clone().unbind(dim=2), strict=True))
+
+    _call(model, cache, ids[:, :12])
+    before = ring()
+    _call(model, cache, ids[:, 12:], torch.tensor([mask]))
+    after = ring()
+    assert sorted(after) == [-1, 8, 9, 10]
+    assert torch.equal(after[8], before[8]) and torch.equal(after[9], before[11])
 
 
 def test_a_prompt_off_the_device_cannot_be_hidden_in_part(model: Any) -> None:
@@ -222,6 +259,38 @@ def test_random_masks_of_several_turns_are_those_of_the_dynamic_cache(
         expected = _call(model, dynamic, part, mask)
         _assert_close(_call(model, cache, part, mask), expected)
         seen += new
+
+
+@pytest.mark.parametrize("policy", LAYOUTS)
+def test_columns_count_padding_which_positions_leave_out(model: Any, policy: str) -> None:
+    text, more = distinct_tokens(2, 12), distinct_tokens(2, 4, seed=3)
+    real = torch.ones(2, 12).long()
+    real[0, :5] = 0
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 1, 4, 16, generator=generator) < 0.6
+    mask = mask | torch.eye(4, 16).roll(12, dims=1).bool()
+    mask[0, :, :, :5] = False
+    places = (real.cumsum(dim=1) - 1).clamp(min=0)
+    where = real.sum(dim=1, keepdim=True) + torch.arange(4)
+    logits = []
+    for cache in (DynamicCache(), _cache(policy)):
+        _call(model, cache, text, real, position_ids=places)
+        logits.append(_call(model, cache, more, mask, position_ids=where))
+    _assert_close(logits[1], logits[0])
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "Mistral"])
+def test_a_window_is_counted_in_tokens_in_a_further_prompt(name: str) -> None:
+    """Compared with one call; the second row ends its answer before its next prompt begins."""
+    (family,) = (family for family in FAMILIES if family.name == name)
+    model, ids = family.make(), distinct_tokens(2, 50) % 150 + 1
+    real = torch.ones(2, 50).bool()
+    real[1, :4] = real[1, 28:33] = False
+    cache = CompressedCache("h2o", 64)
+    logits = torch.cat(_turns(model, cache, ids, real, [25, 25]), dim=1)
+    for row in range(2):
+        expected = model(ids[row, real[row]][None], use_cache=False).logits[0]
+        _assert_close(logits[row, real[row]], expected)
 
 
 # Biases.
@@ -300,7 +369,7 @@ def _turns(
 
 
 CALLS = [24, *[1] * 12, 9, *[1] * 10, 5]
-ENDED = [[6, 4], [12, 10], [1, 9]]
+ENDED = [[6, 4], [12, 10], [1, 9], [11, 10]]
 """Of each row, how many tokens both answers have."""
 POLICIES_OF_ROWS = [
     *SLOT_POLICIES,
@@ -312,18 +381,21 @@ POLICIES_OF_ROWS = [
 
 
 def _conversation() -> tuple[Tensor, Tensor]:
-    """Three rows: left padding, answers padded behind their ends, a second prompt padded too."""
-    ids, real = distinct_tokens(3, sum(CALLS)), torch.ones(3, sum(CALLS)).bool()
+    """Rows with left padding, answers padded behind their ends, and a second prompt padded too,
+    which the last row does not have at all."""
+    ids, real = distinct_tokens(4, sum(CALLS)), torch.ones(4, sum(CALLS)).bool()
     for row, (first, second) in enumerate(ENDED):
         real[row, : 5 * row] = False
         real[row, 24 + first : 36] = False
-        real[row, 36 : 36 + 2 * row] = False
+        real[row, 36 : 36 + 3 * row] = False
         real[row, 45 + second : 55] = False
     return ids, real
 
 
 def _options(policy: str, interval: int) -> tuple[str, dict[str, Any]]:
+    # Windows that are full after a few steps.
     options: dict[str, Any] = dict(budget=16, interval=interval, sinks=1, recent=6)
+    options |= OPTIONS.get(policy, {})
     if policy == "rpc+growing":
         return "rpc", dict(options, window=4, compression=2.0, protect_prompt=False)
     return policy, dict(options, protect_prompt=False)
@@ -338,7 +410,10 @@ def test_rows_that_end_early_are_what_they_are_alone(
     name, options = _options(policy, interval)
     batch = CompressedCache(name, **options)
     together = _turns(model, batch, ids, real, CALLS)
-    for row in range(3):
+    # A prompt begins an interval for all rows, also for the one that has none. And it is a ranking
+    # for all, at which gkv revises its notes: this is not yet held back in that row.
+    misses_none = interval > 1 or policy == "gkv"
+    for row in range(len(ENDED) - misses_none):
         alone = CompressedCache(name, **options)
         own, calls, compared = real[row], [], []
         start = 0

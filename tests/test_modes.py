@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from compressed_cache import CompressedCache
 from tests.conftest import distinct_tokens, held
+from tests.grids import alternating, pairwise
 from tests.kinds import KINDS
 
 NEW = 24
@@ -49,8 +50,7 @@ def test_modes_give_the_tokens_of_the_dynamic_cache(model: Any, policy: str, mod
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", KINDS)
+@pytest.mark.parametrize(("policy", "interval"), alternating(KINDS, [1, 4]))
 def test_each_beam_has_the_cache_of_its_own_text(model: Any, policy: str, interval: int) -> None:
     """The score of a beam is that of its text read alone, evictions included."""
     ids = distinct_tokens(1, 30)
@@ -140,9 +140,7 @@ def _eager_to_draft(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("budget", [16, 40])
-@pytest.mark.parametrize("policy", KINDS)
+@pytest.mark.parametrize(("policy", "budget", "interval"), pairwise(KINDS, [16, 40], [1, 4]))
 def test_drafts_change_nothing(
     model: Any, drafter: Any, policy: str, budget: int, interval: int
 ) -> None:
@@ -178,6 +176,10 @@ def test_drafts_that_are_all_wrong_change_nothing(
     assert torch.equal(drafted, expected)
 
 
+# Prompts below and above the budget, and from one token to the whole call.
+_CROPS = [(12, 3), (30, 1), (30, 3), (30, 4), (30, 5)]
+
+
 def test_drafts_that_are_right_save_forward_passes(model: Any) -> None:
     calls: list[int] = []
     handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
@@ -203,8 +205,14 @@ def test_a_plain_call_after_drafting_compresses_as_ever(model: Any) -> None:
     assert torch.equal(caches[0][0][:, :54], caches[1][0][:, :54])
 
 
-@pytest.mark.parametrize(("prompt", "taken"), [(12, 3), (30, 1), (30, 3), (30, 4), (30, 5)])
-@pytest.mark.parametrize("policy", KINDS)
+@pytest.mark.parametrize(
+    ("policy", "prompt", "taken"),
+    [
+        (policy, *_CROPS[(2 * number + own) % len(_CROPS)])
+        for number, policy in enumerate(KINDS)
+        for own in range(2)
+    ],
+)
 def test_crop_takes_back_what_was_evicted(model: Any, policy: str, prompt: int, taken: int) -> None:
     ids = distinct_tokens(1, prompt + 5)
     cache, expected = (

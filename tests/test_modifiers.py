@@ -14,6 +14,7 @@ from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES, VOCABULARY, Family
+from tests.grids import alternating, slow_but
 
 NAMES = (
     "snapkv+chunkkv",
@@ -62,11 +63,16 @@ def _padded(length: int) -> torch.Tensor:
     return ids
 
 
-@pytest.mark.parametrize(("interval", "graphs"), [(1, 1), (4, 2)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    slow_but(["h2o+merging", "rkv+chunkkv"], alternating(NAMES, [(1, 1), (4, 2)])),
+    ids=str,
+)
 def test_generate_compiles_once_and_never_again(
-    model: LlamaForCausalLM, backend: CountingBackend, name: str, interval: int, graphs: int
+    model: LlamaForCausalLM, backend: CountingBackend, name: str, steps: tuple[int, int]
 ) -> None:
+    """Steps: the interval, and how many graphs it needs."""
+    interval, graphs = steps
     for length in (33, 13, 50):
         ids = _padded(length)
         eager, used = _cache(name, interval), _cache(name, interval)
@@ -77,7 +83,9 @@ def test_generate_compiles_once_and_never_again(
             assert held(used, layer) == held(eager, layer)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# One with each modifier that does something in a step.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES[-4:])
 def test_layers_are_compiled_once(
     make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend, name: str
 ) -> None:
@@ -106,9 +114,14 @@ def test_further_prompts_and_chunked_ones_stay_within_the_budget(
             assert set(range(52, 60)) <= set(head)
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("broken", ["k_proj", "v_proj"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "broken", "interval"),
+    [
+        (name, broken, (1, 4)[(number + own) % 2])
+        for number, name in enumerate(NAMES)
+        for own, broken in enumerate(("k_proj", "v_proj"))
+    ],
+)
 def test_what_is_not_a_number_harms_neither_other_rows_nor_what_is_protected(
     model: LlamaForCausalLM, name: str, broken: str, interval: int
 ) -> None:

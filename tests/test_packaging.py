@@ -17,6 +17,7 @@ def test_links_lead_to_their_folders() -> None:
         assert link.is_symlink() and link.resolve() == ROOT / folder
 
 
+@pytest.mark.slow
 def test_folders_on_top_are_the_known_ones() -> None:
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -33,6 +34,7 @@ def test_folders_on_top_are_the_known_ones() -> None:
     }
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_heavy() -> None:
     program = (
         "import sys, compressed_cache\n"

@@ -11,6 +11,8 @@ from compressed_cache import CompressedCache
 from compressed_cache.ops.masks import real_tokens
 from compressed_cache.policies import SLOT_POLICIES
 from tests.conftest import distinct_tokens, held
+from tests.grids import alternating
+from tests.kinds import KINDS
 
 LENGTHS = (9, 30, 17, 41)
 NEW = 45
@@ -22,8 +24,7 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, (ids != 0).long()
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", SLOT_POLICIES)
+@pytest.mark.parametrize(("policy", "interval"), alternating(SLOT_POLICIES, [1, 4]))
 def test_rows_of_a_padded_batch_generate_what_they_generate_alone(
     make_model: Callable[..., LlamaForCausalLM], policy: str, interval: int
 ) -> None:
@@ -48,8 +49,7 @@ def test_rows_of_a_padded_batch_generate_what_they_generate_alone(
     assert batch.evicted_tokens == max(evicted)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("policy", SLOT_POLICIES)
+@pytest.mark.parametrize(("policy", "implementation"), alternating(KINDS, ["sdpa", "eager"]))
 def test_masks_of_all_implementations_are_understood(
     make_model: Callable[..., LlamaForCausalLM], policy: str, implementation: str
 ) -> None:

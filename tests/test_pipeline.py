@@ -320,6 +320,7 @@ print("compressed_cache.cache" in sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autoload", ["0", "1"])
 def test_the_task_is_known_where_the_pipelines_come_first(autoload: str) -> None:
     # With torch's entry points transformers' pipelines are half executed when we are.
@@ -329,6 +330,7 @@ def test_the_task_is_known_where_the_pipelines_come_first(autoload: str) -> None
     assert done.stdout.split() == ["CompressedTextGenerationPipeline", "False"], done.stderr
 
 
+@pytest.mark.slow
 def test_pipelines_that_have_changed_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "transformers/pipelines").mkdir(parents=True)
     for name in ("__init__", "pipelines/__init__", "pipelines/base"):

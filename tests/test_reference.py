@@ -1,6 +1,6 @@
 """The library against the independent float64 reference of `tests/reference`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
+from tests.grids import alternating, pairwise
+from tests.kinds import KINDS
 from tests.reference.comparison import (
     NAMES,
     NUM_STEPS,
@@ -24,18 +26,24 @@ from tests.reference.comparison import (
 from tests.reference.llama import ReferenceLlama
 from tests.reference.policies import POLICIES, Rules, View, full, snapkv
 
+# And one with each modifier.
+MODIFIED = {name.partition("+")[2]: name for name in NAMES if "+" in name}
+OF_EACH_KIND = [*(name for name in NAMES if name in KINDS), *MODIFIED.values()]
+
 
 def cases() -> list[Any]:
-    """Every policy with a budget below and above the prompt, each protection and two intervals."""
+    """Every policy with budgets below and above the prompt, each protection and two intervals,
+    any two of these together."""
+    budgets, protected = [(14, False), (30, False), (30, True)], [(0, 0), (2, 4)]
     parameters = []
     for name in NAMES:
-        for budget, protect_prompt in [(14, False), (30, False), (30, True)]:
-            for sinks, recent in [(0, 0), (2, 4)]:
-                for interval in [1, 3]:
-                    rules = Rules(budget, interval, sinks, recent, protect_prompt)
-                    label = f"{name}-b{budget}-s{sinks}-r{recent}-i{interval}"
-                    label += "-prompt" * protect_prompt
-                    parameters.append(pytest.param(name, rules, id=label))
+        for (budget, protect_prompt), (sinks, recent), interval in pairwise(
+            budgets, protected, [1, 3]
+        ):
+            rules = Rules(budget, interval, sinks, recent, protect_prompt)
+            label = f"{name}-b{budget}-s{sinks}-r{recent}-i{interval}"
+            label += "-prompt" * protect_prompt
+            parameters.append(pytest.param(name, rules, id=label))
     return parameters
 
 
@@ -47,43 +55,37 @@ def test_library_keeps_the_tokens_of_the_reference(
     name: str,
     rules: Rules,
 ) -> None:
-    texts = [distinct_tokens(19 + NUM_STEPS, seed=seed) for seed in (18, 19)]
+    """Each row of a batch with padding keeps what it would keep alone."""
+    # One prompt over the smaller budget, one that fills it after two steps, one much shorter.
+    lengths = [21, 12, 5]
+    texts = [distinct_tokens(length + NUM_STEPS, seed=20 + length) for length in lengths]
+    expected = rules
+    if name == "rkv+chunk":
+        # The library protects its window, in whatever block; its scores keep that of each block.
+        expected = replace(rules, recent=max(rules.recent, OPTIONS[name]["window"]))
     assert_agree(
-        precise_model, reference, texts, [19, 19], name=name, rules=rules, tolerance=tolerance
+        *(precise_model, reference, texts, lengths),
+        name=name,
+        rules=rules,
+        expected_rules=expected,
+        tolerance=tolerance,
     )
 
 
-@pytest.mark.parametrize(("budget", "protect_prompt"), [(12, False), (22, True)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "protection"), alternating(NAMES, [(12, False), (22, True)]), ids=str
+)
 def test_an_interval_longer_than_what_is_unprotected_goes_on_with_the_oldest(
     precise_model: LlamaForCausalLM,
     reference: ReferenceLlama,
     tolerance: float,
     name: str,
-    budget: int,
-    protect_prompt: bool,
+    protection: tuple[int, bool],
 ) -> None:
+    budget, protect_prompt = protection
     lengths = [15, 11]
     texts = [distinct_tokens(length + NUM_STEPS, seed=40 + length) for length in lengths]
     rules = Rules(budget, 13, sinks=2, recent=6, protect_prompt=protect_prompt)
-    assert_agree(
-        precise_model, reference, texts, lengths, name=name, rules=rules, tolerance=tolerance
-    )
-
-
-@pytest.mark.parametrize("interval", [1, 3])
-@pytest.mark.parametrize("name", NAMES)
-def test_left_padded_rows_keep_what_they_would_keep_alone(
-    precise_model: LlamaForCausalLM,
-    reference: ReferenceLlama,
-    tolerance: float,
-    name: str,
-    interval: int,
-) -> None:
-    # One prompt over the budget, one that fills it after two steps, one much shorter.
-    lengths = [21, 12, 5]
-    texts = [distinct_tokens(length + NUM_STEPS, seed=20 + length) for length in lengths]
-    rules = Rules(14, interval, sinks=1, recent=3)
     assert_agree(
         precise_model, reference, texts, lengths, name=name, rules=rules, tolerance=tolerance
     )
@@ -103,7 +105,7 @@ def test_greedy_text_is_that_of_the_reference(
         assert_same_kept(trace, watch, row)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_KIND)
 def test_float32_model_keeps_the_tokens_of_the_reference(
     reference: ReferenceLlama, tolerance: float, name: str
 ) -> None:
@@ -113,8 +115,7 @@ def test_float32_model_keeps_the_tokens_of_the_reference(
     assert_agree(model, reference, [text], [19], name=name, rules=rules, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("num_key_value_heads", [1, 4])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "num_key_value_heads"), alternating(NAMES, [1, 4]))
 def test_any_grouping_of_query_heads_keeps_the_tokens_of_the_reference(
     name: str, num_key_value_heads: int, tolerance: float
 ) -> None:
@@ -168,7 +169,7 @@ def test_of_equal_scores_the_older_token_is_evicted(name: str, interval: int) ->
         assert watch.kept(step, 0) == [[expected] * 2] * 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_KIND)
 def test_forward_calls_without_generate_keep_the_same_tokens(
     precise_model: LlamaForCausalLM, reference: ReferenceLlama, tolerance: float, name: str
 ) -> None:

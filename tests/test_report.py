@@ -283,6 +283,7 @@ def test_a_page_that_cannot_be_written_is_one_line(
     assert second == f"--out must name a file, got the folder {tmp_path}"
 
 
+@pytest.mark.slow
 def test_without_a_package_the_extra_is_named() -> None:
     program = (
         "import sys; sys.modules['jinja2'] = None\n"

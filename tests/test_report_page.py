@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH"),
+    pytest.mark.slow,
+    pytest.mark.xdist_group("browser"),
+]
 playwright = pytest.importorskip("playwright.sync_api")
 
 SCREENS = {"desktop": (1280, 900), "phone": (390, 844)}

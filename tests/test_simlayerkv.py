@@ -105,6 +105,17 @@ def test_lazy_layers_keep_first_and_last_tokens_and_the_others_what_the_scorer_s
     assert [layer.keys.shape[2] for layer in watch.cache.layers] == list(budgets)
 
 
+def test_a_layer_is_lazy_from_its_share_of_the_attention_on(model: LlamaForCausalLM) -> None:
+    text = distinct_tokens(LENGTH, seed=1)
+    for layer, share in enumerate(_laziness(model, text)):
+        for threshold, slots in ((share - 1e-5, FEW), (share + 1e-5, BUDGET)):
+            options = OPTIONS | {"lazy_threshold": threshold}
+            cache = CompressedCache("snapkv+simlayerkv", BUDGET, recent=3, **options)
+            with torch.no_grad():
+                model(torch.tensor([text]), past_key_values=cache)
+            assert cache.layers[layer].keys.shape[2] == slots
+
+
 def test_each_row_of_a_batch_is_judged_for_itself(model: LlamaForCausalLM) -> None:
     texts = [distinct_tokens(length + NUM_STEPS, seed=length) for length in (34, 27, 41, 9)]
     prompts = [text[:-NUM_STEPS] for text in texts]

@@ -275,6 +275,7 @@ def test_the_command_fills_in_the_include_path_itself(
     assert capsys.readouterr().err.startswith("--include_path must be left out")
 
 
+@pytest.mark.slow
 def test_the_commands_that_print_paths() -> None:
     for arguments, path in ((["compressed_cache.tasks"], PATH), (SHIPPED, MODEL_PATH)):
         command = [sys.executable, "-m", *arguments]

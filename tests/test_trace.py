@@ -413,6 +413,17 @@ def test_what_is_no_reading_is_refused_until_stopped(model: LlamaForCausalLM, wh
     assert not cache.readers and not cache.observers
 
 
+def test_a_mask_that_hides_what_was_read_is_refused(model: LlamaForCausalLM) -> None:
+    cache, ids = CompressedCache("h2o", BUDGET), distinct_tokens(1, PROMPT + 3)
+    mask = torch.ones_like(ids)
+    mask[:, 2] = 0
+    Recorder(cache)
+    with torch.no_grad():
+        model(ids[:, :PROMPT], past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="attention_mask cannot be recorded"):
+            model(ids[:, PROMPT:], attention_mask=mask, past_key_values=cache)
+
+
 @pytest.mark.parametrize(
     ("options", "what"),
     [

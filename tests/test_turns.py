@@ -14,6 +14,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 from compressed_cache import POLICIES, CompressedCache
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
+from tests.families import FAMILIES
+from tests.grids import alternating
 from tests.kinds import KINDS
 
 # Those that give every layer the budget; tests/test_budgets.py has the others.
@@ -41,8 +43,7 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 # Turns.
 
 
-@pytest.mark.parametrize("policy", UNIFORM)
-@pytest.mark.parametrize("second", [1, 9, 40])
+@pytest.mark.parametrize(("policy", "second"), alternating(UNIFORM, [1, 9, 40]))
 def test_turns_with_a_budget_for_everything_are_those_of_the_dynamic_cache(
     model: Any, policy: str, second: int
 ) -> None:
@@ -56,8 +57,7 @@ def test_turns_with_a_budget_for_everything_are_those_of_the_dynamic_cache(
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.parametrize(("policy", "interval"), alternating(EVICTING, [1, 4]))
 def test_a_long_second_prompt_sees_what_is_held_and_all_of_itself(
     model: Any, policy: str, interval: int
 ) -> None:
@@ -96,8 +96,7 @@ def _masked(mask: torch.Tensor) -> Any:
     return hook
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", KINDS)
+@pytest.mark.parametrize(("policy", "interval"), alternating(KINDS, [1, 4]))
 def test_padded_second_prompts_are_what_they_are_alone(
     model: Any, policy: str, interval: int
 ) -> None:
@@ -144,8 +143,7 @@ def test_a_chunk_for_everything_is_no_chunk(model: Any, policy: str) -> None:
     assert [held(cache, layer) for layer in range(2)] == [held(whole, layer) for layer in range(2)]
 
 
-@pytest.mark.parametrize("chunk", [2, 7, 29])
-@pytest.mark.parametrize("policy", UNIFORM)
+@pytest.mark.parametrize(("policy", "chunk"), alternating(UNIFORM, [2, 7, 29]))
 def test_chunks_with_a_budget_for_everything_give_the_tokens_of_the_dynamic_cache(
     model: Any, policy: str, chunk: int
 ) -> None:
@@ -275,6 +273,26 @@ torch.save(out, folder + "/out.pt")
 """
 
 
+@pytest.mark.parametrize("name", ["Gemma 2", "GPT-OSS"])
+def test_a_file_knows_padding_and_how_logits_become_weights(name: str, tmp_path: Path) -> None:
+    """Soft-capped logits, learned sinks and sliding windows; a turn that begins with padding."""
+    (family,) = (family for family in FAMILIES if family.name == name)
+    model, ids = family.make(), distinct_tokens(2, 50) % 150 + 1
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[1, 30:34] = 0
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    caches = [CompressedCache("h2o", 16)]
+    with torch.no_grad():
+        for start, end in ((0, 30), (30, 49), (49, 50)):
+            inputs = dict(attention_mask=mask[:, :end], position_ids=places[:, start:end])
+            logits = [model(ids[:, start:end], past_key_values=c, **inputs).logits for c in caches]
+            assert torch.equal(logits[0], logits[-1])
+            if not start:
+                caches[0].save(tmp_path / "cache.safetensors")
+                caches.append(CompressedCache.load(tmp_path / "cache.safetensors"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["random", "snapkv"])
 def test_another_process_goes_on_from_a_file(model: Any, policy: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)

@@ -1,0 +1,1157 @@
+"""Small wrong changes to the library, each of which some test must catch.
+
+    python -m tests.mutants               runs all of them and writes tests/mutants.json
+    python -m tests.mutants recent horizon     runs those whose names have one of these in them
+    python -m tests.mutants --check       only looks whether each snippet is where it should be
+    python -m tests.mutants --list        prints their names and tests
+    python -m tests.mutants --innocent    runs the tests that caught one over what is not changed
+
+The library is changed in a copy, never where it is. A mutant that survives is a hole in the tests:
+whoever takes tests away runs those mutants again that these tests were to catch.
+"""
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+FOUND = Path(__file__).with_suffix(".json")
+# What a mutant may take; one that loops for ever is caught too.
+_LIMIT = 600
+
+
+class Mutant(NamedTuple):
+    """One wrong change."""
+
+    name: str
+    file: str
+    """Below ``compressed_cache``."""
+    old: str
+    """Occurs once in it."""
+    new: str
+    tests: str
+    """What should catch it, as pytest takes it, below ``tests``."""
+
+
+class Runner:
+    """Runs mutants, each in a process of its own, in one copy of the tree."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT, self.folder, symlinks=True, ignore=_left_out)
+
+    def run(self, mutant: Mutant) -> dict[str, Any]:
+        """Which test caught it, None where none did, and after how many seconds."""
+        path = self.folder / "compressed_cache" / mutant.file
+        original, started = path.read_text(), time.perf_counter()
+        report = self.folder / "caught.json"
+        report.unlink(missing_ok=True)
+        try:
+            self._write(path, mutated(mutant, original))
+            process = multiprocessing.get_context("fork").Process(
+                target=_test, args=(self.folder, mutant.tests, report)
+            )
+            process.start()
+            process.join(_LIMIT)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                caught = "nothing: it did not end"
+            else:
+                caught = json.loads(report.read_text()) if report.exists() else "nothing: a crash"
+        finally:
+            self._write(path, original)
+        return {"caught_by": caught, "seconds": round(time.perf_counter() - started)}
+
+    def _write(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        # Python tells changes by size and second.
+        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+            compiled.unlink()
+
+
+_runner: Runner
+
+
+def _left_out(folder: str, names: list[str]) -> list[str]:
+    made = {"__pycache__"} | ({"build", "dist", "demo_results"} if folder == str(ROOT) else set())
+    return [name for name in names if name.startswith(".") or name in made]
+
+
+class _Recorder:
+    """A plugin of pytest."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+        self.passed = 0
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+        self.passed += report.passed and report.when == "call"
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed.append(f"nothing: {report.nodeid} cannot be imported")
+
+
+def _test(folder: Path, tests: str, report: Path) -> None:
+    os.chdir(folder)
+    sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    with (folder / "log.txt").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+        import pytest
+
+        recorder = _Recorder()
+        arguments = [
+            f"tests/{part}" if part.partition("::")[0].endswith(".py") else part
+            for part in shlex.split(tests)
+        ]
+        # What was imported for all cannot be rewritten again, and has no asserts of ours.
+        quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        fixed = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=0", *quiet]
+        pytest.main([*fixed, *arguments], plugins=[recorder])
+        caught = recorder.failed[0] if recorder.failed else None
+        if not caught and not recorder.passed:
+            caught = "nothing: no test ran"
+    report.write_text(json.dumps(caught))
+    os._exit(0)
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """The text of a file with the change made.
+
+    Raises:
+        ValueError: the snippet is not there, or more than once.
+    """
+    found = text.count(mutant.old)
+    if found != 1:
+        raise ValueError(f"{mutant.name}: its snippet occurs {found} times in {mutant.file}")
+    return text.replace(mutant.old, mutant.new)
+
+
+def problems() -> Iterator[str]:
+    """What is wrong with the table itself."""
+    names = [mutant.name for mutant in MUTANTS]
+    yield from sorted(f"{name}: twice" for name in set(names) if names.count(name) > 1)
+    for mutant in MUTANTS:
+        path = ROOT / "compressed_cache" / mutant.file
+        if not path.exists():
+            yield f"{mutant.name}: {mutant.file} is not there"
+            continue
+        try:
+            mutated(mutant, path.read_text())
+        except ValueError as error:
+            yield str(error)
+        for part in shlex.split(mutant.tests):
+            file = part.partition("::")[0]
+            if file.endswith(".py") and not (ROOT / "tests" / file).exists():
+                yield f"{mutant.name}: tests/{file} is not there"
+
+
+def run(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, dict[str, Any]]]:
+    """Runs mutants, as many at a time as there are jobs."""
+    # On its way in, torch would import the library from where it is.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    import torch
+
+    del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+    assert "compressed_cache" not in sys.modules
+    # Triton decides when it is imported whether it interprets its kernels.
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    for name in ("numpy", "transformers.generation", "pytest", "hypothesis"):
+        importlib.import_module(name)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        # Forked, so that torch and transformers are imported once for all.
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(jobs, context, _begin, (Path(folder),)) as pool:
+            running = {pool.submit(_run, mutant): mutant for mutant in mutants}
+            for future in as_completed(running):
+                yield running[future], future.result()
+
+
+def _begin(folder: Path) -> None:
+    """Gives a process a copy of the tree."""
+    global _runner
+    _runner = Runner(folder / str(os.getpid()))
+
+
+def _run(mutant: Mutant) -> dict[str, Any]:
+    return _runner.run(mutant)
+
+
+def was_caught(result: dict[str, Any] | None) -> bool:
+    """Whether a test failed."""
+    return result is not None and "::" in (result["caught_by"] or "")
+
+
+def main() -> int:
+    """Runs the mutants that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="parts of names; none: all")
+    parser.add_argument("--check", action="store_true", help="only check the table")
+    parser.add_argument("--list", action="store_true", help="print the table")
+    parser.add_argument("--innocent", action="store_true", help="run what caught one, unchanged")
+    parser.add_argument("--missing", action="store_true", help="only those that were not caught")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    options = parser.parse_args()
+    if wrong := list(problems()):
+        print("\n".join(wrong), file=sys.stderr)
+        return 1
+    found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
+    chosen = [
+        mutant
+        for mutant in MUTANTS
+        if (not options.names or any(part in mutant.name for part in options.names))
+        and not (options.missing and was_caught(found.get(mutant.name)))
+    ]
+    if options.list:
+        print("\n".join(f"{mutant.name}: {mutant.tests}" for mutant in chosen))
+    if options.check or options.list:
+        return 0
+    if options.innocent:
+        import pytest
+
+        caught = (found[mutant.name]["caught_by"] for mutant in chosen)
+        return pytest.main(["-q", *sorted({one for one in caught if one and "::" in one})])
+    survived = []
+    for mutant, result in run(chosen, options.jobs):
+        found[mutant.name] = result
+        known = [one.name for one in MUTANTS if one.name in found]
+        FOUND.write_text(json.dumps({name: found[name] for name in known}, indent=1) + "\n")
+        if not was_caught(result):
+            survived.append(mutant.name)
+        told = result["caught_by"] or "SURVIVED"
+        print(f"{mutant.name}: {told} ({result['seconds']} s)", flush=True)
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} caught")
+    if survived:
+        print(f"survived: {', '.join(survived)}", file=sys.stderr)
+    return 1 if survived else 0
+
+
+_LONG = "test_reference.py -k test_an_interval_longer"
+_BLOCKS = (
+    "test_reference.py test_modifiers.py -k '(test_library_keeps and +chunk) or keeps_its_share'"
+)
+_MATRIX = "test_reference.py -k 'test_library_keeps and {}'"
+
+MUTANTS = (
+    # Steps on slots.
+    Mutant(
+        "recent is one more",
+        "ops/eviction.py",
+        "oldest_recent = (next_position - recent)",
+        "oldest_recent = (next_position - recent - 1)",
+        "test_slots.py",
+    ),
+    Mutant(
+        "recent is one less",
+        "ops/eviction.py",
+        "oldest_recent = (next_position - recent)",
+        "oldest_recent = (next_position - recent + 1)",
+        "test_slots.py",
+    ),
+    Mutant(
+        "the first token after the prefix is protected",
+        "ops/eviction.py",
+        "protected = (positions < protected_prefix[:, None, None])",
+        "protected = (positions <= protected_prefix[:, None, None])",
+        "test_slots.py",
+    ),
+    Mutant(
+        "what is not a number stays longest",
+        "ops/eviction.py",
+        "masked_fill(scores.isnan(), -torch.inf)",
+        "masked_fill(scores.isnan(), torch.inf)",
+        "test_properties.py -k 'not_a_number and k_proj and (knorm or h2o)'",
+    ),
+    Mutant(
+        "of equals the newest goes in a step",
+        "ops/eviction.py",
+        "positions.masked_fill(scores != lowest, _NO_POSITION).argmin(",
+        "positions.masked_fill(scores != lowest, -1).argmax(",
+        "test_slots.py test_reference.py -k 'slot or equal_scores'",
+    ),
+    Mutant(
+        "of equals the newest goes in a ranking",
+        "ops/eviction.py",
+        "by_position = positions.argsort(dim=-1, stable=True)",
+        "by_position = positions.argsort(dim=-1, stable=True, descending=True)",
+        "test_slots.py test_reference.py -k 'rank or equal_scores'",
+    ),
+    Mutant(
+        "a long interval ends with what is protected for good",
+        "ops/eviction.py",
+        "num_slots = (~for_good).sum(dim=-1, keepdim=True)",
+        "num_slots = torch.full_like(order[..., :1], order.shape[2])",
+        _LONG,
+    ),
+    Mutant(
+        "victims come from the prefix too",
+        "ops/eviction.py",
+        "order = sort_slots(scores, positions.masked_fill(for_good, _NO_POSITION))",
+        "order = sort_slots(scores, positions)",
+        _LONG,
+    ),
+    Mutant(
+        "the worst are kept of a prompt",
+        "ops/eviction.py",
+        "kept = sort_slots(scores, positions)[..., -count:]",
+        "kept = sort_slots(scores, positions)[..., :count]",
+        "test_slots.py",
+    ),
+    Mutant(
+        "the mean of the pooling counts neighbours that are not there",
+        "ops/eviction.py",
+        "pooled = sums / _mean_of_window(sorted_held.float(), kernel_size).clamp(min=1e-6)",
+        "pooled = sums",
+        "test_slots.py",
+    ),
+    Mutant(
+        "neighbours are those of the slots",
+        "ops/eviction.py",
+        "order = positions.argsort(dim=-1, stable=True)\n    sorted_held",
+        "order = torch.arange(positions.shape[2]).expand_as(positions)\n    sorted_held",
+        "test_slots.py",
+    ),
+    Mutant(
+        "open victims are those of all slots",
+        "ops/eviction.py",
+        "ages.where(is_open, 0),",
+        "ages,",
+        "test_budgets.py -k 'list_of_lists and h2o-13'",
+    ),
+    Mutant(
+        "the first open token is protected",
+        "ops/eviction.py",
+        "protected_prefix=protected_prefix + 1,",
+        "protected_prefix=protected_prefix + 2,",
+        "test_budgets.py -k 'list_of_lists and h2o-13'",
+    ),
+    # Attention.
+    Mutant(
+        "a query of a further prompt does not see itself",
+        "ops/attention.py",
+        "visible = (held >= 0) & (held <= own)",
+        "visible = (held >= 0) & (held < own)",
+        "test_turns.py -k 'test_turns_with and h2o'",
+    ),
+    Mutant(
+        "a window is one longer in a further prompt",
+        "ops/attention.py",
+        "visible = visible & (held > own - window)",
+        "visible = visible & (held >= own - window)",
+        "test_masks.py -k 'images or counted_in_tokens'",
+    ),
+    Mutant(
+        "logits are not soft-capped",
+        "ops/attention.py",
+        "return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()",
+        "return logits",
+        "test_families.py -k 'Gemma-2 or (Gemma and 2 and budget_for_everything)'",
+    ),
+    Mutant(
+        "sinks take no share in a step",
+        "ops/attention.py",
+        "weights = _softmax(logits, transform.sink_logits(logits))",
+        "weights = _softmax(logits, None)",
+        "test_families.py -k 'GPT and budget_for_everything'",
+    ),
+    Mutant(
+        "sinks take no share in a further prompt",
+        "ops/attention.py",
+        "weights = masked_softmax(logits, visible, transform.sink_logits(logits))",
+        "weights = masked_softmax(logits, visible)",
+        "test_turns.py test_attentions.py test_kernels.py -k 'GPT or (rows and True)'",
+    ),
+    Mutant(
+        "one query too few is looked at",
+        "ops/attention.py",
+        "max(0, length - last)",
+        "max(0, length - last + 1)",
+        _MATRIX.format("(tova or morphkv) and b14-s0-r0"),
+    ),
+    Mutant(
+        "what is not a number takes the softmax with it",
+        "ops/attention.py",
+        "visible = visible & ~logits.isnan()",
+        "visible = visible & True",
+        "test_kernels.py -k test_a_broken_key_leaves",
+    ),
+    # Masks.
+    Mutant(
+        "columns are positions, whatever is padding",
+        "ops/masks.py",
+        "    order = (~real).to(torch.int8).argsort(dim=1, stable=True)\n    index",
+        "    order = torch.arange(real.shape[1]).expand_as(real)\n    index",
+        "test_masks.py -k 'columns_count_padding'",
+    ),
+    Mutant(
+        "a bias is read as padding",
+        "ops/masks.py",
+        "return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min",
+        "return mask if mask.dtype == torch.bool else mask >= 0",
+        "test_masks.py -k finite_bias",
+    ),
+    Mutant(
+        "padding of a 4-D mask is not seen",
+        "ops/masks.py",
+        "        real = is_visible(own).any(dim=1)\n",
+        "        real = torch.ones_like(is_visible(own).any(dim=1))\n",
+        "test_padding.py -k test_masks_of_all",
+    ),
+    Mutant(
+        "every mask of a first prompt is taken for causal",
+        "ops/masks.py",
+        "    if mask is None or mask.own is None:\n        return True\n    length",
+        "    if True:\n        return True\n    length",
+        "test_masks.py -k 'attention_that_took_place'",
+    ),
+    Mutant(
+        "a mask hides what is behind a window by its columns",
+        "ops/masks.py",
+        "shown = shown | (is_far & seen[1])",
+        "shown = shown",
+        "test_masks.py -k counted_in_tokens",
+    ),
+    Mutant(
+        "hidden tokens keep their positions",
+        "ops/masks.py",
+        "return torch.where(stays, stays.cumsum(dim=1) - 1, -1)",
+        "return torch.where(stays, torch.arange(stays.shape[1]), -1)",
+        "test_masks.py -k 'hidden_columns and h2o'",
+    ),
+    # Rings.
+    Mutant(
+        "a ring is written one place on in a step",
+        "ops/rings.py",
+        "place = (position % ring.shape[dim])",
+        "place = ((position + 1) % ring.shape[dim])",
+        _MATRIX.format("snapkv and b14-s0-r0"),
+    ),
+    Mutant(
+        "a ring is written one place on by a prompt",
+        "ops/rings.py",
+        "place = (next_position[:, None] + before) % window",
+        "place = (next_position[:, None] + before + 1) % window",
+        _MATRIX.format("snapkv and b14-s0-r0"),
+    ),
+    Mutant(
+        "padding is written into a ring",
+        "ops/rings.py",
+        "ring.scatter_(3, index, torch.where(real, new, ring.gather(3, index)))",
+        "ring.scatter_(3, index, new)",
+        "test_turns.py test_padding.py -k '(padded_second or batch_generate) and snapkv'",
+    ),
+    Mutant(
+        "a ring forgets which places are empty once tokens moved",
+        "ops/rings.py",
+        "return found.clamp(max=window - 1), found < window",
+        "return found.clamp(max=window - 1), found <= window",
+        "test_masks.py -k queries_of_hidden",
+    ),
+    # Tokens.
+    Mutant(
+        "padding overwrites a slot",
+        "ops/tokens.py",
+        "        new = where_real(real, new, memory.gather(dim, index))\n",
+        "        pass\n",
+        "test_masks.py -k 'rows_that_end_early and h2o'",
+    ),
+    Mutant(
+        "padding counts in what a policy remembers",
+        "ops/tokens.py",
+        "    return new if real is None else torch.where("
+        "real.view(-1, *[1] * (new.dim() - 1)), new, old)",
+        "    return new",
+        "test_masks.py -k 'rows_that_end_early and h2o'",
+    ),
+    # Rotation.
+    Mutant(
+        "queries are not moved with their keys",
+        "ops/rerotation.py",
+        "(own - missing)[:, :, None]",
+        "(own - 0 * missing)[:, :, None]",
+        "test_layout.py -k test_a_further_prompt_sees_what_the_model_sees",
+    ),
+    Mutant(
+        "keys are turned the other way",
+        "ops/rotary.py",
+        "signs[first], signs[second] = -1.0, 1.0",
+        "signs[first], signs[second] = 1.0, -1.0",
+        "test_rotary.py -k 'turns_them and Llama'",
+    ),
+    Mutant(
+        "all channels rotate",
+        "ops/rotary.py",
+        'rotated = int(dim * parameters.get("partial_rotary_factor", 1.0))',
+        "rotated = dim",
+        "test_rotary.py -k 'turns_them and GLM'",
+    ),
+    Mutant(
+        "the scaling of YaRN is left out",
+        "ops/rotary.py",
+        "return torch.where(self.partners == _channels(self.partners), 1.0, self.scaling)",
+        "return torch.ones_like(self.signs)",
+        "test_calibration.py test_rotary.py -k 'turns_them or means_and'",
+    ),
+    # Sums of attention.
+    Mutant(
+        "a query adds to the token after it",
+        "ops/attention_sums.py",
+        "dtype=torch.bool).triu(1)",
+        "dtype=torch.bool).triu(2)",
+        "test_kernels.py -k 'test_attention_sums and blocks'",
+    ),
+    Mutant(
+        "sums are not averaged over a group",
+        "ops/attention_sums.py",
+        "return (totals / groups).float()",
+        "return totals.float()",
+        "test_kernels.py -k 'test_attention_sums and blocks'",
+    ),
+    Mutant(
+        "sinks leave their share to the tokens in sums",
+        "ops/attention_sums.py",
+        "weights.mul_(share)",
+        "pass",
+        "test_kernels.py -k 'test_attention_sums and blocks'",
+    ),
+    # Kernels.
+    Mutant(
+        "kernel: recent is one less",
+        "ops/kernels/decode.py",
+        "(position >= next_position - recent)",
+        "(position > next_position - recent)",
+        "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: of equals the first slot goes",
+        "ops/kernels/decode.py",
+        "own = (position + 1) * capacity + slots",
+        "own = slots.to(tl.int64)",
+        "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: empty slots are seen",
+        "ops/kernels/decode.py",
+        "visible = exists & ((position >= 0) | is_new)",
+        "visible = exists",
+        "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: padding takes a slot",
+        "ops/kernels/decode.py",
+        "slot = tl.where(tl.load(reals + row) != 0, slot, -1)",
+        "slot = slot",
+        "test_kernels.py -k test_padding",
+    ),
+    Mutant(
+        "kernel: parts are added up without their maxima",
+        "ops/kernels/decode.py",
+        "total = total * mine + tl.load(totals + own) * theirs",
+        "total = total + tl.load(totals + own)",
+        "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: a new token inherits what its slot received",
+        "ops/kernels/decode.py",
+        "held = tl.where(slots == slot, 0.0, held)",
+        "held = held",
+        "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: sinks take no share",
+        "ops/kernels/decode.py",
+        "total = total * tl.exp(peak - above) + tl.exp(sink - above)",
+        "total = total * tl.exp(peak - above)",
+        "test_kernels.py -k test_decode_step_with_sinks",
+    ),
+    Mutant(
+        "kernel: one part alone is no softcap",
+        "ops/kernels/decode.py",
+        "logit = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logit / softcap) + 1.0))",
+        "logit = logit",
+        "test_kernels.py -k test_decode_step_with_sinks",
+    ),
+    Mutant(
+        "kernel: padding adds to sums",
+        "ops/kernels/attention_sums.py",
+        "visible = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= padding)",
+        "visible = columns[None, :] <= rows[:, None]",
+        "test_kernels.py -k 'test_attention_sums and kernel'",
+    ),
+    Mutant(
+        "kernel: sums are not averaged over a group",
+        "ops/kernels/attention_sums.py",
+        "total / GROUPS",
+        "total",
+        "test_kernels.py -k 'test_attention_sums and kernel'",
+    ),
+    # The plain store.
+    Mutant(
+        "the phase of an interval is not set back",
+        "stores/slots.py",
+        "self.counts[:, 2].zero_()",
+        "pass",
+        _MATRIX.format("(h2o or knorm) and r0-i3"),
+    ),
+    Mutant(
+        "the first victim goes again and again",
+        "stores/slots.py",
+        "return self.victims.index_select(2, self.phase)",
+        "return self.victims[:, :, :1]",
+        _MATRIX.format("(h2o or knorm) and r0-i3"),
+    ),
+    Mutant(
+        "padding moves on the position of its row",
+        "stores/slots.py",
+        "self.next_position.sub_((~real).long())",
+        "pass",
+        "test_masks.py -k 'rows_that_end_early and h2o'",
+    ),
+    Mutant(
+        "a new token inherits what its slot received",
+        "stores/slots.py",
+        "state.scatter_(2, expand(slot, state), 0.0)",
+        "pass",
+        _MATRIX.format("h2o and b14"),
+    ),
+    Mutant(
+        "weights that are no numbers are added up",
+        "stores/slots.py",
+        "weights = weights.detach().nan_to_num(0.0)",
+        "weights = weights.detach()",
+        "test_properties.py -k 'not_a_number and h2o'",
+    ),
+    Mutant(
+        "dropped tokens keep their slots",
+        "stores/slots.py",
+        "            self.drop(gone)\n",
+        "",
+        "test_rpc.py",
+    ),
+    Mutant(
+        "the notes of new tokens are dropped",
+        "stores/slots.py",
+        "put(self.tokens.notes, slot, self.laid_out(new.notes), real)",
+        "pass",
+        _MATRIX.format("gkv"),
+    ),
+    Mutant(
+        "notes are revised in rows that are padded",
+        "stores/slots.py",
+        "where_real(real, notes, self.tokens.notes)",
+        "where_real(None, notes, self.tokens.notes)",
+        "test_masks.py -k 'rows_that_end_early and gkv'",
+    ),
+    Mutant(
+        "a policy does not know a prompt from a step",
+        "stores/slots.py",
+        "prompt = self.bound.revise(self.view(tokens, is_prompt=True))",
+        "prompt = self.bound.revise(self.view(tokens))",
+        "test_combinations.py -k each_phase",
+    ),
+    Mutant(
+        "evicted prompt tokens are not merged",
+        "stores/slots.py",
+        "            self.merge(self.tokens.positions >= 0, "
+        "(tokens.keys, tokens.values, gone), None)\n",
+        "            pass\n",
+        "test_reference.py -k merging",
+    ),
+    Mutant(
+        "what was held has gradients",
+        "stores/slots.py",
+        "return gradients.constant(held, *traced) if is_past else held",
+        "return held",
+        "test_gradients.py",
+    ),
+    # Memory.
+    Mutant(
+        "a reset cache still has gradients",
+        "stores/memory.py",
+        "        self.has_gradients = False\n        for name",
+        "        for name",
+        "test_gradients.py",
+    ),
+    Mutant(
+        "slots that double lose what they held",
+        "stores/memory.py",
+        "        tokens_held.copy_into(self.tokens, slice(0, sizes.capacity))\n",
+        "",
+        "test_cache.py -k full_grows",
+    ),
+    Mutant(
+        "slots double one token late",
+        "stores/memory.py",
+        "if sizes is None or capacity <= sizes.capacity:",
+        "if sizes is None or capacity <= 2 * sizes.capacity:",
+        "test_cache.py -k full_grows",
+    ),
+    Mutant(
+        "the prompt shrinks by nothing when tokens are hidden",
+        "stores/memory.py",
+        "for count in (self.next_position, self.prompt_length):",
+        "for count in (self.next_position,):",
+        "test_masks.py -k something_is_hidden",
+    ),
+    Mutant(
+        "hidden tokens stay in the ring of queries",
+        "stores/memory.py",
+        "self.query_positions.copy_(own.gather(1, place).masked_fill(~found, -1))",
+        "self.query_positions.copy_(own.gather(1, place))",
+        "test_masks.py -k queries_of_hidden",
+    ),
+    Mutant(
+        "prompts are not protected",
+        "stores/memory.py",
+        "            self.protected_prefix.clamp_(min=length)\n",
+        "            pass\n",
+        "test_cache.py -k 'protected_prompt and h2o'",
+    ),
+    Mutant(
+        "rows that are chosen are not moved",
+        "stores/memory.py",
+        "tensor.copy_(held[name][rows.to(tensor.device)])",
+        "tensor.copy_(held[name][(0 * rows).to(tensor.device)])",
+        "test_turns.py -k 'repeated_and_chosen and h2o'",
+    ),
+    # Prompts.
+    Mutant(
+        "a chunk does not count",
+        "stores/prefill.py",
+        "    store.counts[:, 1] += key.shape[2]\n",
+        "",
+        "test_turns.py -k 'test_chunks_with'",
+    ),
+    Mutant(
+        "a further prompt starts at 0",
+        "stores/prefill.py",
+        "inputs.positions(store.next_position[:, None])",
+        "inputs.positions(0)",
+        "test_turns.py -k 'test_turns_with and h2o'",
+    ),
+    Mutant(
+        "a row of padding ages what was seen",
+        "stores/prefill.py",
+        "saw = (count > 0)",
+        "saw = (count >= 0)",
+        "test_masks.py -k 'rows_that_end_early and tova'",
+    ),
+    Mutant(
+        "every prompt is protected, not only the first",
+        "stores/prefill.py",
+        "    if is_first_prompt:\n        _end_prompt",
+        "    if True:\n        _end_prompt",
+        "test_turns.py -k test_only_the_first_prompt",
+    ),
+    Mutant(
+        "sinks alone are protected of a prompt",
+        "stores/prefill.py",
+        "store.protect_prefix(store.next_position)",
+        "store.protect_prefix(None)",
+        "test_cache.py -k 'protected_prompt and h2o'",
+    ),
+    # Steps.
+    Mutant(
+        "the ring of channels is read one token late",
+        "stores/decode_step.py",
+        "store.whole_keys(written=1)",
+        "store.whole_keys()",
+        _MATRIX.format("think and b14"),
+    ),
+    Mutant(
+        "what is merged counts as held",
+        "stores/decode_step.py",
+        "store.merge(held.scatter(2, slot, False), (key, value, present), real)",
+        "store.merge(held, (key, value, present), real)",
+        "test_reference.py -k merging",
+    ),
+    Mutant(
+        "the weights of a fused step are not shown",
+        "stores/decode_step.py",
+        'record = "total" if bound.adds_attention else "nothing"',
+        'record = "nothing"',
+        "test_kernels.py -k 'with_and_without and h2o'",
+    ),
+    # Pools.
+    Mutant(
+        "a pool knows its heads in another order",
+        "stores/pool.py",
+        "self.owners[:, :, places] = kept // length",
+        "self.owners[:, :, places] = kept % self._num_heads",
+        "test_budgets.py -k 'test_adakv_keeps and h2o'",
+    ),
+    Mutant(
+        "query heads of a pool stand in another order",
+        "stores/pool.py",
+        "heads.expand(-1, -1, self.sizes.groups, -1).flatten(1, 2)",
+        "heads.expand(-1, -1, self.sizes.groups, -1).transpose(1, 2).flatten(1, 2)",
+        "test_budgets.py -k 'test_adakv_keeps and h2o'",
+    ),
+    Mutant(
+        "the floor of a head leaves no room for what comes",
+        "stores/pool.py",
+        "best = self.bound.floor - incoming",
+        "best = self.bound.floor",
+        "test_budgets.py -k 'test_adakv_keeps and h2o'",
+    ),
+    Mutant(
+        "the prefix of a pool is that of one head",
+        "stores/pool.py",
+        "protected_prefix=self.protected_prefix * self._num_heads,",
+        "protected_prefix=self.protected_prefix,",
+        "test_budgets.py -k 'test_adakv_keeps and h2o'",
+    ),
+    Mutant(
+        "slots left over by a short prompt are the first head's",
+        "stores/pool.py",
+        "            self.owners[:, :, start : start + budget] = head\n",
+        "",
+        "test_budgets.py -k uniform_budget_and_keeps",
+    ),
+    # Lazy layers.
+    Mutant(
+        "a lazy row closes one slot too few",
+        "stores/lazy.py",
+        "place < order.shape[2] - self.row_slots[:, None, None], CLOSED",
+        "place < order.shape[2] - self.row_slots[:, None, None] - 1, CLOSED",
+        "test_simlayerkv.py -k 'judged_for_itself'",
+    ),
+    Mutant(
+        "closed slots are written to",
+        "stores/lazy.py",
+        "self.tokens.positions != CLOSED,",
+        "self.tokens.positions >= CLOSED,",
+        "test_simlayerkv.py -k 'judged_for_itself or closed_slots'",
+    ),
+    Mutant(
+        "a lazy layer is judged by one token more",
+        "stores/lazy.py",
+        "last = lengths - (lazy.slots - lazy.sinks)",
+        "last = lengths - (lazy.slots - lazy.sinks) - 1",
+        "test_simlayerkv.py -k 'test_lazy_layers_keep or from_its_share'",
+    ),
+    Mutant(
+        "a lazy layer keeps no sinks",
+        "stores/lazy.py",
+        "first = slots.positions < self._lazy.sinks",
+        "first = slots.positions < 0",
+        "test_simlayerkv.py -k 'test_lazy_layers_keep or from_its_share'",
+    ),
+    # Prompts off the device.
+    Mutant(
+        "outliers are fetched too",
+        "stores/offloaded.py",
+        "self.is_listed.copy_(is_context & ~stays)",
+        "self.is_listed.copy_(is_context)",
+        "test_shadowkv.py -k 'that_of_the_reference'",
+    ),
+    Mutant(
+        "the mean of a group decides what is fetched",
+        "stores/offloaded.py",
+        "wanted = shares.sum(dim=3).amax(dim=2)",
+        "wanted = shares.sum(dim=3).mean(dim=2)",
+        "test_shadowkv.py -k 'that_of_the_reference'",
+    ),
+    Mutant(
+        "one local chunk too few",
+        "stores/offloaded.py",
+        "(count // size - self.numbers.local_chunks)",
+        "(count // size - self.numbers.local_chunks + 1)",
+        "test_shadowkv.py -k 'that_of_the_reference'",
+    ),
+    Mutant(
+        "rebuilt keys are not turned",
+        "stores/offloaded.py",
+        "return self._rotary.rotate(straight, positions).to(self.tokens.keys.dtype)",
+        "return straight.to(self.tokens.keys.dtype)",
+        "test_shadowkv.py -k 'that_of_the_reference or full_attention'",
+    ),
+    # Channels, blocks, calls.
+    Mutant(
+        "one recent token less has all its channels",
+        "stores/channels.py",
+        "is_recent = positions >= (next_position - size)",
+        "is_recent = positions > (next_position - size)",
+        "test_layout.py -k 'old_keys_without or hold_the_channels'",
+    ),
+    Mutant(
+        "the least channels stay",
+        "stores/channels.py",
+        "scores.argsort(dim=-1, descending=True, stable=True)",
+        "scores.argsort(dim=-1, stable=True)",
+        "test_layout.py test_reference.py -k 'hold_the_channels or think'",
+    ),
+    Mutant(
+        "a block is ranked with what is before it",
+        "stores/prompt_blocks.py",
+        "torch.where(own >= start, own, -1)",
+        "torch.where(own >= 0, own, -1)",
+        _BLOCKS,
+    ),
+    Mutant(
+        "recent tokens are those of each block",
+        "stores/prompt_blocks.py",
+        "counted = slots._replace(next_position=store.next_position)",
+        "counted = slots",
+        _BLOCKS,
+    ),
+    Mutant(
+        "drafts rank at once",
+        "stores/call.py",
+        "ranks = counter.ranks_at(token)",
+        "ranks = counter.ranks_at(0)",
+        "test_modes.py -k 'drafts_change_nothing and h2o'",
+    ),
+    # A policy at one layer.
+    Mutant(
+        "the floor of a head is rounded down",
+        "stores/bound_policy.py",
+        "self.floor = math.ceil(floor)",
+        "self.floor = math.floor(floor)",
+        "test_budgets.py -k rounded_up",
+    ),
+    Mutant(
+        "the floor of a head is a binary fraction",
+        "stores/bound_policy.py",
+        "Fraction(str(sharing.head_floor))",
+        "Fraction(sharing.head_floor)",
+        "test_budgets.py -k rounded_up",
+    ),
+    Mutant(
+        "protected tokens are dropped",
+        "stores/bound_policy.py",
+        "return gone & (scores < torch.inf)",
+        "return gone",
+        "test_combinations.py -k cannot_drop",
+    ),
+    # Policies.
+    Mutant(
+        "a part is shown the oldest queries",
+        "policies/capabilities.py",
+        "newest = slots.query_positions.argsort(dim=1, descending=True)",
+        "newest = slots.query_positions.argsort(dim=1)",
+        "test_combinations.py -k each_part",
+    ),
+    Mutant(
+        "a part is shown the notes of another",
+        "policies/capabilities.py",
+        "first += before.needs.notes",
+        "first += 0",
+        "test_combinations.py -k each_part",
+    ),
+    Mutant(
+        "sinks take no room from recent",
+        "policies/eviction_config.py",
+        "        room -= sinks\n",
+        "",
+        "test_errors.py -k defaults_leave_room",
+    ),
+    Mutant(
+        "a budget without a free slot is taken",
+        "policies/eviction_config.py",
+        "least = sinks + recent + 1\n",
+        "least = sinks + recent\n",
+        "test_errors.py -k bad_arguments",
+    ),
+    Mutant(
+        "the smallest remainder gets the slot left over",
+        "policies/budgets.py",
+        "key=lambda index: shares[index] - exact[index]",
+        "key=lambda index: exact[index] - shares[index]",
+        "test_budgets.py -k fall_on_a_line",
+    ),
+    Mutant(
+        "sliding layers have a share of the slots",
+        "policies/budgets.py",
+        'if getattr(config, "sliding_window", None) is None:',
+        "if True:",
+        "test_budgets.py -k 'full_attention_only or sliding_layers'",
+    ),
+    Mutant(
+        "rkv spares no near-duplicate",
+        "policies/methods/rkv.py",
+        "total += cosine.scatter(-1, spared, 0.0).sum(dim=2)",
+        "total += cosine.sum(dim=2)",
+        _MATRIX.format("rkv and b14-s0-r0"),
+    ),
+    Mutant(
+        "snapkv sees after its queries",
+        "policies/methods/window_votes.py",
+        "return (held >= 0) & (held <= slots.query_positions[:, None, :, None])",
+        "return (held >= 0).expand(-1, -1, slots.query_positions.shape[1], -1)",
+        _MATRIX.format("snapkv and b14-s0-r0"),
+    ),
+    Mutant(
+        "think chooses by one query less",
+        "policies/methods/think.py",
+        "last = slice(-self.think_window, None)",
+        "last = slice(1 - self.think_window, None)",
+        "test_layout.py test_reference.py -k 'channels or think'",
+    ),
+    # transformers.
+    Mutant(
+        "drafts are read as a prompt",
+        "hf/attention_hook.py",
+        "            cache.expect_prompt(input_ids.shape[1])\n",
+        "",
+        "test_modes.py -k 'drafts_change_nothing and h2o'",
+    ),
+    Mutant(
+        "texts are not announced",
+        "hf/attention_hook.py",
+        "                cache.expect_text(tokens)\n",
+        "                pass\n",
+        "test_errors.py -k new_text",
+    ),
+    Mutant(
+        "a row that ended has one more token",
+        "hf/columns.py",
+        "later < (next_position - known.sum(dim=1))[:, None]",
+        "later <= (next_position - known.sum(dim=1))[:, None]",
+        "test_loop.py -k cannot_be_shown_as_text",
+    ),
+    Mutant(
+        "columns of chosen rows stay where they were",
+        "hf/columns.py",
+        "self.known = self.known[rows.to(self.known.device)]",
+        "pass",
+        "test_turns.py -k repeated_and_chosen",
+    ),
+    Mutant(
+        "watchers are not told of hidden tokens",
+        "hf/announced_calls.py",
+        '            self.notify("attention_mask")\n',
+        "",
+        "test_trace.py -k hides_what_was_read",
+    ),
+    Mutant(
+        "what a mask hid is forgotten",
+        "hf/announced_calls.py",
+        "        self.columns.known = real.expand(len(next_position), -1)\n",
+        "",
+        "test_masks.py -k 'shown_again or hidden_columns'",
+    ),
+    Mutant(
+        "the token that ends a row is padding",
+        "hf/decode_loop.py",
+        "padding.write(real)",
+        "padding.write(unfinished)",
+        "test_loop.py -k 'holds_what_it_holds_alone and h2o'",
+    ),
+    Mutant(
+        "rows that ended go on",
+        "hf/decode_loop.py",
+        "tokens = torch.where(unfinished, tokens, pad.to(ids.device))",
+        "pass",
+        "test_loop.py -k 'those_of_generate and h2o and ends'",
+    ),
+    Mutant(
+        "a text with nothing new is taken",
+        "hf/checks.py",
+        "if seen and tokens <= seen:",
+        "if seen and tokens < seen:",
+        "test_errors.py -k new_text",
+    ),
+    Mutant(
+        "a protected prompt leaves no free slot",
+        "hf/checks.py",
+        "least = longest + eviction.recent + 1",
+        "least = longest + eviction.recent",
+        "test_errors.py -k leaves_no_room",
+    ),
+    Mutant(
+        "a call that failed half way is not noticed",
+        "hf/checks.py",
+        "    if calls != expected:\n",
+        "    if False:\n",
+        "test_errors.py -k failed_half_way",
+    ),
+    # Drafts, snapshots, steps.
+    Mutant(
+        "crop takes back one token less",
+        "drafting.py",
+        "before, kept = self.before, had - tokens",
+        "before, kept = self.before, min(had, had - tokens + 1)",
+        "test_modes.py -k 'crop and h2o'",
+    ),
+    Mutant(
+        "what a draft overwrote is gone",
+        "drafting.py",
+        "        cache.hold(before)\n",
+        "",
+        "test_modes.py -k 'crop and h2o'",
+    ),
+    Mutant(
+        "a file has no columns",
+        "snapshot.py",
+        "            tensors[_COLUMNS] = self.columns\n",
+        "            pass\n",
+        "test_turns.py -k file_knows",
+    ),
+    Mutant(
+        "a file has no soft-capping",
+        "snapshot.py",
+        'described["scaling"], described["softcap"], tensors.pop("sinks", None)',
+        'described["scaling"], None, tensors.pop("sinks", None)',
+        "test_turns.py -k file_knows",
+    ),
+    Mutant(
+        "the slots are ranked one step late",
+        "step_counter.py",
+        "self.ranks = self.steps % self.interval == 0",
+        "self.ranks = self.steps % self.interval == 1 % self.interval",
+        _MATRIX.format("h2o and r0-i3"),
+    ),
+    Mutant(
+        "a further prompt does not begin an interval",
+        "step_counter.py",
+        "            self.steps = 0\n            self.ranks = True\n",
+        "",
+        "test_turns.py test_modes.py test_budgets.py -k 'second or question or crop'",
+    ),
+    # Sweeps and the harness.
+    Mutant(
+        "a sweep that goes on leaves out a cell",
+        "eval/sweep/command.py",
+        "return [cell for cell in asked.cells() if is_open(outcomes[cell.name])]",
+        "return [cell for cell in asked.cells() if is_open(outcomes[cell.name])][1:]",
+        "test_sweep.py -k 'dry_run or to_do_again'",
+    ),
+    Mutant(
+        "half a row stays when a sweep was killed",
+        "eval/sweep/folder.py",
+        "            _write(path, whole)\n",
+        "            pass\n",
+        "test_sweep.py -k whole_again",
+    ),
+    Mutant(
+        "full runs once for each budget",
+        "eval/sweep/plan.py",
+        'for budget in ([None] if policy == "full" else self.budgets)',
+        "for budget in self.budgets",
+        "test_sweep.py -k full_runs_once",
+    ),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
