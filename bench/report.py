@@ -183,9 +183,9 @@ def _telemetry(results: Results) -> str:
         )
     return (
         f"{_machine(results, 'telemetry')}; {first['model']}, `{first['policy']}`, batch "
-        f"{first['batch']}, budget {first['budget']}, eager. Time inside the observer, its share of "
-        "the step, and how many times as long a step takes as one that nobody observes: the row of "
-        "`nothing` says how well this can be told.\n\n"
+        f"{first['batch']}, budget {first['budget']}, eager. Time inside the observer, its share "
+        "of the step, and how many times as long a step takes as one that nobody observes: the row "
+        "of `nothing` says how well this can be told.\n\n"
         + markdown(["observed by", "us per token", "share of a step", "times as long"], lines)
     )
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from compressed_cache.telemetry.timing import Timing
 
 
-class CompressedCache(AnnouncedCalls, Snapshots, LinearLayers):
+class CompressedCache(LinearLayers, AnnouncedCalls, Snapshots):
     """Keeps the key-value cache of a model inside a fixed budget while it generates.
 
     Pass a fresh one to ``generate``; nothing else changes::
@@ -133,6 +133,9 @@ class CompressedCache(AnnouncedCalls, Snapshots, LinearLayers):
             if layer.is_filled:
                 checks.check_states(layer.store.sizes, key_states, value_states)
         if layer_idx == self._first:
+            if is_eager and not layer.is_filled:
+                # What a refused prompt has counted is of no text.
+                self.counter.reset()
             self.columns.begin_call()
             tokens = key_states.shape[2]
             if is_eager:
@@ -188,9 +191,9 @@ class CompressedCache(AnnouncedCalls, Snapshots, LinearLayers):
     def activate_past_recording(self) -> None:
         """From the next call on :meth:`crop` can take tokens back; assisted decoding calls it."""
         self.notify("activate_past_recording")
-        expected = self.expected_prompt
-        self.stop_drafting()
-        self._drafting = Drafting(expected)
+        if self._drafting is not None:
+            self.remove_observer(self._drafting)
+        self._drafting = Drafting()
         self.add_observer(self._drafting)
         super().activate_past_recording()
 

@@ -13,16 +13,11 @@ class Drafting(Observer):
     Eviction cannot be undone from the slots alone: what a draft overwrote is gone. So the cache is
     copied before each call, and a call that is taken back in part is read again as far as it stays.
     That costs one more copy of the budget, and no work where a whole draft is accepted.
-
-    Args:
-        prompt_length: tokens of the text that the next call begins with; the others are drafts.
-            None: it has none.
     """
 
     reads_layers = True
 
-    def __init__(self, prompt_length: int | None = None) -> None:
-        self.prompt_length = prompt_length
+    def __init__(self) -> None:
         self.is_first = True
         self.before: Snapshot | None = None
         self.tokens = 0
@@ -40,8 +35,8 @@ class Drafting(Observer):
             # The first call reads a prompt together with the first draft.
             self.is_first = False
             prompt = tokens
-            if self.prompt_length is not None:
-                prompt = self.prompt_length - cache.counter.tokens_seen
+            if cache.expected_prompt is not None:
+                prompt = cache.expected_prompt - cache.counter.tokens_seen
             cache.counter.drafted = tokens - prompt
 
     def layer_read(self, layer: Any, inputs: AttentionInputs) -> None:

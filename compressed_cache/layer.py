@@ -206,9 +206,10 @@ class CompressedLayer(CacheLayerMixin):
         """Never called: what to allocate depends on the queries too, see :meth:`forward`."""
         raise NotImplementedError("slots are allocated when the prompt is attended")
 
-    def reset(self) -> None:
-        """Forgets the tokens and keeps the memory; any model may come next."""
-        self.module.reset()
+    def reset(self, *, keeps_module: bool = False) -> None:
+        """Forgets the tokens and keeps the memory; any model may come next, unless one is kept."""
+        if not keeps_module:
+            self.module.reset()
         self._forget_call()
         self.is_filled = False
         if self.store is not None:
@@ -227,7 +228,8 @@ class CompressedLayer(CacheLayerMixin):
         vars(self).update(state)
         if self.store is not None:
             self.store.tag = attention_hook.Owner(self).tag
-            self.store.mark()
+            if self.store.sizes is not None:
+                self.store.mark()
 
     # What the cache calls.
 

@@ -221,7 +221,8 @@ class Snapshots:
         """Holds what a snapshot says, in place where it fits."""
         for index, layer in enumerate(self.layers):
             if index >= len(snapshot.layers) or snapshot.layers[index] is None:
-                layer.reset()
+                is_linear = isinstance(layer, LinearAttentionLayer)
+                layer.reset() if is_linear else layer.reset(keeps_module=True)
         for index, state in enumerate(snapshot.layers):
             if isinstance(state, LayerState):
                 self.attention_layer(index).restore(state)

@@ -18,7 +18,7 @@ from compressed_cache.__main__ import main
 from compressed_cache.eval.catalogue import entries, page
 from compressed_cache.eval.catalogue.docstrings import text_of
 from compressed_cache.eval.catalogue.entries import Entry
-from compressed_cache.eval.catalogue.presses import FORK, KVPRESS, PRESSES, Press
+from compressed_cache.eval.catalogue.presses import FORK, KVPRESS, PRESSES, PressEquivalent
 from compressed_cache.policies import MODIFIERS, POLICIES, Policy, split_name
 from tests.conftest import distinct_tokens
 
@@ -139,7 +139,7 @@ def test_the_command_finds_a_press(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("press", PRESSES, ids=[f"{p.origin}-{p.name}" for p in PRESSES])
-def test_what_is_to_be_typed_makes_a_cache(press: Press) -> None:
+def test_what_is_to_be_typed_makes_a_cache(press: PressEquivalent) -> None:
     assert press.here or press.note
     if press.here:
         budget = "" if "budget=" in press.here else ", budget=4096"
@@ -160,7 +160,7 @@ def test_arguments_are_those_of_kvpress() -> None:
         "import inspect, json, kvpress\n"
         "told = {}\n"
         "for name in dir(kvpress):\n"
-        "    if name.endswith('Press') and inspect.isclass(getattr(kvpress, name)):\n"
+        "    if name.endswith('PressEquivalent') and inspect.isclass(getattr(kvpress, name)):\n"
         "        given = inspect.signature(getattr(kvpress, name)).parameters.values()\n"
         "        told[name] = {p.name: repr(p.default) for p in given}\n"
         "print(json.dumps(told))"

@@ -8,14 +8,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
 from compressed_cache.policies import MODIFIERS, make_policy, option_names
 from compressed_cache.policies.base import Needs, Policy
 from compressed_cache.policies.methods.caote import CAOTE
+from compressed_cache.policies.methods.gkv import GKV
 from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.policies.methods.snapkv import SnapKV
+from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.prefill_decode import PrefillDecode
 from compressed_cache.policies.view import Slots
 from tests.conftest import held
@@ -204,3 +207,50 @@ def test_a_cache_of_a_combination_goes_on_from_a_file(
             step = text[:, token : token + 1]
             expected = precise_model(step, past_key_values=cache).logits
             assert torch.equal(precise_model(step, past_key_values=loaded).logits, expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noting(Modifier):
+    """Notes the position of each token, which nobody revises, behind what its base notes."""
+
+    name: ClassVar[str] = "noting"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(notes=1)
+
+    def note(self, tokens: Slots) -> Tensor:
+        return tokens.positions.unsqueeze(-1).float()
+
+    def scores(self, slots: Slots) -> Tensor:
+        held = slots.positions >= 0
+        assert (slots.notes[..., -1] == slots.positions)[held].all()
+        return super().scores(slots)
+
+
+@pytest.mark.parametrize(
+    ("make", "same"),
+    [
+        (lambda: Noting(base=GKV(window=4)), lambda: GKV(window=4)),
+        (
+            lambda: Noting(base=PrefillDecode(prompt=GKV(window=4), decoding=GKV(window=4))),
+            lambda: make_policy("gkv/gkv", window=4),
+        ),
+        (
+            lambda: (lambda one: PrefillDecode(prompt=one, decoding=one))(GKV(window=4)),
+            lambda: make_policy("gkv/gkv", window=4),
+        ),
+    ],
+)
+def test_each_part_has_notes_of_its_own(
+    model: LlamaForCausalLM, make: Callable[[], Policy], same: Callable[[], Policy]
+) -> None:
+    ids = torch.stack([torch.arange(40) + 3, torch.arange(40) + 50])
+    caches = [CompressedCache(policy, 16) for policy in (make(), same())]
+    texts = [
+        model.generate(ids, past_key_values=cache, max_new_tokens=24, do_sample=False)
+        for cache in caches
+    ]
+    assert torch.equal(*texts)
+    for layer in range(2):
+        assert held(caches[0], layer) == held(caches[1], layer)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from compressed_cache import CompressedCache, decode
-from compressed_cache.telemetry import Timing, marks, measure
+from compressed_cache.telemetry import Timing, measure, timestamps
 from compressed_cache.telemetry.timing import total
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
@@ -33,7 +33,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SetClock]:
     def set_clock(moments: Sequence[float]) -> None:
         left[:] = [iter(moments)]
         clock = SimpleNamespace(perf_counter=lambda: next(left[0]))
-        monkeypatch.setattr(marks, "time", clock)
+        monkeypatch.setattr(timestamps, "time", clock)
 
     yield set_clock
     assert all(next(moments, None) is None for moments in left)

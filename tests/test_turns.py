@@ -1,6 +1,7 @@
 """More than one prompt: turns of a conversation, chunks, snapshots, rows and files."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -310,3 +311,44 @@ def test_another_process_goes_on_from_a_file(model: Any, policy: str, tmp_path: 
     assert torch.equal(torch.load(tmp_path / "out.pt"), _generate(model, text, cache))
     loaded = CompressedCache.load(tmp_path / "cache.safetensors")
     assert loaded.rules == cache.rules and loaded.policy == cache.policy
+
+
+def test_a_refused_prompt_leaves_nothing_behind(model: LlamaForCausalLM) -> None:
+    long, short, token = distinct_tokens(1, 30), distinct_tokens(1, 5), torch.tensor([[7]])
+    used, fresh = (CompressedCache("h2o", 16, protect_prompt=True) for _ in range(2))
+    with pytest.raises(ValueError, match="budget must be at least"):
+        model(long, past_key_values=used)
+    with torch.no_grad():
+        for cache in (used, copy.deepcopy(used), pickle.loads(pickle.dumps(used)), fresh):
+            first = model(short, past_key_values=cache).logits
+            found = first, model(token, past_key_values=cache).logits
+            assert cache.get_seq_length() == 6
+            if cache is not fresh:
+                other = found
+    torch.testing.assert_close(found, other, rtol=0, atol=0)
+
+
+def test_a_crop_of_the_first_call_keeps_the_model(
+    model: LlamaForCausalLM, make_model: Callable[..., LlamaForCausalLM]
+) -> None:
+    torch.manual_seed(5)
+    other = make_model().apply(model._init_weights)
+    cache = CompressedCache("h2o", 16)
+    cache.activate_past_recording()
+    model(distinct_tokens(1, 30), past_key_values=cache)
+    cache.crop(-5)
+    with pytest.raises(ValueError, match="model must be the one that read the prompt"):
+        other(distinct_tokens(1, 1), past_key_values=cache)
+
+
+def test_a_hybrid_comes_back_to_what_it_held() -> None:
+    hybrid = next(family for family in FAMILIES if family.name == "Qwen3-Next").make()
+    cache, token = CompressedCache("h2o", 16), torch.tensor([[7]])
+    with torch.no_grad():
+        hybrid(torch.arange(10, 30)[None], past_key_values=cache)
+        snapshot = cache.snapshot()
+        expected = hybrid(token, past_key_values=cache).logits
+        cache.restore(snapshot)
+        assert cache.get_seq_length() == 20
+        found = hybrid(token, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -39,7 +39,14 @@ class RevisesNotes(Protocol):
     """Changes the notes of all tokens right before they are ranked."""
 
     def revise(self, slots: Slots) -> Tensor:
-        """New notes, ``[B, H, S, N]`` float32."""
+        """New notes.
+
+        Args:
+            slots: what is ranked; of a modifier only its own notes.
+
+        Returns:
+            ``[B, H, S, N]`` float32.
+        """
         ...
 
 
@@ -262,27 +269,27 @@ def own_view(policy: Policy, part: Policy, slots: Slots) -> Slots:
 def write_notes(policy: Policy, tokens: Slots) -> Tensor:
     """The notes of new tokens ``[B, H, S, N]`` by all parts."""
     shape = tokens.positions.shape
-    notes = []
+    notes = [tokens.notes.new_zeros(*shape, 0)]
     for part in policy.parts:
         if isinstance(part, WritesNotes):
             notes.append(part.note(own_view(policy, part, tokens)))
-        elif part.needs.notes:
+        else:
             notes.append(tokens.notes.new_zeros(*shape, part.needs.notes))
-    return torch.cat(notes, dim=-1) if notes else tokens.notes.new_zeros(*shape, 0)
+    return torch.cat(notes, dim=-1)
 
 
 def revise_notes(policy: Policy, slots: Slots) -> Tensor:
     """The notes of all tokens ``[B, H, S, N]`` once those parts that rank now revised theirs."""
     active = policy.active(slots.is_prompt)
-    notes = []
+    notes, start = list[Tensor](), 0
     for part in policy.parts:
-        own = own_view(policy, part, slots)
-        is_active = any(part is one for one in active)
-        if is_active and isinstance(part, RevisesNotes):
-            notes.append(part.revise(own))
-        elif part.needs.notes:
-            notes.append(own.notes)
-    return torch.cat(notes, dim=-1) if notes else slots.notes
+        own = slots.notes[..., start : start + part.needs.notes]
+        start += part.needs.notes
+        if isinstance(part, RevisesNotes) and any(part is one for one in active):
+            # Of a modifier not those of its base.
+            own = part.revise(own_view(policy, part, slots)._replace(notes=own))
+        notes.append(own)
+    return torch.cat(notes, dim=-1)
 
 
 def _last(parts: Sequence[Policy], kind: type[Capability]) -> Capability | None:

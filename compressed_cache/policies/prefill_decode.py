@@ -1,5 +1,6 @@
 """One policy for the prompt, another while decoding."""
 
+import copy
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -54,6 +55,10 @@ class PrefillDecode(Policy):
                     f"{part.label!r} changes what is held in both phases. Put its last part around "
                     "the two."
                 )
+        if any(one is other for one in self.prompt.parts for other in self.decoding.parts):
+            # Each phase has notes of its own, so each part must be told from all others.
+            object.__setattr__(self, "decoding", copy.deepcopy(self.decoding))
+            both = self.prompt, self.decoding
         observers = [one for part in both if (one := find_observer(part)) is not None]
         if len({type(one) for one in observers}) > 1:
             raise ValueError(
