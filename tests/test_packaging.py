@@ -28,6 +28,7 @@ def test_folders_on_top_are_the_known_ones() -> None:
         "integrations",
         "tasks",
         "bench",
+        "docs",
         "examples",
         "tests",
         ".ci",

@@ -281,7 +281,8 @@ def write_notes(policy: Policy, tokens: Slots) -> Tensor:
 def revise_notes(policy: Policy, slots: Slots) -> Tensor:
     """The notes of all tokens ``[B, H, S, N]`` once those parts that rank now revised theirs."""
     active = policy.active(slots.is_prompt)
-    notes, start = list[Tensor](), 0
+    notes: list[Tensor] = []
+    start = 0
     for part in policy.parts:
         own = slots.notes[..., start : start + part.needs.notes]
         start += part.needs.notes
