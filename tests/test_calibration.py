@@ -170,7 +170,7 @@ _ALL = ("Llama 3", "Qwen3", "Gemma 3", "SmolLM3", "GLM-4", "GPT-OSS", "Qwen2-VL"
 @pytest.mark.parametrize(
     ("family", "policy"),
     [
-        (family, policy)
+        pytest.param(family, policy, marks=[] if family.name in _ALL else pytest.mark.slow)
         for family, one in alternating(FAMILIES, CALIBRATED)
         for policy in (CALIBRATED if family.name in _ALL else [one])
     ],

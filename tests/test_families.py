@@ -16,7 +16,17 @@ _OF_EACH_KIND = [one for one in FAMILIES if one.name in ("Llama 3", "Gemma 3", "
 NEW = 30
 
 
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.name, scope="module")
+# Windows, soft-capping, sinks, partial rotation, recurrence; the others are slow, being many.
+_QUICK = ("Llama 3", "Gemma 2", "Gemma 3", "GPT-OSS", "GLM-4", "Qwen3-Next")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(one, id=one.name, marks=[] if one.name in _QUICK else pytest.mark.slow)
+        for one in FAMILIES
+    ],
+    scope="module",
+)
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param
 

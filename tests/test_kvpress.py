@@ -13,6 +13,7 @@ from bench.kvpress import KvpressGeneration, PressSetting
 PYTHON = Path(sys.executable)
 
 
+@pytest.mark.slow
 def test_a_text_goes_on_as_far_as_it_is_asked(model: LlamaForCausalLM) -> None:
     like = Generation(BASELINE, model, batch=2, prompt=5)
     with closing(KvpressGeneration(PYTHON, None, like)) as text:
@@ -22,6 +23,7 @@ def test_a_text_goes_on_as_far_as_it_is_asked(model: LlamaForCausalLM) -> None:
         assert text.held_tokens == 5 + 3 + (1 + 2)
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_early_is_an_error(model: LlamaForCausalLM) -> None:
     like = Generation(BASELINE, model, batch=1, prompt=5)
     with pytest.raises(RuntimeError, match="ended early, with status 1"):

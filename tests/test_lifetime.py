@@ -23,6 +23,7 @@ from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens
 from tests.families import FAMILIES
+from tests.grids import slow_but
 from tests.test_masks import LAYOUTS
 
 IDS = distinct_tokens(2, 20)
@@ -69,7 +70,7 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.usefixtures("_no_collection")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(WAYS.keys() - {"compiled"}, WAYS))
 @pytest.mark.parametrize("policy", LAYOUTS)
 def test_memory_is_given_back_with_the_last_reference(
     model: LlamaForCausalLM, policy: str, way: str

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from compressed_cache import CompressedCache
 from tests.conftest import distinct_tokens, held
-from tests.grids import alternating, pairwise
+from tests.grids import alternating, pairwise, slow_but
 from tests.kinds import KINDS
 
 NEW = 24
@@ -140,7 +140,10 @@ def _eager_to_draft(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("policy", "budget", "interval"), pairwise(KINDS, [16, 40], [1, 4]))
+@pytest.mark.parametrize(
+    ("policy", "budget", "interval"),
+    slow_but(["full", "h2o", "snapkv", "gkv"], pairwise(KINDS, [16, 40], [1, 4])),
+)
 def test_drafts_change_nothing(
     model: Any, drafter: Any, policy: str, budget: int, interval: int
 ) -> None:

@@ -11,7 +11,7 @@ from compressed_cache import CompressedCache
 from compressed_cache.ops.masks import real_tokens
 from compressed_cache.policies import SLOT_POLICIES
 from tests.conftest import distinct_tokens, held
-from tests.grids import alternating
+from tests.grids import alternating, slow_but
 from tests.kinds import KINDS
 
 LENGTHS = (9, 30, 17, 41)
@@ -24,7 +24,9 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, (ids != 0).long()
 
 
-@pytest.mark.parametrize(("policy", "interval"), alternating(SLOT_POLICIES, [1, 4]))
+@pytest.mark.parametrize(
+    ("policy", "interval"), slow_but(KINDS, alternating(SLOT_POLICIES, [1, 4]))
+)
 def test_rows_of_a_padded_batch_generate_what_they_generate_alone(
     make_model: Callable[..., LlamaForCausalLM], policy: str, interval: int
 ) -> None:

@@ -15,6 +15,8 @@ from compressed_cache.policies import SLOT_POLICIES, make_policy, option_names
 from compressed_cache.policies.capabilities import needs_of
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
+from tests.grids import slow_but
+from tests.kinds import KINDS
 
 NEW = 14
 
@@ -192,11 +194,14 @@ def test_two_threads_with_two_models_do_not_mix(
 
 @pytest.mark.parametrize(
     ("policy", "broken", "interval"),
-    [
-        (policy, broken, (1, 4)[(number + own) % 2])
-        for number, policy in enumerate(name for name in SLOT_POLICIES if name != "full")
-        for own, broken in enumerate(("k_proj", "q_proj", "v_proj"))
-    ],
+    slow_but(
+        KINDS,
+        (
+            (policy, broken, (1, 4)[(number + own) % 2])
+            for number, policy in enumerate(name for name in SLOT_POLICIES if name != "full")
+            for own, broken in enumerate(("k_proj", "q_proj", "v_proj"))
+        ),
+    ),
 )
 def test_what_is_not_a_number_harms_neither_other_rows_nor_what_is_protected(
     model: Any, policy: str, broken: str, interval: int

@@ -79,6 +79,7 @@ def test_the_benchmark_discriminates(protect_prompt: bool) -> None:
     assert discriminating
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 5, 12])
 def test_numbers_of_the_demo_are_found_again(number: int) -> None:
     recorded = DEMO["rows"][number]
@@ -91,6 +92,7 @@ def test_numbers_of_the_demo_are_found_again(number: int) -> None:
         assert row[name] == pytest.approx(recorded[name]), name
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_picture_and_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
-from tests.grids import alternating, pairwise
+from tests.grids import alternating, pairwise, slow_but
 from tests.kinds import KINDS
 from tests.reference.comparison import (
     NAMES,
@@ -43,7 +43,8 @@ def cases() -> list[Any]:
             rules = Rules(budget, interval, sinks, recent, protect_prompt)
             label = f"{name}-b{budget}-s{sinks}-r{recent}-i{interval}"
             label += "-prompt" * protect_prompt
-            parameters.append(pytest.param(name, rules, id=label))
+            marks = [] if name in OF_EACH_KIND else pytest.mark.slow
+            parameters.append(pytest.param(name, rules, id=label, marks=marks))
     return parameters
 
 
@@ -73,7 +74,9 @@ def test_library_keeps_the_tokens_of_the_reference(
 
 
 @pytest.mark.parametrize(
-    ("name", "protection"), alternating(NAMES, [(12, False), (22, True)]), ids=str
+    ("name", "protection"),
+    slow_but(OF_EACH_KIND, alternating(NAMES, [(12, False), (22, True)])),
+    ids=str,
 )
 def test_an_interval_longer_than_what_is_unprotected_goes_on_with_the_oldest(
     precise_model: LlamaForCausalLM,
@@ -115,7 +118,9 @@ def test_float32_model_keeps_the_tokens_of_the_reference(
     assert_agree(model, reference, [text], [19], name=name, rules=rules, tolerance=tolerance)
 
 
-@pytest.mark.parametrize(("name", "num_key_value_heads"), alternating(NAMES, [1, 4]))
+@pytest.mark.parametrize(
+    ("name", "num_key_value_heads"), slow_but(OF_EACH_KIND, alternating(NAMES, [1, 4]))
+)
 def test_any_grouping_of_query_heads_keeps_the_tokens_of_the_reference(
     name: str, num_key_value_heads: int, tolerance: float
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_third_of_the_generated_tokens_stays_beside_prompt_and_window(
             assert len(head) == prompt + ranked + step - generated
 
 
+@pytest.mark.slow
 def test_growing_cache_is_one_graph_for_rankings_and_one_for_the_other_steps(
     precise_model: Any,
 ) -> None:

@@ -245,6 +245,7 @@ def test_the_shipped_model_runs_every_task_under_a_press(data: str) -> None:
         assert 1 <= summary["tokens,none"] <= 8
 
 
+@pytest.mark.slow
 def test_results_are_as_stored(data: str, tmp_path: Path) -> None:
     results = evaluate(
         ["reasoning_shipped", "reasoning_gsm8k"],
