@@ -27,7 +27,7 @@ class Drafting(Observer):
         """Copies the cache, and says how many of the tokens are drafts."""
         if self.before is not None:
             # Nobody decided on the call before, so the drafting is over.
-            cache.remove_observer(self)
+            cache.stop_drafting()
             return
         self.before, self.tokens, self._inputs = cache.snapshot(), tokens, {}
         cache.counter.drafted = tokens

@@ -352,3 +352,21 @@ def test_a_hybrid_comes_back_to_what_it_held() -> None:
         assert cache.get_seq_length() == 20
         found = hybrid(token, past_key_values=cache).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_drafting_that_is_over_says_nothing_of_the_next_prompt(model: LlamaForCausalLM) -> None:
+    used, fresh = CompressedCache("h2o", 16), CompressedCache("h2o", 16)
+    first, token, last = distinct_tokens(1, 30), torch.tensor([[7]]), distinct_tokens(1, 12)
+    used.expect_prompt(20)
+    with torch.no_grad():
+        for cache in (used, fresh):
+            cache.activate_past_recording()
+            model(first[:, :20], past_key_values=cache)
+            for _ in range(2):
+                # Nobody crops, so the second of these is not drafted.
+                model(token, past_key_values=cache)
+            cache.activate_past_recording()
+            model(last, past_key_values=cache)
+    for layer in range(2):
+        assert held(used, layer) == held(fresh, layer)
+    assert used.expected_prompt is None
