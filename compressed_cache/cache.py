@@ -358,8 +358,7 @@ class CompressedCache(LinearLayers, AnnouncedCalls, Snapshots):
 
     def first_filled(self) -> Any:
         """The layer that a call meets first, None while it holds nothing."""
-        first = None if self._first is None else self.layers[self._first]
-        return first if first is not None and first.is_filled else None
+        return self.layers[self._first] if self._is_filled else None
 
     @property
     def _is_filled(self) -> bool:

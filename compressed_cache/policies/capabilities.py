@@ -204,15 +204,13 @@ class HasLazyLayers(Protocol):
 
 def find(policy: Policy, kind: type[Capability]) -> Capability | None:
     """The part of a policy that has a capability, the last of several; None where none has."""
-    return _last(policy.parts, kind)
+    return next((part for part in reversed(policy.parts) if isinstance(part, kind)), None)
 
 
-def find_dropping(policy: Policy) -> tuple[Policy, DropsTokens] | None:
-    """The part that drops tokens in decode steps, twice; None where none does."""
-    for part in policy.active(is_prompt=False):
-        if isinstance(part, DropsTokens) and part.drops:
-            return part, part
-    return None
+def find_dropping(policy: Policy) -> Any:
+    """The part that drops tokens in decode steps, a :class:`DropsTokens`; None where none does."""
+    active = policy.active(is_prompt=False)
+    return next((part for part in active if isinstance(part, DropsTokens) and part.drops), None)
 
 
 def find_store(policy: Policy) -> str:
@@ -233,6 +231,11 @@ def scores_attention(policy: Policy) -> bool:
 def same_for_all_heads(policy: Policy) -> bool:
     """Whether scores are the same for all heads of a layer."""
     return any(part.same_for_all_heads for part in policy.parts)
+
+
+def decides_for_all_heads(policy: Policy) -> bool:
+    """Whether all heads of a layer hold the same tokens."""
+    return same_for_all_heads(policy) or needs_of(policy).all_heads
 
 
 def needs_of(policy: Policy) -> Needs:
@@ -291,7 +294,3 @@ def revise_notes(policy: Policy, slots: Slots) -> Tensor:
             own = part.revise(own_view(policy, part, slots)._replace(notes=own))
         notes.append(own)
     return torch.cat(notes, dim=-1)
-
-
-def _last(parts: Sequence[Policy], kind: type[Capability]) -> Capability | None:
-    return next((part for part in reversed(parts) if isinstance(part, kind)), None)

@@ -17,11 +17,10 @@ from compressed_cache.policies.capabilities import (
     Rerotates,
     SharesBudget,
     SharesSlots,
+    decides_for_all_heads,
     find,
-    find_observer,
     find_store,
     needs_of,
-    same_for_all_heads,
 )
 from compressed_cache.wording import shown
 
@@ -95,14 +94,14 @@ def resolve_eviction(
             f"budget must be one number, or one for each layer, with {policy.label!r}, which "
             f"shares the slots of a layer among its heads, got {budget}"
         )
-    store, observer = find_store(policy), find_observer(policy)
+    store = find_store(policy)
     is_pool = store == "pool" or is_per_head(budget)
     if is_pool and find(policy, MergesValues):
         raise ValueError(
             f"{policy.label!r} merges tokens in slots of one head, so heads cannot have budgets of "
             "their own. Use one budget for each layer, or do without 'merging'."
         )
-    alike = same_for_all_heads(policy) or (observer is not None and observer.needs.all_heads)
+    alike = decides_for_all_heads(policy)
     alike = alike or find(policy, Rerotates) or find(policy, PrunesChannels)
     if is_pool and (alike or store not in ("slots", "pool")):
         raise ValueError(

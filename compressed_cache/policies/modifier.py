@@ -9,11 +9,10 @@ from compressed_cache.policies.base import Defaults, Policy
 from compressed_cache.policies.capabilities import (
     PrunesChannels,
     RanksBlocks,
+    decides_for_all_heads,
     find,
-    find_observer,
     find_store,
     own_view,
-    same_for_all_heads,
 )
 from compressed_cache.policies.view import Slots
 from compressed_cache.wording import shown
@@ -49,12 +48,9 @@ class Modifier(Policy):
             )
         if type(self) in [type(part) for part in self.base.parts]:
             raise ValueError(f"{self.name} must be given once, got {self.label!r}")
-        observer = find_observer(self.base)
-        is_mixed = observer is not None and observer.needs.all_heads
         keeps_scores = type(self).scores is Modifier.scores
-        if (is_mixed or same_for_all_heads(self.base)) and not (
-            self.same_for_all_heads or keeps_scores
-        ):
+        is_alike = self.same_for_all_heads or keeps_scores
+        if decides_for_all_heads(self.base) and not is_alike:
             raise ValueError(
                 f"{self.name} scores each head on its own, and {self.base.label!r} decides for all "
                 f"heads at once. Write {self.name!r} before the modifier that does so, or use "

@@ -11,11 +11,11 @@ from compressed_cache.policies.capabilities import (
     PrunesChannels,
     RanksBlocks,
     Rerotates,
+    decides_for_all_heads,
     find,
     find_observer,
     find_store,
     own_view,
-    same_for_all_heads,
 )
 from compressed_cache.policies.view import Slots
 
@@ -65,7 +65,7 @@ class PrefillDecode(Policy):
                 f"{self.label!r} would add up attention in two ways. One of the two may be a "
                 "policy that observes attention."
             )
-        if len({_is_mixed(part) for part in both}) > 1:
+        if len({decides_for_all_heads(part) for part in both}) > 1:
             raise ValueError(
                 f"{self.label!r} would keep other tokens in each head in one phase and the same in "
                 "all heads in the other. Both must do the one or the other."
@@ -99,8 +99,3 @@ class PrefillDecode(Policy):
     def scores(self, slots: Slots) -> Tensor:
         part = self.prompt if slots.is_prompt else self.decoding
         return part.scores(own_view(self, part, slots))
-
-
-def _is_mixed(policy: Policy) -> bool:
-    observer = find_observer(policy)
-    return same_for_all_heads(policy) or (observer is not None and observer.needs.all_heads)

@@ -104,8 +104,7 @@ class BoundPolicy:
     def dropped(self, slots: Slots, scores: Tensor) -> Tensor:
         """Which tokens ``[B, H, S]`` go without being overwritten, by protected scores."""
         assert self.dropping is not None
-        part, dropping = self.dropping
-        gone = dropping.dropped(own_view(self.policy, part, slots), scores)
+        gone = self.dropping.dropped(own_view(self.policy, self.dropping, slots), scores)
         return gone & (scores < torch.inf)
 
     def note(self, tokens: Slots) -> Tensor:

@@ -34,15 +34,14 @@ def read_call(
         of them were read together.
     """
     count, length = counter.prompt_tokens, inputs.real.shape[1]
+    is_first = counter.is_first_prompt
     if is_filled and count >= length:
-        is_first = counter.is_first_prompt
         return prefill_chunk(store, inputs, is_first_prompt=is_first, wants_weights=wants_weights)
     if is_filled and not count:
         return _read_steps(store, inputs, counter, wants_weights=wants_weights)
     prompt, steps = inputs.split(count)
     outputs: list[Tensor] = []
     if is_filled:
-        is_first = counter.is_first_prompt
         outputs.append(prefill_chunk(store, prompt, is_first_prompt=is_first)[0])
     else:
         prefill(store, prompt.detach())
