@@ -22,7 +22,7 @@ from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.policies.methods.pyramidkv import PyramidKV
 from compressed_cache.reasoner import MODEL_PATH
 from tests.compiling import CountingBackend, compiled
-from tests.grids import pairwise
+from tests.grids import pairwise, slow_but
 from tests.reference.comparison import NUM_STEPS, OPTIONS, assert_agree, distinct_tokens, make_model
 from tests.reference.llama import ReferenceLlama
 from tests.reference.policies import POLICIES, Rules, Score, View, snapkv
@@ -277,8 +277,8 @@ def test_a_pool_has_the_slots_of_a_uniform_budget_and_keeps_them(name: str, prom
     assert addresses == [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors()]
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("interval", slow_but((4,), (1, 4)))
+@pytest.mark.parametrize("name", slow_but(("h2o+adakv", "h2o"), POOLS))
 def test_a_pool_is_compiled_once(name: str, interval: int) -> None:
     torch._dynamo.reset()
     backend = CountingBackend()

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralF
 
 from compressed_cache import POLICIES, CompressedCache
 from tests.conftest import distinct_tokens, held
-from tests.grids import alternating
+from tests.grids import alternating, slow_but
 from tests.kinds import KINDS
 from tests.reference.comparison import OPTIONS
 
@@ -193,7 +193,7 @@ def test_random_redraw_forgets_with_age_and_a_fixed_draw_samples_the_past(
 
 
 # Which keep attention, queries and notes.
-@pytest.mark.parametrize("policy", ["h2o", "rkv", "gkv"])
+@pytest.mark.parametrize("policy", slow_but(("h2o",), ("h2o", "rkv", "gkv")))
 def test_memory_is_the_same_after_300_and_after_2000_tokens(
     make_model: object, policy: str
 ) -> None:

@@ -10,6 +10,7 @@ from compressed_cache import CompressedCache, compile_layers_once
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import held
 from tests.families import FAMILIES, VOCABULARY, Family, table
+from tests.grids import slow_but
 
 PADDING = (9, 2, 0)
 _OF_EACH_KIND = [one for one in FAMILIES if one.name in ("Llama 3", "Gemma 3", "Qwen3-Next")]
@@ -92,7 +93,7 @@ def test_compiled_gives_the_tokens_of_eager_in_one_graph(model: object, family: 
     _check_compiled(model, budget=16, sample=False)
 
 
-@pytest.mark.parametrize("budget", [16, 40], ids=["prompt above", "prompt below"])
+@pytest.mark.parametrize("budget", slow_but((16,), (16, 40)))
 @pytest.mark.parametrize("family", _OF_EACH_KIND, ids=lambda one: one.name, indirect=True)
 def test_compiled_gives_what_eager_samples(model: object, family: Family, budget: int) -> None:
     _check_compiled(model, budget=budget, sample=True)

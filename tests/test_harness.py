@@ -18,6 +18,7 @@ from compressed_cache.integrations.harness.arguments import take_press
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import make_problem
 from compressed_cache.tasks.record import Record, Reply
+from tests.grids import slow_but
 from tests.harness import evaluate, messages, replies
 
 EASY, LONG = "reasoning_shipped_easy", "reasoning_shipped_long"
@@ -34,7 +35,9 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
 
 
-@pytest.mark.parametrize("policy", ["full", "knorm", "random", "h2o", "pyramidkv"])
+@pytest.mark.parametrize(
+    "policy", slow_but(("h2o",), ("full", "knorm", "random", "h2o", "pyramidkv"))
+)
 def test_replies_and_records_are_those_of_generate(policy: str) -> None:
     arguments = {"kv_press": policy, "kv_budget": 90, "kv_protect_prompt": policy == "knorm"}
     results = evaluate([EASY], limit=1, model_args=arguments, gen_kwargs={"max_gen_toks": 100})

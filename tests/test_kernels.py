@@ -383,6 +383,7 @@ def test_compiled_generation_is_the_same_with_and_without(
     )
 
 
+@pytest.mark.slow
 def test_layers_compiled_once_are_left_whole(
     make_model: Callable[..., LlamaForCausalLM], served: Callable[[bool], None]
 ) -> None:

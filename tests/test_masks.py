@@ -16,6 +16,8 @@ from compressed_cache.policies import SLOT_POLICIES
 from compressed_cache.versions import cache_argument
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES
+from tests.grids import slow_but
+from tests.kinds import KINDS
 from tests.reference.comparison import OPTIONS
 from tests.test_properties import every
 
@@ -371,13 +373,8 @@ def _turns(
 CALLS = [24, *[1] * 12, 9, *[1] * 10, 5]
 ENDED = [[6, 4], [12, 10], [1, 9], [11, 10]]
 """Of each row, how many tokens both answers have."""
-POLICIES_OF_ROWS = [
-    *SLOT_POLICIES,
-    "snapkv+adakv",
-    "snapkv+simlayerkv",
-    "h2o+merging",
-    "rpc+growing",
-]
+LAYOUTS_OF_ROWS = ("snapkv+adakv", "snapkv+simlayerkv", "h2o+merging", "rpc+growing")
+POLICIES_OF_ROWS = (*SLOT_POLICIES, *LAYOUTS_OF_ROWS)
 
 
 def _conversation() -> tuple[Tensor, Tensor]:
@@ -402,7 +399,7 @@ def _options(policy: str, interval: int) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", POLICIES_OF_ROWS)
+@pytest.mark.parametrize("policy", slow_but((*KINDS, *LAYOUTS_OF_ROWS), POLICIES_OF_ROWS))
 def test_rows_that_end_early_are_what_they_are_alone(
     model: Any, policy: str, interval: int
 ) -> None:

@@ -77,6 +77,7 @@ def _held(cache: CompressedCache, row: int = 0) -> list[Any]:
     return [held(cache, layer, row) for layer in range(2)]
 
 
+@pytest.mark.slow
 @every(60)
 @given(make=caches(), lengths=lengths, seed=seeds)
 def test_a_padded_row_is_what_it_is_alone(
@@ -164,6 +165,7 @@ def test_compiled_is_eager(
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_two_threads_with_two_models_do_not_mix(
     make_model: Callable[..., LlamaForCausalLM],
 ) -> None:

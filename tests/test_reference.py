@@ -37,13 +37,13 @@ def cases() -> list[Any]:
     budgets, protected = [(14, False), (30, False), (30, True)], [(0, 0), (2, 4)]
     parameters = []
     for name in NAMES:
-        for (budget, protect_prompt), (sinks, recent), interval in pairwise(
-            budgets, protected, [1, 3]
+        for number, ((budget, protect_prompt), (sinks, recent), interval) in enumerate(
+            pairwise(budgets, protected, [1, 3])
         ):
             rules = Rules(budget, interval, sinks, recent, protect_prompt)
             label = f"{name}-b{budget}-s{sinks}-r{recent}-i{interval}"
             label += "-prompt" * protect_prompt
-            marks = [] if name in OF_EACH_KIND else pytest.mark.slow
+            marks = [] if name in OF_EACH_KIND and number < 3 else pytest.mark.slow
             parameters.append(pytest.param(name, rules, id=label, marks=marks))
     return parameters
 
@@ -95,7 +95,9 @@ def test_an_interval_longer_than_what_is_unprotected_goes_on_with_the_oldest(
 
 
 # With the options of the papers; not "knorm", whose scores tie where the model repeats a token.
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "knorm"])
+@pytest.mark.parametrize(
+    "name", slow_but(OF_EACH_KIND, (name for name in NAMES if name != "knorm"))
+)
 def test_greedy_text_is_that_of_the_reference(
     precise_model: LlamaForCausalLM, reference: ReferenceLlama, tolerance: float, name: str
 ) -> None:
