@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from compressed_cache.drafting import Drafting, check_crop
+from compressed_cache.drafting import Drafts
 from compressed_cache.hf import attention_hook, checks
 from compressed_cache.hf.announced_calls import AnnouncedCalls
 from compressed_cache.hf.columns import Columns
-from compressed_cache.hf.linear_attention import LinearLayers
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.observers import Observer
 from compressed_cache.policies.base import Policy
@@ -21,7 +20,6 @@ from compressed_cache.policies.eviction_config import (
     share_budget,
 )
 from compressed_cache.policies.registry import as_policy
-from compressed_cache.snapshot import Snapshots
 from compressed_cache.step_counter import StepCounter
 from compressed_cache.stores.slots import SlotStore
 
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     from compressed_cache.telemetry.timing import Timing
 
 
-class CompressedCache(LinearLayers, AnnouncedCalls, Snapshots):
+class CompressedCache(Drafts, AnnouncedCalls):
     """Keeps the key-value cache of a model inside a fixed budget while it generates.
 
     Pass a fresh one to ``generate``; nothing else changes::
@@ -108,14 +106,12 @@ class CompressedCache(LinearLayers, AnnouncedCalls, Snapshots):
         self.columns = Columns()
         self.observers: list[Observer] = []
         self.readers: list[Observer] = []
-        """Those of the observers who are told what each layer reads."""
         self._timer: Any = None
         if telemetry:
             from compressed_cache.telemetry.timer import Timer
 
             self._timer = Timer()
             self.add_observer(self._timer)
-        self._drafting: Drafting | None = None
         # Any: None before the first call, and the type checker would ask at each use.
         self._first: Any = None
         attention_hook.install()
@@ -187,39 +183,6 @@ class CompressedCache(LinearLayers, AnnouncedCalls, Snapshots):
         it drafts, where another number of drafted tokens would be another graph each time.
         """
         return not self.readers
-
-    def activate_past_recording(self) -> None:
-        """From the next call on :meth:`crop` can take tokens back; assisted decoding calls it."""
-        self.notify("activate_past_recording")
-        if self._drafting is not None:
-            self.remove_observer(self._drafting)
-        self._drafting = Drafting()
-        self.add_observer(self._drafting)
-        super().activate_past_recording()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last ``-tokens_to_remove`` tokens of the last call, evictions included.
-
-        Raises:
-            ValueError: a positive number, or more tokens than that call had.
-            NotImplementedError: a model with linear-attention layers.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(
-                "tokens_to_remove must be <= 0, the number of tokens to take back as transformers "
-                f"counts it, got {tokens_to_remove}"
-            )
-        if not all(isinstance(layer, CompressedLayer) for layer in self.layers):
-            raise NotImplementedError(
-                "CompressedCache cannot take tokens back from linear-attention layers. Generate "
-                "without assisted decoding or prompt lookup."
-            )
-        # Some releases count on the device.
-        tokens = -int(tokens_to_remove)
-        if self._drafting is None:
-            check_crop(tokens, 0)
-        else:
-            self._drafting.take_back(self, tokens)
 
     def reset(self) -> None:
         """Makes the cache as new, in place: buffers are kept for the next prompt."""
@@ -300,20 +263,6 @@ class CompressedCache(LinearLayers, AnnouncedCalls, Snapshots):
             raise ValueError("telemetry must be True for timing, got False")
         return self._timer.timing(self)
 
-    def add_observer(self, observer: Observer) -> None:
-        """From now on tells somebody what happens."""
-        self.observers.append(observer)
-        if observer.reads_layers:
-            self.readers.append(observer)
-
-    def remove_observer(self, observer: Observer) -> None:
-        """Tells somebody no longer."""
-        self.observers.remove(observer)
-        if observer.reads_layers:
-            self.readers.remove(observer)
-        if observer is self._drafting:
-            self._drafting = None
-
     def __repr__(self) -> str:
         eviction = ", ".join(f"{name}={value!r}" for name, value in vars(self.eviction).items())
         seen = self.get_seq_length()
@@ -371,22 +320,11 @@ class CompressedCache(LinearLayers, AnnouncedCalls, Snapshots):
         """Those of all layers that have one."""
         return (one.store for one in self._attention_layers() if one.store is not None)
 
-    def notify(self, what: str) -> None:
-        """Tells observers that something other than reading is about to change what is held."""
-        for observer in self.observers:
-            observer.rearranged(self, what)
-
     def _check_filled(self, method: str) -> Any:
         first = self.first_filled()
         if first is None:
             raise ValueError(f"{method} needs a cache that holds a prompt, got an empty one")
         return first
-
-    def stop_drafting(self) -> None:
-        """Forgets what could be taken back."""
-        self.expected_prompt = None
-        if self._drafting is not None:
-            self.remove_observer(self._drafting)
 
     def _end_step(self, tokens: int) -> None:
         """Ends the step that is running, before ``tokens`` tokens come."""

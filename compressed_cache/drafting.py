@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from transformers.cache_utils import LinearAttentionLayer
+
 from compressed_cache.observers import Observer
-from compressed_cache.snapshot import Snapshot
+from compressed_cache.snapshot import Snapshot, Snapshots
 from compressed_cache.stores.inputs import AttentionInputs
 
 
@@ -50,7 +52,7 @@ class Drafting(Observer):
             ValueError: more tokens than that call had.
         """
         had = self.tokens if self.before is not None else 0
-        check_crop(tokens, had)
+        _check_crop(tokens, had)
         before, kept = self.before, had - tokens
         self.before, self.tokens = None, 0
         inputs, self._inputs = self._inputs, {}
@@ -64,7 +66,72 @@ class Drafting(Observer):
                 cache.layers[index].replay(read.split(kept)[0])
 
 
-def check_crop(tokens: int, had: int) -> None:
+class Drafts(Snapshots):
+    """The part of a cache that takes tokens back, while somebody drafts."""
+
+    expected_prompt: int | None = None
+    """Tokens of the text that the next call begins with."""
+    _drafting: Drafting | None = None
+
+    def expect_prompt(self, tokens: int) -> None:
+        """Says how long the text is that the next call begins with, what it held included.
+
+        Assisted decoding reads the prompt and the first drafted tokens in one call, and only what
+        the user wrote is a prompt.
+        """
+        self.expected_prompt = tokens
+
+    def activate_past_recording(self) -> None:
+        """From the next call on :meth:`crop` can take tokens back; assisted decoding calls it."""
+        self.notify("activate_past_recording")
+        if self._drafting is not None:
+            self.remove_observer(self._drafting)
+        self._drafting = Drafting()
+        self.add_observer(self._drafting)
+        super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last ``-tokens_to_remove`` tokens of the last call, evictions included.
+
+        Raises:
+            ValueError: a positive number, or more tokens than that call had.
+            NotImplementedError: a model with linear-attention layers.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "tokens_to_remove must be <= 0, the number of tokens to take back as transformers "
+                f"counts it, got {tokens_to_remove}"
+            )
+        if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+            raise NotImplementedError(
+                "CompressedCache cannot take tokens back from linear-attention layers. Generate "
+                "without assisted decoding or prompt lookup."
+            )
+        # Some releases count on the device.
+        tokens = -int(tokens_to_remove)
+        if self._drafting is None:
+            _check_crop(tokens, 0)
+        else:
+            self._drafting.take_back(self, tokens)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Holds again what it held at :meth:`snapshot`, in place where the batch is as large.
+
+        Raises:
+            ValueError: a snapshot of a cache with another policy or other arguments.
+        """
+        super().restore(snapshot)
+        self.stop_drafting()
+
+    def stop_drafting(self) -> None:
+        """Forgets what could be taken back."""
+        self.expected_prompt = None
+        if self._drafting is not None:
+            self.remove_observer(self._drafting)
+            self._drafting = None
+
+
+def _check_crop(tokens: int, had: int) -> None:
     """Raises ``ValueError`` for more tokens than the last call had."""
     if tokens > had:
         raise ValueError(

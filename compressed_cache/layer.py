@@ -24,7 +24,6 @@ from compressed_cache.stores.bound_policy import BoundPolicy
 from compressed_cache.stores.call import read_call
 from compressed_cache.stores.decode_step import decode_step
 from compressed_cache.stores.inputs import AttentionInputs, NewToken
-from compressed_cache.stores.slots import SlotStore
 
 _AS_IT_IS = nullcontext()
 
@@ -240,16 +239,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def state(self) -> LayerState | None:
         """A copy of what is held, None of nothing."""
-        if not self.is_filled:
-            return None
-        store: SlotStore = self.store
-        assert store.sizes is not None
-        copies = {name: tensor.clone() for name, tensor in store.named_tensors().items()}
-        bound = store.bound
-        budget = bound.head_budgets or bound.budget
-        return LayerState(
-            store.sizes, copies, bound.transform, bound.window, budget, bound.constants
-        )
+        return LayerState.of(self.store) if self.is_filled else None
 
     def restore(self, state: LayerState) -> None:
         """Holds again what ``state`` says, in place where it fits."""

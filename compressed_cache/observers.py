@@ -59,6 +59,31 @@ class Observer:
         """Something other than reading is about to change what is held, the call of this name."""
 
 
+class Observed:
+    """The part of a cache that tells others what happens."""
+
+    observers: list[Observer]
+    readers: list[Observer]
+    """Those of them who are told what each layer reads."""
+
+    def add_observer(self, observer: Observer) -> None:
+        """From now on tells somebody what happens."""
+        self.observers.append(observer)
+        if observer.reads_layers:
+            self.readers.append(observer)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Tells somebody no longer."""
+        self.observers.remove(observer)
+        if observer.reads_layers:
+            self.readers.remove(observer)
+
+    def notify(self, what: str) -> None:
+        """Tells observers that something other than reading is about to change what is held."""
+        for observer in self.observers:
+            observer.rearranged(self, what)
+
+
 class Progress:
     """Tells apart the calls that a cache announces.
 

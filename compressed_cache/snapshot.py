@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 from compressed_cache.hf.columns import Columns
+from compressed_cache.hf.linear_attention import LinearLayers
+from compressed_cache.observers import Observed
 from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.ops.tokens import Sizes
 from compressed_cache.policies.base import Policy
@@ -19,6 +21,7 @@ from compressed_cache.policies.budgets import to_budget
 from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.policies.registry import make_policy, split_name
 from compressed_cache.step_counter import StepCounter
+from compressed_cache.stores.slots import SlotStore
 from compressed_cache.tensorfile import opened
 
 _FORMAT = "6"
@@ -36,6 +39,15 @@ class LayerState(NamedTuple):
     budget: int | tuple[int, ...]
     """Slots of every head, or of each."""
     constants: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, store: SlotStore) -> Self:
+        """A copy of what a store holds."""
+        assert store.sizes is not None
+        copies = {name: tensor.clone() for name, tensor in store.named_tensors().items()}
+        bound = store.bound
+        budget = bound.head_budgets or bound.budget
+        return cls(store.sizes, copies, bound.transform, bound.window, budget, bound.constants)
 
 
 @dataclass(frozen=True)
@@ -142,29 +154,16 @@ class Snapshot:
         return cls(policy, eviction, json.loads(found["counter"]), tensors.get(_COLUMNS), layers)
 
 
-class Snapshots:
+class Snapshots(LinearLayers, Observed):
     """The part of a cache that comes back to what it held before, also from disk."""
 
     policy: Policy
     eviction: EvictionConfig
     counter: StepCounter
     columns: Columns
-    layers: list[Any]
 
     def attention_layer(self, index: int) -> Any:
         """The layer of this index, made where there is none yet."""
-        raise NotImplementedError
-
-    def restore_linear_layer(self, index: int, state: LinearAttentionLayer) -> None:
-        """Makes a layer hold what a copy of it holds."""
-        raise NotImplementedError
-
-    def notify(self, what: str) -> None:
-        """Tells observers that something other than reading is about to change what is held."""
-        raise NotImplementedError
-
-    def stop_drafting(self) -> None:
-        """Forgets what could be taken back."""
         raise NotImplementedError
 
     def snapshot(self) -> Snapshot:
@@ -185,7 +184,6 @@ class Snapshots:
         """
         snapshot.check(self.policy, self.eviction)
         self.notify("restore")
-        self.stop_drafting()
         self.hold(snapshot)
 
     def save(self, path: str | Path) -> None:
@@ -256,7 +254,9 @@ def _described_state(described: dict[str, Any], tensors: dict[str, Tensor]) -> L
     )
     keys, values = tensors["keys"], tensors["values"]
     batch, _, capacity = keys.shape[:3]
-    dim = keys.shape[3] + tensors["recent_channels"].shape[3]
+    dim = keys.shape[3]
+    if "recent_channels" in tensors:
+        dim += tensors["recent_channels"].shape[3]
     sizes = Sizes(
         *(batch, described["heads"], described["groups"], capacity, dim, values.shape[-1]),
         *(keys.dtype, values.dtype, keys.device, described["context"]),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -266,6 +267,13 @@ FAMILIES = (
     Family("LLaVA", "LlavaConfig", dict(model_type="llama"), vision=_CLIP, note=_TEXT),
 )
 
+
+# Windows, soft-capping, sinks, partial rotation, recurrence; the others are slow, being many.
+_QUICK = ("Llama 3", "Gemma 2", "Gemma 3", "GPT-OSS", "GLM-4", "Qwen3-Next")
+EACH_FAMILY = [
+    pytest.param(one, id=one.name, marks=[] if one.name in _QUICK else pytest.mark.slow)
+    for one in FAMILIES
+]
 
 # Some of those that tests/model_types.md has.
 REFUSED = {

@@ -888,14 +888,14 @@ MUTANTS = (
     # Channels, blocks, calls.
     Mutant(
         "one recent token less has all its channels",
-        "stores/channels.py",
+        "stores/pruned.py",
         "is_recent = positions >= (next_position - size)",
         "is_recent = positions > (next_position - size)",
         "test_layout.py -k 'old_keys_without or hold_the_channels'",
     ),
     Mutant(
         "the least channels stay",
-        "stores/channels.py",
+        "stores/pruned.py",
         "scores.argsort(dim=-1, descending=True, stable=True)",
         "scores.argsort(dim=-1, stable=True)",
         "test_layout.py test_reference.py -k 'hold_the_channels or think'",

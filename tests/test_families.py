@@ -9,7 +9,7 @@ import torch
 from compressed_cache import CompressedCache, compile_layers_once
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import held
-from tests.families import FAMILIES, VOCABULARY, Family, table
+from tests.families import EACH_FAMILY, FAMILIES, VOCABULARY, Family, table
 from tests.grids import slow_but
 
 PADDING = (9, 2, 0)
@@ -17,17 +17,7 @@ _OF_EACH_KIND = [one for one in FAMILIES if one.name in ("Llama 3", "Gemma 3", "
 NEW = 30
 
 
-# Windows, soft-capping, sinks, partial rotation, recurrence; the others are slow, being many.
-_QUICK = ("Llama 3", "Gemma 2", "Gemma 3", "GPT-OSS", "GLM-4", "Qwen3-Next")
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(one, id=one.name, marks=[] if one.name in _QUICK else pytest.mark.slow)
-        for one in FAMILIES
-    ],
-    scope="module",
-)
+@pytest.fixture(params=EACH_FAMILY, scope="module")
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param
 

@@ -112,6 +112,7 @@ def test_each_head_may_have_a_mask_of_its_own(model: Any, policy: str) -> None:
     _assert_close(logits[1], logits[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 def test_flex_attention_is_obeyed_in_later_calls(

@@ -13,7 +13,7 @@ from compressed_cache.policies import PrefillDecode, make_policy
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
-from tests.families import FAMILIES, VOCABULARY, Family
+from tests.families import EACH_FAMILY, VOCABULARY, Family
 from tests.grids import alternating, slow_but
 
 NAMES = (
@@ -168,7 +168,7 @@ def test_all_heads_hold_the_same_chunks(model: LlamaForCausalLM) -> None:
     assert held(cache, 0) != held(cache, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_criticalkv_finds_the_output_projection_of_every_family(family: Family) -> None:
     model = family.make()
     cache = CompressedCache("h2o+criticalkv", 16)

@@ -16,7 +16,6 @@ from compressed_cache.policies.capabilities import needs_of
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 from tests.grids import slow_but
-from tests.kinds import KINDS
 
 NEW = 14
 
@@ -94,6 +93,7 @@ def test_a_padded_row_is_what_it_is_alone(
         assert _held(batch, number) == _held(alone)
 
 
+@pytest.mark.slow
 @every(40)
 @given(make=caches(), lengths=lengths, again=lengths, seed=seeds)
 def test_reset_is_as_good_as_new(
@@ -113,6 +113,7 @@ def test_reset_is_as_good_as_new(
         assert _held(used) == _held(fresh)
 
 
+@pytest.mark.slow
 @every(40)
 @given(make=caches(), lengths=lengths, seed=seeds, more=st.integers(0, 20))
 def test_a_chunk_as_long_as_the_prompt_changes_nothing(
@@ -197,7 +198,7 @@ def test_two_threads_with_two_models_do_not_mix(
 @pytest.mark.parametrize(
     ("policy", "broken", "interval"),
     slow_but(
-        KINDS,
+        ("streaming_llm", "keydiff", "h2o", "snapkv", "rkv"),
         (
             (policy, broken, (1, 4)[(number + own) % 2])
             for number, policy in enumerate(name for name in SLOT_POLICIES if name != "full")

@@ -43,7 +43,7 @@ def cases() -> list[Any]:
             rules = Rules(budget, interval, sinks, recent, protect_prompt)
             label = f"{name}-b{budget}-s{sinks}-r{recent}-i{interval}"
             label += "-prompt" * protect_prompt
-            marks = [] if name in OF_EACH_KIND and number < 3 else pytest.mark.slow
+            marks = [] if name in OF_EACH_KIND and number < 2 else pytest.mark.slow
             parameters.append(pytest.param(name, rules, id=label, marks=marks))
     return parameters
 
@@ -195,7 +195,7 @@ def test_forward_calls_without_generate_keep_the_same_tokens(
     assert_same_logits(trace, watch, 0, tolerance)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "full", "random"])
+@pytest.mark.parametrize("name", slow_but(KINDS, (*NAMES, "full", "random")))
 def test_budget_that_is_never_reached_gives_the_logits_of_the_full_cache(
     precise_model: LlamaForCausalLM, reference: ReferenceLlama, tolerance: float, name: str
 ) -> None:

@@ -14,7 +14,8 @@ from compressed_cache import CompressedCache
 from compressed_cache.versions import CACHE
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import held
-from tests.families import FAMILIES, FULL, LINEAR, SLIDING, Family
+from tests.families import EACH_FAMILY, FULL, LINEAR, SLIDING, Family
+from tests.grids import slow_but
 from tests.reference.comparison import Watch, distinct_tokens, make_model
 from tests.reference.llama import ReferenceLlama
 from tests.reference.shadowkv import Numbers, ShadowText
@@ -176,7 +177,7 @@ def test_a_budget_as_long_as_the_prompt_is_full_attention(
         ]
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_every_family_can_be_held_off_the_device(family: Family) -> None:
     """Softcaps, sinks, windows, layers without rotation and of linear attention."""
     model, steps = family.make(), range(1, 8)
@@ -205,7 +206,7 @@ def test_every_family_can_be_held_off_the_device(family: Family) -> None:
         torch.testing.assert_close(other, found[0], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("rank", [None, 12])
+@pytest.mark.parametrize("rank", slow_but((12,), (None, 12)))
 def test_one_graph_for_all_lengths_that_share_a_power_of_two(
     precise_model: LlamaForCausalLM, rank: int | None
 ) -> None:

@@ -7,16 +7,15 @@ from transformers import PreTrainedConfig
 
 from compressed_cache.hf import checks
 from compressed_cache.hf.columns import Columns
+from compressed_cache.observers import Observed
 from compressed_cache.step_counter import StepCounter
 
 
-class AnnouncedCalls:
+class AnnouncedCalls(Observed):
     """The part of a cache that :mod:`compressed_cache.hf.attention_hook` calls, always eagerly."""
 
     counter: StepCounter
     columns: Columns
-    expected_prompt: int | None = None
-    """Tokens of the text that the next call begins with, where somebody drafts."""
 
     def first_filled(self) -> Any:
         """The layer that a call meets first, None while it holds nothing."""
@@ -24,10 +23,6 @@ class AnnouncedCalls:
 
     def stores(self) -> Iterator[Any]:
         """The stores of all layers that have one."""
-        raise NotImplementedError
-
-    def notify(self, what: str) -> None:
-        """Tells observers that something other than reading is about to change what is held."""
         raise NotImplementedError
 
     def expect_model(self, model: Any) -> None:
@@ -45,14 +40,6 @@ class AnnouncedCalls:
             ValueError: nothing would be new, as with another text.
         """
         checks.check_text(0 if self.first_filled() is None else self.counter.tokens_seen, tokens)
-
-    def expect_prompt(self, tokens: int) -> None:
-        """Says how long the text is that the next call begins with, what it held included.
-
-        Assisted decoding reads the prompt and the first drafted tokens in one call, and only what
-        the user wrote is a prompt.
-        """
-        self.expected_prompt = tokens
 
     def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
         """Says what a call is like that begins, unless it is compiled.

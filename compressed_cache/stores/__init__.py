@@ -1,4 +1,4 @@
-"""Where a layer keeps its tokens: four stores behind one protocol, and how they are read.
+"""Where a layer keeps its tokens: five stores behind one protocol, and how they are read.
 
 :class:`~compressed_cache.stores.slots.SlotStore` is the protocol and the plain store; the others
 override what is different. :mod:`~compressed_cache.stores.decode_step` is the way of one token,
@@ -11,6 +11,7 @@ from compressed_cache.stores.bound_policy import BoundPolicy
 from compressed_cache.stores.lazy import LazyStore
 from compressed_cache.stores.offloaded import OffloadedStore
 from compressed_cache.stores.pool import PoolStore
+from compressed_cache.stores.pruned import PrunedLazyStore, PrunedStore
 from compressed_cache.stores.slots import SlotStore
 
 STORES: dict[str, type[SlotStore]] = {
@@ -25,4 +26,7 @@ STORES: dict[str, type[SlotStore]] = {
 def store_for(bound: BoundPolicy) -> type[SlotStore]:
     """What keeps the tokens of a layer."""
     own = bound.policy.evicts and is_per_head(bound.eviction.budget)
-    return STORES["pool" if own else find_store(bound.policy)]
+    kind = STORES["pool" if own else find_store(bound.policy)]
+    if bound.pruning is None:
+        return kind
+    return PrunedLazyStore if kind is LazyStore else PrunedStore

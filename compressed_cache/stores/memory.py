@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compressed_cache.ops.kernels import operators
 from compressed_cache.ops.rings import moved_to, places_of
-from compressed_cache.ops.tokens import Sizes, Tokens, gather
+from compressed_cache.ops.tokens import Sizes, Tokens
 from compressed_cache.stores.bound_policy import BoundPolicy
 from compressed_cache.stores.inputs import AttentionInputs
 
@@ -29,8 +29,6 @@ class SlotMemory:
         prompt_length: ``[B]`` int64, tokens of the first prompt.
         queries, query_positions: ``[B, H, G, W, D]`` and ``[B, W]`` int64, a ring of the last
             queries; ``W = 0`` unless the policy needs it.
-        channels, recent_channels: ``[B, H, D]`` int64 and ``[B, H, R, D - D']``, see
-            :mod:`compressed_cache.stores.channels`; empty unless the policy prunes channels.
         is_fused: whether one kernel takes a whole step.
         has_gradients: whether a token was read with gradients, which then end at it.
     """
@@ -42,8 +40,6 @@ class SlotMemory:
     prompt_length: Tensor
     queries: Tensor
     query_positions: Tensor
-    channels: Tensor
-    recent_channels: Tensor
 
     def __init__(self, bound: BoundPolicy, tag: Callable[[Tensor], None]) -> None:
         self.bound = bound
@@ -111,18 +107,22 @@ class SlotMemory:
         evicts = self.bound.policy.evicts
         return self.bound.budget if evicts else power_of_two(length + 1), 0
 
+    def key_channels(self, dim: int) -> int:
+        """Channels of the keys in the slots, of ``dim``."""
+        return dim
+
     # A tensor born in inference mode could not be reset outside of it.
     @torch.inference_mode(False)
     def allocate(self, sizes: Sizes) -> None:
         """New memory, empty."""
-        bound, needs, pruning = self.bound, self.bound.needs, self.bound.pruning
+        bound, needs = self.bound, self.bound.needs
         batch, heads, capacity = sizes.batch, sizes.heads, sizes.capacity
 
         def full(*shape: int, dtype: torch.dtype = torch.int64, fill: int = 0) -> Tensor:
             return torch.full(shape, fill, dtype=dtype, device=sizes.device)
 
         self.sizes = sizes
-        dim = sizes.dim if pruning is None else pruning.key_channels(sizes.dim)
+        dim = self.key_channels(sizes.dim)
         observed = capacity if bound.observer is not None else 0
         width = () if needs.state_width == 1 else (needs.state_width,)
         self.tokens = Tokens(
@@ -138,11 +138,7 @@ class SlotMemory:
         self.victims = full(batch, heads, bound.eviction.interval)
         self.queries = full(batch, heads, sizes.groups, needs.queries, dim, dtype=sizes.dtype)
         self.query_positions = full(batch, needs.queries, fill=-1)
-        recent = 0 if pruning is None else pruning.recent_whole_keys
-        self.channels = full(batch, heads, 0 if pruning is None else sizes.dim)
-        self.recent_channels = full(batch, heads, recent, sizes.dim - dim, dtype=sizes.dtype)
-        alters = bound.rerotates or pruning is not None
-        self.is_fused = bound.policy.evicts and not alters and operators.serves(sizes)
+        self.is_fused = bound.policy.evicts and not bound.rerotates and operators.serves(sizes)
         self.mark()
 
     def mark(self) -> None:
@@ -225,7 +221,6 @@ class SlotMemory:
         moved = moved.to(positions.device)
         before = torch.nn.functional.pad((moved >= 0).cumsum(dim=1), (1, 0))
         positions.copy_(moved_to(positions, moved))
-        last = self.next_position[:, None] - 1
         for count in (self.next_position, self.prompt_length):
             count.copy_(before.gather(1, count[:, None]).squeeze(1))
         self.protect_prefix(self.prompt_length)
@@ -235,11 +230,6 @@ class SlotMemory:
             index = place[:, None, None, :, None].expand_as(self.queries)
             self.queries.copy_(self.queries.gather(3, index))
             self.query_positions.copy_(own.gather(1, place).masked_fill(~found, -1))
-        if self.recent_channels.shape[2]:
-            ring = torch.arange(self.recent_channels.shape[2], device=last.device)
-            place, found = places_of(moved_to(last - (last - ring) % len(ring), moved))
-            recent = gather(self.recent_channels, place[:, None])
-            self.recent_channels.copy_(recent.masked_fill(~found[:, None, :, None], 0))
 
     def protect_prefix(self, length: Tensor | None) -> None:
         """Protects the sinks, and a prompt of this length ``[B]`` if prompts are to be."""

@@ -10,7 +10,6 @@ from compressed_cache.ops.masks import Mask
 from compressed_cache.ops.rings import write_last, write_one
 from compressed_cache.ops.tokens import Tokens, expand, scatter, where_real
 from compressed_cache.policies.view import Slots
-from compressed_cache.stores import channels
 from compressed_cache.stores.inputs import AttentionInputs
 from compressed_cache.stores.memory import SlotMemory
 
@@ -158,14 +157,8 @@ class SlotStore(SlotMemory):
 
     def write(self, key: Tensor, value: Tensor, slot: Tensor, real: Tensor | None) -> None:
         """Puts tokens ``[B, H, 1, D]`` at the next position into slots ``[B, H, 1]``."""
-        key, value = self.laid_out(key), self.laid_out(value)
-        if self.bound.pruning is not None:
-            key, others = key.split(
-                [self.tokens.keys.shape[3], self.recent_channels.shape[3]], dim=3
-            )
-            write_one(self.recent_channels, 2, others, self.next_position, real)
-        put(self.tokens.keys, slot, key, real)
-        put(self.tokens.values, slot, value, real)
+        put(self.tokens.keys, slot, self.laid_out(key), real)
+        put(self.tokens.values, slot, self.laid_out(value), real)
         now = self.next_position[:, None, None]
         put(self.tokens.positions, slot, now.expand_as(slot), real)
         self.forget(slot, real)
@@ -244,26 +237,21 @@ class SlotStore(SlotMemory):
     ) -> tuple[Tokens, Tensor]:
         """What the tokens of a chunk may see of what was read before, and its keys as a whole."""
         held = self.held()
-        keys = held.keys if self.bound.pruning is None else self.whole_keys()
-        return held, keys
+        return held, held.keys
 
     def choose_channels(self, query: Tensor, key: Tensor, real: Tensor) -> None:
         """Settles the order of channels by a first prompt ``[B, H * G | H, L, D]``."""
-        if self.bound.pruning is not None:
-            grouped = attention.group_queries(query, key.shape[1])
-            scores = self.bound.pruning.channel_scores(grouped, key, real)
-            self.channels.copy_(channels.order_of(scores, self.tokens.keys.shape[3]))
 
     def fetch(self, query: Tensor, real: Tensor | None = None) -> None:
         """Brings to the device what queries ``[B, H * G, L, D]`` ask for; real ``[B, L]`` bool."""
 
     def ordered(self, x: Tensor) -> Tensor:
         """Queries or keys ``[B, H * G | H, L, D]`` with channels in the order of the slots."""
-        return x if self.bound.pruning is None else channels.ordered(x, self.channels)
+        return x
 
     def kept(self, x: Tensor) -> Tensor:
         """Of ordered channels those that stay, ``[..., D']``."""
-        return x if self.bound.pruning is None else x[..., : self.tokens.keys.shape[3]]
+        return x
 
     def whole_keys(self, *, written: int = 0) -> Tensor:
         """All that is known of the keys in the slots, ``[B, H, S, D]`` in their order.
@@ -271,11 +259,7 @@ class SlotStore(SlotMemory):
         Args:
             written: tokens in slots that are not counted yet.
         """
-        keys, _, positions = self.tokens[:3]
-        if self.bound.pruning is None:
-            return keys
-        next_position = self.next_position + written
-        return channels.whole_keys(keys, self.recent_channels, positions, next_position)
+        return self.tokens.keys
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Mask | None
@@ -350,9 +334,6 @@ class SlotStore(SlotMemory):
 
     def record_channels(self, key: Tensor, positions: Tensor) -> None:
         """Writes the other channels of the last of many keys, once they are counted."""
-        if self.bound.pruning is not None:
-            others = key[..., self.tokens.keys.shape[3] :].unsqueeze(2)
-            write_last(self.recent_channels.unsqueeze(2), others, positions, self.next_position)
 
     def count_step(self, real: Tensor | None) -> None:
         """Counts a step, whose tokens are real in rows ``[B]`` bool, or in all of them (None)."""
