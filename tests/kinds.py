@@ -13,7 +13,7 @@ KINDS = (
     "keydiff",  # looks at all keys together
     "h2o",  # adds up attention
     "tova",  # looks at one row, for all heads together
-    "morphkv",  # keeps several rows
+    "lagged_attention",  # keeps several rows
     "snapkv",  # looks at the last queries
     "rkv",  # always keeps its window
     "rpc",  # scores all heads alike, and knows the prompt

@@ -21,6 +21,7 @@ from compressed_cache.policies.methods.duo_attention import DuoAttention
 from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.policies.methods.pyramidkv import PyramidKV
 from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.grids import pairwise, slow_but
 from tests.reference.comparison import NUM_STEPS, OPTIONS, assert_agree, distinct_tokens, make_model
@@ -52,6 +53,46 @@ def test_budgets_of_pyramidkv_fall_on_a_line_and_sum_to_those_of_a_uniform_one()
         assert sum(budgets) == num_layers * budget
         assert budgets == sorted(budgets, reverse=True)
         assert min(budgets) > protected
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        # With 60 slots of the mean free, of which the last layer has 3: 117 to 3.
+        (200, [125, 87, 49, 11]),
+        (125, [125, 87, 49, 11]),
+        # The first layer has no more than the prompt fills, the last what that leaves.
+        (124, [124, 87, 49, 12]),
+        # Not twice the mean any more.
+        (119, [68, 68, 68, 68]),
+        (30, [68, 68, 68, 68]),
+    ],
+)
+def test_pyramidkv_fits_short_prompts_as_its_authors_do(length: int, expected: list[int]) -> None:
+    model = make_model(torch.float32, num_layers=4)
+    cache = CompressedCache("pyramidkv", 68, sinks=2, recent=6, window=6, fit_prompt=True)
+    model(torch.arange(length)[None] % 100, **cache_argument(cache))
+    budgets = [layer.positions.shape[2] for layer in cache.layers]
+    assert budgets == pytest.approx(expected, abs=1) and sum(budgets) == 4 * 68
+    assert budgets[0] == expected[0]
+    uniform = CompressedCache("pyramidkv", 68, sinks=2, recent=6, window=6)
+    model(torch.arange(length)[None] % 100, **cache_argument(uniform))
+    assert [layer.positions.shape[2] for layer in uniform.layers] == pytest.approx(
+        [125, 87, 49, 11], abs=1
+    )
+
+
+def test_prompts_that_call_for_different_budgets_are_refused() -> None:
+    model = make_model(torch.float32, num_layers=4)
+    cache = CompressedCache("pyramidkv", 68, sinks=2, recent=6, window=6, fit_prompt=True)
+    ids, mask = torch.ones(2, 150, dtype=torch.int64), torch.ones(2, 150, dtype=torch.int64)
+    mask[0, :50] = 0
+    with pytest.raises(ValueError, match="some of 100, 150 tokens"):
+        model(ids, attention_mask=mask, **cache_argument(cache))
+    mask[0, :] = 1
+    mask[0, :20] = 0
+    model(ids, attention_mask=mask, **cache_argument(cache))
+    assert cache.layers[0].positions.shape[2] == 125
 
 
 @pytest.mark.parametrize("interval", [1, 3])

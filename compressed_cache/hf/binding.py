@@ -7,7 +7,8 @@ from torch import Tensor
 from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.ops.tensor_parallel import Shard
 from compressed_cache.policies.base import Policy
-from compressed_cache.policies.capabilities import SharesBudget, find
+from compressed_cache.policies.budgets import compressed_layers
+from compressed_cache.policies.capabilities import FitsPrompt, SharesBudget, find
 from compressed_cache.policies.eviction_config import EvictionConfig, share_budget
 from compressed_cache.policies.methods.streaming_llm import StreamingLLM
 from compressed_cache.policies.view import LayerContext
@@ -61,7 +62,7 @@ def bind_module(
         policy,
         eviction,
         layer=layer,
-        budget=_budget(policy, eviction, context),
+        budget=_budget(policy, eviction, context, inputs),
         transform=transform,
         constants=constants,
         shard=shard,
@@ -105,13 +106,36 @@ def _bind_window(
 
 
 def _budget(
-    policy: Policy, eviction: EvictionConfig, context: LayerContext
+    policy: Policy, eviction: EvictionConfig, context: LayerContext, inputs: AttentionInputs
 ) -> int | tuple[int, ...]:
     """Slots of every head of a layer, or of each of those at hand."""
     if isinstance(eviction.budget, int) and not find(policy, SharesBudget):
         return eviction.budget
+    fitting = find(policy, FitsPrompt)
+    if fitting is not None and fitting.fits_prompt:
+        return _fitted(fitting, eviction, context, inputs)
     share = share_budget(eviction, policy, context.config)[context.layer]
     return share if isinstance(share, int) else share[context.first_head :][: context.heads]
+
+
+def _fitted(
+    fitting: FitsPrompt, eviction: EvictionConfig, context: LayerContext, inputs: AttentionInputs
+) -> int:
+    """Slots of every head of a layer for this prompt."""
+    assert isinstance(eviction.budget, int)
+    protected = eviction.sinks + eviction.recent
+    layer = compressed_layers(context.config).index(context.layer)
+    lengths = sorted(set(inputs.real.sum(dim=1).tolist()))
+    shares = {
+        fitting.fitted(eviction.budget, protected, context.config, length)[layer]
+        for length in lengths
+    }
+    if len(shares) > 1:
+        raise ValueError(
+            "prompts of a batch must call for the same budgets with fit_prompt=True, got some of "
+            f"{', '.join(map(str, lengths))} tokens. Generate them one by one."
+        )
+    return shares.pop()
 
 
 def _window(config: Any, layer: int) -> int | None:

@@ -14,8 +14,6 @@ Slots are in no particular order::
     score      +inf +inf +inf -inf +inf  0.3     the empty slot is used first, then position 9
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -158,13 +156,11 @@ def keep_best(scores: Tensor, positions: Tensor, *, count: int) -> Tensor:
     return kept.gather(-1, positions.gather(-1, kept).argsort(dim=-1, stable=True))
 
 
-def pool_by_position(
-    values: Tensor, positions: Tensor, *, kernel_size: int, reduce: Literal["mean", "max"]
-) -> Tensor:
+def pool_by_position(values: Tensor, positions: Tensor, *, kernel_size: int, reduce: str) -> Tensor:
     """Each value pooled with its neighbours, where neighbours are adjacent in position order.
 
-    Empty slots are nobody's neighbours, and the mean divides by the neighbours that exist, so the
-    ends of the list are not attenuated.
+    Empty slots are nobody's neighbours. In a mean, what is missing at the ends of the list counts
+    as zero, as in SnapKV's code.
 
     Args:
         values: ``[B, H, S]`` float32.
@@ -182,15 +178,10 @@ def pool_by_position(
     sorted_held = held.gather(-1, order)
     sorted_values = values.gather(-1, order)
     if reduce == "mean":
-        sums = _mean_of_window(sorted_values.masked_fill(~sorted_held, 0.0), kernel_size)
-        # Both means divide by the width of the window, so their ratio divides by its neighbours.
-        pooled = sums / _mean_of_window(sorted_held.float(), kernel_size).clamp(min=1e-6)
+        held_values = sorted_values.masked_fill(~sorted_held, 0.0)
+        pooled = torch.nn.functional.avg_pool1d(held_values, kernel_size, 1, kernel_size // 2)
     else:
         lowest = sorted_values.masked_fill(~sorted_held, -torch.inf)
         pooled = torch.nn.functional.max_pool1d(lowest, kernel_size, 1, kernel_size // 2)
     pooled = pooled.masked_fill(~sorted_held, 0.0)
     return torch.zeros_like(values).scatter(-1, order, pooled)
-
-
-def _mean_of_window(values: Tensor, kernel_size: int) -> Tensor:
-    return torch.nn.functional.avg_pool1d(values, kernel_size, 1, kernel_size // 2)

@@ -165,6 +165,20 @@ class SharesBudget(Protocol):
 
 
 @runtime_checkable
+class FitsPrompt(Protocol):
+    """Shares out the slots of a model among its layers by the length of the first prompt too."""
+
+    @property
+    def fits_prompt(self) -> bool:
+        """Whether it does, with these options."""
+        ...
+
+    def fitted(self, budget: int, protected: int, config: Any, prompt_length: int) -> Sequence[int]:
+        """What :meth:`SharesBudget.budgets` is for a prompt of ``prompt_length`` tokens."""
+        ...
+
+
+@runtime_checkable
 class SharesSlots(Protocol):
     """Slots go to the head with the highest scores; its ``store`` must be ``"pool"``."""
 

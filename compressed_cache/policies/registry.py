@@ -17,6 +17,7 @@ from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.policies.methods.key_rerotation import KeyRerotation
 from compressed_cache.policies.methods.keydiff import KeyDiff
 from compressed_cache.policies.methods.knorm import KNorm
+from compressed_cache.policies.methods.lagged_attention import LaggedAttention
 from compressed_cache.policies.methods.lagkv import LagKV
 from compressed_cache.policies.methods.merging import Merging
 from compressed_cache.policies.methods.morphkv import MorphKV
@@ -60,6 +61,7 @@ POLICIES: dict[str, type[Policy]] = {
     "vase_dkv": VaSEDKV,
     "raas": RaaS,
     "morphkv": MorphKV,
+    "lagged_attention": LaggedAttention,
     "lagkv": LagKV,
     "finch": Finch,
     "rpc": RPC,

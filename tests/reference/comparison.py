@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random": {"seed": 3},
     "random_prompt": {"redraw": False},
     "raas": {"share": 0.25},
+    "lagged_attention": {"window": 3, "fuse": "sum"},
     "lagkv": {"lag": 3, "num_sinks": 2},
     "expected_attention": {"n_future": 20, "n_sinks": 1, "epsilon": 0.01},
     "qfilter": {},
@@ -36,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # Few keys share a code of seven bits, and without pooling equal scores are rare.
     "rkv_lsh": {"window": 4, "kernel_size": 1, "mix_lambda": 0.4, "bits": 7, "seed": 3},
     "rpc": {"window": 4, "kernel_size": 3},
-    "snapkv": {"window": 6, "kernel_size": 3},
+    "snapkv": {"window": 6, "kernel_size": 3, "pool": "max"},
     "streaming_llm": {},
     "tova": {},
     "h2o+caote": {},

@@ -12,8 +12,8 @@ from compressed_cache.policies import MODIFIERS, POLICIES, Modifier, Policy
 from compressed_cache.policies.base import Defaults
 from compressed_cache.policies.capabilities import find_store, needs_of
 from compressed_cache.policies.eviction_config import EvictionConfig
+from compressed_cache.stores import store_for
 from compressed_cache.stores.bound_policy import BoundPolicy
-from compressed_cache.stores.pool import PoolStore
 from compressed_cache.stores.slots import SlotStore
 
 BUDGET = 256
@@ -158,7 +158,8 @@ def _bytes(policy: Policy, slots: int) -> int:
     eviction = EvictionConfig(slots, interval=1, sinks=0, recent=0, protect_prompt=False)
     bound = BoundPolicy(policy, eviction, layer=0, budget=slots, transform=LogitTransform(1.0))
     # A store off the device or with lazy layers adds no state of a slot.
-    store = (PoolStore if find_store(policy) == "pool" else SlotStore)(bound, lambda keys: None)
+    kind = SlotStore if find_store(policy) in ("offloaded", "lazy") else store_for(bound)
+    store = kind(bound, lambda keys: None)
     # A policy that does not evict takes the next power of two beyond its prompt.
     prompt = torch.zeros(1, 1, slots - 1, HEAD_DIM, dtype=torch.bfloat16)
     store.provide(prompt, prompt, groups=1)

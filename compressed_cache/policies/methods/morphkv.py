@@ -1,4 +1,4 @@
-"""The last few rows of attention, without what was recent to them."""
+"""The last few queries vote on everything older."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,23 +7,23 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Needs, Policy
-from compressed_cache.policies.methods.window_votes import check_window
-from compressed_cache.policies.view import AttentionRows, Slots
+from compressed_cache.policies.base import Defaults, Needs
+from compressed_cache.policies.methods.window_votes import WindowVotes, window_logits
+from compressed_cache.policies.view import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
-class MorphKV(Policy):
-    """Keeps what the last ``window`` queries attended to among the tokens old to each of them.
+class MorphKV(WindowVotes):
+    """Keeps the last ``window`` tokens, and of older ones what their queries attend to.
 
-    MorphKV (https://arxiv.org/abs/2503.00979), in the form of the authors' code: at its own step
-    each query leaves one row per key/value head, a softmax of the logits summed over the query
-    heads that share the head, without the last ``window + 1`` tokens (its own and the ``window``
-    before). The rows of the last ``window`` queries are fused by maximum or sum. Those
-    ``window + 1`` tokens are always kept; ``recent`` can only extend it.
+    MorphKV, section 3 (https://arxiv.org/abs/2503.00979), in the form of the authors' code: of each
+    of the last ``window`` queries the logits are summed over the query heads that share a key, then
+    softmaxed over all held tokens older than the window. These rows are fused by maximum or sum.
+    The window is always kept; ``recent`` can only extend it.
 
-    Differs in one point: the paper drops a token right after a step, this cache right before the
-    next, by the same rows; so attention sees ``budget`` tokens where the paper sees one more.
+    Differs in two points: the paper drops a token right after a step, this cache right before the
+    next, by the same rows, so that attention sees ``budget`` tokens where the paper sees one more;
+    and a prompt is cut to the budget at once, by its last queries.
     """
 
     name: ClassVar[str] = "morphkv"
@@ -34,37 +34,20 @@ class MorphKV(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_window(self.window, 1)
         if self.fuse not in ("max", "sum"):
             raise ValueError(f"fuse must be 'max' or 'sum', got {self.fuse!r}")
 
     @property
     def needs(self) -> Needs:
-        return Needs(
-            attention=True,
-            prompt_queries=self.window,
-            state_width=self.window,
-            recent=self.window + 1,
-        )
+        return Needs(queries=self.window, recent=self.window)
 
     def defaults(self, budget: int) -> Defaults:
-        return Defaults(recent=self.window + 1)
-
-    def accumulate(self, state: Tensor, rows: AttentionRows) -> Tensor:
-        own = rows.query_positions
-        old = rows.positions[:, :, None] < (own - self.window)[:, None, :, None]
-        old = old & (rows.positions >= 0)[:, :, None] & (rows.weights > 0).all(dim=2)
-        # Logarithms of weights are logits but for a number that the softmax takes out again.
-        new = masked_softmax(rows.weights.log().sum(dim=2), old)
-        register = torch.cat([state.view(*new.shape[:2], new.shape[3], -1), new.mT], dim=-1)
-        # Padding must not push out what real queries left.
-        real = torch.nn.functional.pad((own >= 0).int(), (self.window, 0), value=1)
-        newest = real.argsort(dim=1, stable=True)[:, -self.window :]
-        index = newest[:, None, None].expand(*register.shape[:3], -1)
-        return register.gather(-1, index).view_as(state)
+        return Defaults(recent=self.window)
 
     def scores(self, slots: Slots) -> Tensor:
-        register = slots.attention_state.view(*slots.positions.shape, -1)
-        fused = register.amax(dim=-1) if self.fuse == "max" else register.sum(dim=-1)
-        window = slots.positions >= (slots.next_position - self.needs.recent)[:, None, None]
-        return fused.masked_fill(window, torch.inf)
+        old = slots.positions < (slots.next_position - self.window)[:, None, None]
+        seen = (slots.query_positions >= 0)[:, None, :, None]
+        voted = (old & (slots.positions >= 0))[:, :, None] & seen
+        rows = masked_softmax(window_logits(slots).sum(dim=2), voted)
+        fused = rows.amax(dim=2) if self.fuse == "max" else rows.sum(dim=2)
+        return torch.where(old, fused, torch.inf)

@@ -9,7 +9,7 @@ from torch import Tensor
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import pool_by_position, sort_slots
 from compressed_cache.policies.base import Defaults, usual_interval
-from compressed_cache.policies.methods.window_votes import WindowVotes, window_logits
+from compressed_cache.policies.methods.window_votes import WindowVotes, check_pool, window_logits
 from compressed_cache.policies.view import Slots
 
 
@@ -29,10 +29,9 @@ class RPC(WindowVotes):
     for the prompt, a quarter of the longest answer, the window and one period; beyond that it is
     still a hard cap, and the lowest votes go.
 
-    Differs in three points: by default the budget is fixed (the paper's cache grows by a
-    ``compression``-th of the text); slots are overwritten one by one in the order of the ranking;
-    and the mean at both ends of the pooled list is over the neighbours that exist (the authors'
-    counts padding zeros).
+    Differs in two points: by default the budget is fixed (the paper's cache grows by a
+    ``compression``-th of the text); and slots are overwritten one by one in the order of the
+    ranking.
     """
 
     name: ClassVar[str] = "rpc"
@@ -40,12 +39,15 @@ class RPC(WindowVotes):
     window: int = 32
     """Queries that vote."""
     kernel_size: int = 7
-    """Odd width of the average pooling, in held tokens; 1 switches it off."""
+    """Odd width of the pooling, in held tokens; 1 switches it off."""
+    pool: str = "mean"
+    """``"mean"``, in which what is missing at the ends counts as zero, or ``"max"``."""
     compression: float = 0.0
     """Generated tokens per one that is kept, above 1 (the paper's 4); 0: as many as fit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_pool(self.pool)
         if self.compression and not self.compression > 1:
             raise ValueError(f"compression must be 0 or above 1, got {self.compression}")
 
@@ -59,7 +61,7 @@ class RPC(WindowVotes):
         seen = (slots.query_positions >= 0)[:, None, None, :, None]
         votes = (votes * seen).sum(dim=3).mean(dim=(1, 2)).unsqueeze(1).expand(positions.shape)
         among = positions.masked_fill(~voted, -1)
-        scores = pool_by_position(votes, among, kernel_size=self.kernel_size, reduce="mean")
+        scores = pool_by_position(votes, among, kernel_size=self.kernel_size, reduce=self.pool)
         # No vote is above the window.
         return torch.where(voted, scores, self.window + 1 + positions.float())
 

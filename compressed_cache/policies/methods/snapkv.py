@@ -3,11 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import pool_by_position
-from compressed_cache.policies.methods.window_votes import WindowVotes, causal, window_logits
+from compressed_cache.policies.methods.window_votes import (
+    WindowVotes,
+    causal,
+    check_pool,
+    window_logits,
+)
 from compressed_cache.policies.view import Slots
 
 
@@ -19,12 +25,10 @@ class SnapKV(WindowVotes):
     is taken again at every ranking from the last ``window`` queries, each rotated at its own
     position (the variant "Hold Onto That Thought", https://arxiv.org/abs/2512.12008, reports as
     SnapKV-D without defining it). The window itself is kept through ``recent``, whose default is
-    ``window``.
+    ``window``, and is not pooled. The rows of the paper have ``pool="max"`` and ``kernel_size=7``.
 
-    Differs from the authors' code in three points: query heads that share a key are averaged (they
-    repeat the keys instead); pooling runs over all held tokens, window included, in the order of
-    their positions; and the mean at both ends of that list is over the neighbours that exist
-    (theirs counts padding zeros).
+    Differs from the authors' code in one point: query heads that share a key are averaged before
+    they are pooled (they repeat the keys instead).
     """
 
     name: ClassVar[str] = "snapkv"
@@ -32,13 +36,24 @@ class SnapKV(WindowVotes):
     window: int = 32
     """Queries that vote (the authors' patched models use 32)."""
     kernel_size: int = 5
-    """Odd width of the average pooling, in held tokens; 1 switches it off."""
+    """Odd width of the pooling, in held tokens; 1 switches it off."""
+    pool: str = "mean"
+    """``"mean"``, in which what is missing at the ends counts as zero, or ``"max"``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pool(self.pool)
 
     def scores(self, slots: Slots) -> Tensor:
         logits = window_logits(slots)
         visible = causal(slots)[:, :, None]
         votes = masked_softmax(logits, visible, slots.transform.sink_logits(logits)).sum(dim=3)
-        # The mean over the group commutes with the mean over neighbours.
-        return pool_by_position(
-            votes.mean(dim=2), slots.positions, kernel_size=self.kernel_size, reduce="mean"
+        votes = votes.mean(dim=2)
+        before = slots.positions < (slots.next_position - slots.recent)[:, None, None]
+        pooled = pool_by_position(
+            votes,
+            slots.positions.masked_fill(~before, -1),
+            kernel_size=self.kernel_size,
+            reduce=self.pool,
         )
+        return torch.where(before, pooled, votes)

@@ -39,6 +39,12 @@ def check_window(window: int, kernel_size: int) -> None:
         raise ValueError(f"kernel_size must be odd and >= 1, got {kernel_size}")
 
 
+def check_pool(pool: str) -> None:
+    """Raises ``ValueError`` for a pooling of another name."""
+    if pool not in ("mean", "max"):
+        raise ValueError(f"pool must be 'mean' or 'max', got {pool!r}")
+
+
 def window_logits(slots: Slots) -> Tensor:
     """Logits of the last ``W`` queries: ``[B, H, G, W, S]`` float32, nothing masked."""
     return slots.transform.logits(slots.queries, slots.keys.unsqueeze(2)).float()

@@ -6,6 +6,7 @@ from functools import partial
 from tests.reference.policies.attention import (
     finch,
     h2o,
+    lagged_attention,
     morphkv,
     observed_attention,
     raas,
@@ -72,6 +73,7 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "h2o": h2o,
     "keydiff": keydiff,
     "knorm": knorm,
+    "lagged_attention": lagged_attention,
     "lagkv": lagkv,
     "morphkv": morphkv,
     "observed_attention": observed_attention,

@@ -42,26 +42,36 @@ def tova(view: View) -> list[float]:
     return [mean([row[token.position] for row in view.layer_rows[-1]]) for token in view.held]
 
 
-def snapkv(view: View, *, window: int = 32, kernel_size: int = 5) -> list[float]:
+def pooled(votes: list[float], index: int, kernel_size: int, pool: str) -> float:
+    """Votes of a token and its neighbours; a mean takes those that are missing for zeros."""
+    near = neighbours(votes, index, kernel_size)
+    return max(near) if pool == "max" else math.fsum(near) / kernel_size
+
+
+def snapkv(
+    view: View, *, window: int = 32, kernel_size: int = 5, pool: str = "mean"
+) -> list[float]:
     """Attention of the last ``window`` queries, smoothed over neighbouring tokens.
 
     SnapKV (https://arxiv.org/abs/2404.14469). Query heads that share a key are averaged, queries of
-    the window vote for the tokens of the window too, and every ranking repeats it in decode.
+    the window may attend to the window, whose tokens are no neighbours of the others, and every
+    ranking repeats it in decode.
     """
     first = max(0, view.incoming - window)
-    num_queries = view.incoming - first
-    totals = [0.0 for _ in view.held]
-    heads = range(len(view.queries[-1]))
-    for head in heads:
-        votes = [0.0 for _ in view.held]
-        for position in range(first, view.incoming):
-            visible = [token for token in view.held if token.position <= position]
-            row = attention_row(view.queries[position][head], visible)
+    votes = [0.0 for _ in view.held]
+    for position in range(first, view.incoming):
+        visible = [token for token in view.held if token.position <= position]
+        for query in view.queries[position]:
+            row = attention_row(query, visible)
             for index, token in enumerate(view.held):
-                votes[index] += row.get(token.position, 0.0) / num_queries
-        for index in range(len(votes)):
-            totals[index] += mean(neighbours(votes, index, kernel_size))
-    return [total / len(heads) for total in totals]
+                votes[index] += row.get(token.position, 0.0)
+    count = (view.incoming - first) * len(view.queries[-1])
+    # Held tokens are in the order of their positions, so the recent ones are the last.
+    num_older = sum(t.position < view.incoming - view.rules.recent for t in view.held)
+    shares = [vote / count for vote in votes]
+    older = shares[:num_older]
+    smooth = [pooled(older, index, kernel_size, pool) for index in range(num_older)]
+    return smooth + shares[num_older:]
 
 
 def finch(view: View, *, window: int = 32, normalize_scores: bool = True) -> list[float]:
@@ -82,7 +92,12 @@ def finch(view: View, *, window: int = 32, normalize_scores: bool = True) -> lis
 
 
 def rpc(
-    view: View, *, window: int = 32, kernel_size: int = 7, compression: float = 0.0
+    view: View,
+    *,
+    window: int = 32,
+    kernel_size: int = 7,
+    compression: float = 0.0,
+    pool: str = "mean",
 ) -> list[float]:
     """Attention of the last queries among the generated tokens before them, over all heads.
 
@@ -99,7 +114,7 @@ def rpc(
             for index, position in enumerate(voted):
                 if total:
                     votes[index] += row[position] / total / len(rows)
-    smooth = [mean(neighbours(votes, index, kernel_size)) for index in range(len(votes))]
+    smooth = [pooled(votes, index, kernel_size, pool) for index in range(len(votes))]
     scores = dict(zip(voted, smooth, strict=True))
     if compression:
         quota = int((view.incoming - view.prompt_length) / compression)
@@ -125,11 +140,27 @@ def raas(view: View, *, share: float = 0.5) -> list[float]:
 
 
 def morphkv(view: View, *, window: int = 3, fuse: str = "max") -> list[float]:
+    """What the last ``window`` queries attend to among all tokens older than the last ``window``.
+
+    MorphKV (https://arxiv.org/abs/2503.00979). Each query has one row, the softmax over these
+    tokens of its logits, which are added up over the group.
+    """
+    first = view.incoming - window
+    older = [token for token in view.held if token.position < first]
+    rows = []
+    for queries in view.queries[-window:]:
+        scale = 1 / math.sqrt(len(queries[0]))
+        rows.append(softmax([scale * sum(float(q @ t.key) for q in queries) for t in older]))
+    fused = [{"max": max, "sum": math.fsum}[fuse](votes) for votes in zip(*rows, strict=True)]
+    return fused + [math.inf] * (len(view.held) - len(older))
+
+
+def lagged_attention(view: View, *, window: int = 32, fuse: str = "max") -> list[float]:
     """Attention of the last ``window`` queries, each normalised without what was recent to it.
 
-    MorphKV (https://arxiv.org/abs/2503.00979). A query and the ``window`` tokens before it are
-    recent to it. The logits of a group are added up, which the sum of the logarithms of its
-    probabilities is as well, but for a number that is the same for all tokens.
+    A query and the ``window`` tokens before it are recent to it. The logits of a group are added
+    up, which the sum of the logarithms of its probabilities is as well, but for a number that is
+    the same for all tokens.
     """
     seen: dict[int, list[float]] = {token.position: [0.0] for token in view.held}
     for position, rows in list(enumerate(view.group_rows))[-window:]:
