@@ -6,27 +6,33 @@ from fractions import Fraction
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from compressed_cache import CompressedCache
 from compressed_cache.integrations.harness.arguments import take_press
+from compressed_cache.policies import Policy
 from compressed_cache.policies import statistics_file as files
 from compressed_cache.policies.budgets import is_per_head
+from compressed_cache.policies.methods.adakv import AdaKV
+from compressed_cache.policies.methods.criticalkv import CriticalKV
 from compressed_cache.policies.methods.duo_attention import DuoAttention
 from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.policies.methods.pyramidkv import PyramidKV
+from compressed_cache.policies.view import Slots
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.grids import pairwise, slow_but
 from tests.reference.comparison import NUM_STEPS, OPTIONS, assert_agree, distinct_tokens, make_model
 from tests.reference.llama import ReferenceLlama
-from tests.reference.policies import POLICIES, Rules, Score, View, snapkv
+from tests.reference.policies import POLICIES, Rules, Score, View, critical_adakv, snapkv
 
 LENGTHS = [21, 12, 5]
 TEXTS = [distinct_tokens(length + NUM_STEPS, seed=20 + length) for length in LENGTHS]
@@ -234,6 +240,88 @@ def test_adakv_keeps_the_tokens_of_the_reference(
 
 
 @pytest.mark.parametrize(
+    ("name", "floor", "ratio", "interval"),
+    pairwise(
+        ["h2o", "observed_attention", "snapkv"], [0.0, 0.2, 0.75], [0.0, 0.5, 1.0], [1, 3, 13]
+    ),
+)
+def test_criticalkv_behind_adakv_keeps_the_tokens_of_the_reference(
+    precise_model: LlamaForCausalLM,
+    reference: ReferenceLlama,
+    tolerance: float,
+    name: str,
+    floor: float,
+    ratio: float,
+    interval: int,
+) -> None:
+    options = {"first_stage_ratio": ratio, "score_offset": 0.02, **ATTENTION[name]}
+    assert_agree(
+        *(precise_model, reference, TEXTS, LENGTHS),
+        name=f"{name}+adakv+criticalkv",
+        rules=Rules(14, interval, sinks=1, recent=3),
+        tolerance=tolerance,
+        score=partial(POLICIES[f"{name}+criticalkv"], **options),
+        options={"floor": floor, **options},
+        floor=floor,
+    )
+
+
+@pytest.mark.parametrize("base", ["h2o", "snapkv", "h2o+adakv"])
+def test_criticalkv_whose_first_stage_is_all_changes_nothing(
+    precise_model: LlamaForCausalLM, base: str
+) -> None:
+    text, kept = torch.tensor([distinct_tokens(50, seed=3)]), []
+    options: dict[str, Any] = {"first_stage_ratio": 1.0}
+    for name, own in [(base, {}), (f"{base}+criticalkv", options)]:
+        cache = CompressedCache(name, 16, recent=3, interval=2, **own)
+        precise_model(text[:, :30], past_key_values=cache)
+        kept.append([positions(cache)])
+        for at in range(30, 50):
+            precise_model(text[:, at : at + 1], past_key_values=cache)
+            kept[-1].append(positions(cache))
+    assert kept[0] == kept[1]
+
+
+class Skewed(Policy):
+    """Attention of the first head is on few tokens, that of the second on all alike."""
+
+    name = "skewed"
+    scores_attention = True
+
+    def scores(self, slots: Slots) -> Tensor:
+        noise = (slots.positions.double() * 12.9898).sin() * 43758.5453
+        weights = (torch.tensor([16.0, 0.2])[:, None] * (noise - noise.floor())).exp()
+        return (weights / weights.sum(dim=-1, keepdim=True)).float()
+
+
+@pytest.mark.parametrize(("floor", "ratio"), [(0.2, 0.5), (0.2, 0.1), (0.5, 0.5)])
+def test_criticalkv_behind_adakv_keeps_what_kvpress_keeps(floor: float, ratio: float) -> None:
+    model, full = make_model(), DynamicCache()
+    policy = CriticalKV(base=AdaKV(base=Skewed(), floor=floor), first_stage_ratio=ratio)
+    cache = CompressedCache(policy, 150)
+    text = torch.randint(1, 160, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for past in (cache, full):
+            model(text, past_key_values=past)
+    weights = ReferenceLlama(model)
+    for index, layer in enumerate(positions(cache)):
+        values: Any = full.layers[index].values
+        norms = []
+        for head in range(2):
+            rows = values[0, head].double().numpy()
+            reach = [np.abs(rows @ part.T).sum(axis=1) for part in weights.projections(index, head)]
+            norms.append(np.mean(reach, axis=0).tolist())
+        view: Any = SimpleNamespace(positions=torch.arange(300).expand(1, 2, 300))
+        scores = Skewed().scores(view)[0].tolist()
+        rules: Any = dict(budget=150, floor=int(floor * 150), first_stage_ratio=ratio)
+        expected = critical_adakv(scores, norms, **rules)
+        assert layer[0] == expected
+        # With half of 150 for each head first it would be 75 and 225 at all floors.
+        counts = [len(head) for head in expected]
+        assert counts == ([48, 252] if floor == 0.2 else [75, 225])
+
+
+@pytest.mark.parametrize(
     ("budget", "floor", "tokens"), [(14, 0.2, 3), (100, 0.07, 7), (10, 0.0, 0), (10, 1.0, 10)]
 )
 def test_the_floor_of_a_head_is_rounded_up_from_what_was_written(
@@ -245,7 +333,9 @@ def test_the_floor_of_a_head_is_rounded_up_from_what_was_written(
 
 
 @pytest.mark.parametrize("interval", [1, 3, 13])
-@pytest.mark.parametrize("name", ["h2o", "keydiff", "snapkv", "rkv", "h2o+caote"])
+@pytest.mark.parametrize(
+    "name", ["h2o", "keydiff", "snapkv", "rkv", "gkv", "h2o+caote", "h2o+criticalkv"]
+)
 def test_a_list_of_lists_gives_each_head_its_budget(
     precise_model: LlamaForCausalLM,
     reference: ReferenceLlama,
@@ -262,6 +352,7 @@ def test_a_list_of_lists_gives_each_head_its_budget(
 POOLS = {
     "h2o+adakv": (16, {}),
     "snapkv+adakv": ([12, 20], {"window": 6}),
+    "snapkv+adakv+criticalkv": ([12, 20], {"window": 6}),
     "rkv": ([[12, 20], [18, 14]], {"window": 6}),
     "h2o": ([[10, 22], [23, 9]], {}),
 }
@@ -292,7 +383,8 @@ def positions(cache: CompressedCache) -> list[list[list[list[int]]]]:
 @pytest.mark.parametrize("prompt", [5, 40])
 def test_a_pool_has_the_slots_of_a_uniform_budget_and_keeps_them(name: str, prompt: int) -> None:
     model, ids = make_model(torch.float32), torch.tensor([distinct_tokens(prompt, seed=1)])
-    cache, uniform = make_pool(name), CompressedCache(name.split("+")[0], 16, **POOLS[name][1])
+    cache = make_pool(name)
+    uniform = CompressedCache(name.replace("+adakv", ""), 16, **POOLS[name][1])
     for filled in (cache, uniform):
         model(ids, past_key_values=filled)
     addresses = [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors()]
@@ -347,7 +439,7 @@ def test_a_prompt_in_chunks_and_a_second_turn_keep_what_a_pool_may(name: str) ->
     got = generate(model, ids[:, :8], chunked, max_new_tokens=1)
     chunked.reset()
     got = generate(model, ids, chunked, prefill_chunk_size=4)
-    if name.endswith("adakv"):
+    if "adakv" in name:
         assert torch.equal(got, expected)
         assert positions(chunked) == positions(whole)
     turn = torch.cat([got, torch.tensor([distinct_tokens(30, seed=2)])], dim=1)
@@ -378,6 +470,7 @@ def test_a_pool_is_saved_and_its_rows_are_moved(name: str, tmp_path: Any) -> Non
     ("policy", "budget", "options", "message"),
     [
         ("keydiff+adakv", 16, {}, "whose scores are attention, such as 'snapkv.adakv'"),
+        ("snapkv+criticalkv+adakv", 16, {}, "Write 'adakv' right behind 'snapkv'"),
         ("h2o+adakv", 16, {"floor": 1.5}, "floor must be between 0 and 1, got 1.5"),
         ("h2o+adakv", [[8, 8], [8, 8]], {}, "shares the slots of a layer among its heads"),
         ("tova+adakv", 16, {}, "'tova.adakv' treats all heads"),

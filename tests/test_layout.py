@@ -367,13 +367,13 @@ def test_a_broken_token_does_not_choose_the_channels() -> None:
     queries = torch.randn(1, 2, 2, 9, 8, generator=generator)
     keys = torch.randn(1, 2, 9, 8, generator=generator)
     policy = ThinK(base=H2O(), think_window=4)
-    real = torch.ones(1, 9, dtype=torch.bool)
+    real, kept = torch.ones(1, 9, dtype=torch.bool), torch.ones(1, 2, 9, dtype=torch.bool)
     broken_queries, broken_keys = queries.clone(), keys.clone()
     broken_queries[:, :, 0, 6, 3] = broken_keys[:, :, 2, 5] = torch.nan
     queries[:, :, 0, 6] = keys[:, :, 2] = 0.0
-    expected = policy.channel_scores(queries, keys, real)
+    expected = policy.channel_scores(queries, real, keys, kept)
     assert expected.min() > 0
-    assert torch.equal(policy.channel_scores(broken_queries, broken_keys, real), expected)
+    assert torch.equal(policy.channel_scores(broken_queries, real, broken_keys, kept), expected)
 
 
 class Bound(H2O):

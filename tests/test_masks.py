@@ -408,9 +408,8 @@ def test_rows_that_end_early_are_what_they_are_alone(
     name, options = _options(policy, interval)
     batch = CompressedCache(name, **options)
     together = _turns(model, batch, ids, real, CALLS)
-    # A prompt begins an interval for all rows, also for the one that has none. And it is a ranking
-    # for all, at which gkv revises its notes: this is not yet held back in that row.
-    misses_none = interval > 1 or policy == "gkv"
+    # A prompt begins an interval for all rows, also for the one that has none.
+    misses_none = interval > 1
     for row in range(len(ENDED) - misses_none):
         alone = CompressedCache(name, **options)
         own, calls, compared = real[row], [], []

@@ -14,6 +14,8 @@ Slots are in no particular order::
     score      +inf +inf +inf -inf +inf  0.3     the empty slot is used first, then position 9
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -91,6 +93,21 @@ def ranks_by_position(positions: Tensor) -> Tensor:
     return before - (positions < 0).sum(dim=-1, keepdim=True)
 
 
+def places(scores: Tensor, positions: Tensor) -> Tensor:
+    """Where each slot is in the order of :func:`sort_slots`: 0 is the lowest.
+
+    Args:
+        scores: ``[B, H, S]`` float32.
+        positions: ``[B, H, S]`` int64.
+
+    Returns:
+        ``[B, H, S]`` int64.
+    """
+    order = sort_slots(scores, positions)
+    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(-1, order, place)
+
+
 def next_victims(
     scores: Tensor, positions: Tensor, *, protected_prefix: Tensor, count: int
 ) -> Tensor:
@@ -139,6 +156,61 @@ def next_open_victims(
         protected_prefix=protected_prefix + 1,
         count=count,
     )
+
+
+def protect_best(scores: Tensor, positions: Tensor, *, count: int) -> Tensor:
+    """Scores with the best tokens of each head at ``+inf`` too.
+
+    Args:
+        scores: ``[B, H, S]`` float32 with protection applied.
+        positions: ``[B, H, S]`` int64.
+        count: how many tokens of a head; none below 1.
+
+    Returns:
+        ``[B, H, S]`` float32.
+    """
+    if count <= 0:
+        return scores
+    best = sort_slots(scores, positions)[..., -count:]
+    return scores.scatter(-1, best, torch.inf).masked_fill(positions < 0, -torch.inf)
+
+
+def as_one_head(scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots of all heads as those of one; of equal positions that of the first head is lowest.
+
+    Args:
+        scores: ``[B, H, S]`` float32.
+        positions: ``[B, H, S]`` int64.
+
+    Returns:
+        Scores ``[B, 1, H * S]`` and, in the same shape, what stands for positions elsewhere.
+    """
+    heads = torch.arange(positions.shape[1], device=positions.device)[:, None]
+    ages = positions * positions.shape[1] + heads
+    return scores.flatten(1, 2).unsqueeze(1), ages.flatten(1, 2).unsqueeze(1)
+
+
+def tokens_of_heads(scores: Tensor, positions: Tensor, *, floor: int, count: int) -> Tensor:
+    """How many tokens each head keeps where the best of all heads stay.
+
+    Args:
+        scores: ``[B, H, S]`` float32 with protection applied.
+        positions: ``[B, H, S]`` int64.
+        floor: how many each head keeps at least.
+        count: how many stay in all.
+
+    Returns:
+        ``[B, H, 1]`` int64.
+    """
+    place = places(*as_one_head(protect_best(scores, positions, count=floor), positions))
+    stays = (place >= place.shape[-1] - count).view_as(positions) & (positions >= 0)
+    return stays.sum(dim=-1, keepdim=True)
+
+
+def per_head(numbers: Sequence[int], like: Tensor) -> Tensor:
+    """A number of each head, ``[H, 1]`` in the dtype and on the device of ``like``."""
+    # A tensor made of the list would be copied from the host in every step.
+    return torch.cat([like.new_full((1, 1), number) for number in numbers])
 
 
 def keep_best(scores: Tensor, positions: Tensor, *, count: int) -> Tensor:

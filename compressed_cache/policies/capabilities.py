@@ -36,7 +36,7 @@ class WritesNotes(Protocol):
 
 @runtime_checkable
 class RevisesNotes(Protocol):
-    """Changes the notes of all tokens right before they are ranked."""
+    """Changes the notes of all tokens at each ranking that evicts some of them."""
 
     def revise(self, slots: Slots) -> Tensor:
         """New notes.
@@ -95,7 +95,8 @@ class MergesValues(Protocol):
 
 @runtime_checkable
 class PrunesChannels(Protocol):
-    """Keeps only some channels of each key; policies see no others."""
+    """Keeps only some channels of each key; policies see no others, once the first prompt was
+    ranked."""
 
     @property
     def recent_whole_keys(self) -> int:
@@ -106,13 +107,14 @@ class PrunesChannels(Protocol):
         """``D'``, how many of ``dim`` channels stay."""
         ...
 
-    def channel_scores(self, queries: Tensor, keys: Tensor, real: Tensor) -> Tensor:
-        """How much each channel deserves to stay; asked once, when the first prompt is read.
+    def channel_scores(self, queries: Tensor, real: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
+        """How much each channel deserves to stay; asked once, when the first prompt was ranked.
 
         Args:
             queries: ``[B, H, G, L, D]``.
-            keys: ``[B, H, L, D]``.
             real: ``[B, L]`` bool, ``False`` at padding, which is on the left.
+            keys: ``[B, H, L, D]``.
+            kept: ``[B, H, L]`` bool, ``False`` at padding and where a token is evicted.
 
         Returns:
             ``[B, H, D]`` float32.

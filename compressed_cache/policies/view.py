@@ -57,6 +57,12 @@ class Slots(NamedTuple):
     """Whether these are the tokens of a prompt that is cut to the budget."""
     constants: Mapping[str, Tensor]
     """What ``Policy.constants`` gave for this layer."""
+    head_budgets: tuple[int, ...] = ()
+    """How many tokens each head keeps where they are given one number each, else empty; ``budget``
+    is the least of them."""
+    floor: int | None = None
+    """Where the heads share ``H * budget`` slots, how many tokens each keeps at least; else
+    None."""
 
     # Names up to 0.1, see CHANGELOG.md.
 

@@ -36,7 +36,8 @@ class BoundPolicy:
     Attributes:
         budget: slots of every head; of the one with the fewest where they differ.
         head_budgets: slots of each head where they differ, else empty.
-        floor: tokens that each head keeps where slots go to the head with the highest scores.
+        floor: tokens that each head keeps where slots go to the head with the highest scores; None
+            where they do not.
         window: of a layer with a sliding window.
     """
 
@@ -75,9 +76,10 @@ class BoundPolicy:
         self.pruning = find(policy, PrunesChannels)
         self.dropping = find_dropping(policy)
         sharing = find(policy, SharesSlots)
-        floor = 0 if sharing is None else Fraction(str(sharing.head_floor)) * self.budget
-        # As written: 0.07 * 100 is more than 7.
-        self.floor = math.ceil(floor)
+        self.floor = None
+        if sharing is not None:
+            # As written: 0.07 * 100 is more than 7.
+            self.floor = math.ceil(Fraction(str(sharing.head_floor)) * self.budget)
         blocks = find(policy, RanksBlocks)
         self.prompt_block = None if blocks is None else blocks.prompt_block
 
@@ -111,9 +113,13 @@ class BoundPolicy:
         """What the policy writes down of new tokens, ``[B, H, S, N]``."""
         return write_notes(self.policy, tokens)
 
-    def revise(self, slots: Slots) -> Slots:
-        """The same tokens with the notes they have right before a ranking."""
-        return slots._replace(notes=revise_notes(self.policy, slots)) if self.revises else slots
+    def revise(self, slots: Slots, evicts: Tensor) -> Slots:
+        """The same tokens with the notes they have at a ranking, new ones in heads ``[B, H, 1]``
+        bool that evict some of them."""
+        if not self.revises:
+            return slots
+        notes = revise_notes(self.policy, slots)
+        return slots._replace(notes=torch.where(evicts.unsqueeze(-1), notes, slots.notes))
 
     def accumulate(
         self, state: Tensor, weights: Tensor, query_positions: Tensor, positions: Tensor

@@ -77,7 +77,7 @@ def _fused(
     if slot is None and (bound.needs.notes or bound.dropping is not None):
         # The notes of the new token go where it went.
         slot = store.lowest(1, real)
-    scores = None if slot is not None else store.scores(store.revised(real))
+    scores = None if slot is not None else store.scores(store.revised(1, real))
     record = "total" if bound.adds_attention else "nothing"
     if wants_weights or (bound.observer is not None and not bound.adds_attention):
         record = "weights"

@@ -74,10 +74,8 @@ class LazyStore(SlotStore):
         positions = self.tokens.positions
         positions.clamp_(min=-1)
         slots = self.view(self.held())
-        order = eviction.sort_slots(self.bound.protect(self.scores(slots), slots), positions)
-        place = torch.arange(order.shape[2], device=order.device).expand_as(order)
-        place = torch.empty_like(order).scatter(2, order, place)
-        positions.masked_fill_(place < order.shape[2] - self.row_slots[:, None, None], CLOSED)
+        place = eviction.places(self.bound.protect(self.scores(slots), slots), positions)
+        positions.masked_fill_(place < place.shape[2] - self.room(), CLOSED)
 
     def _judge(self, inputs: AttentionInputs) -> Tensor:
         """How many slots each row needs, ``[B]`` int64."""
@@ -112,9 +110,13 @@ class LazyStore(SlotStore):
         recency = recency.masked_fill(first, torch.finfo(torch.float32).max)
         return torch.where(self._is_lazy[:, None, None], recency, super().scores(slots))
 
+    def room(self) -> Tensor:
+        """How many tokens a head of each row can hold, ``[B, 1, 1]`` int64."""
+        return self.row_slots[:, None, None]
+
     def lowest(self, steps: int, real: Tensor | None) -> Tensor:
         """The open slots to overwrite in ``steps`` steps, ``[B, H, steps]``."""
-        scores = self.ranked(real)
+        scores = self.ranked(steps, real)
         return eviction.next_open_victims(
             self.tokens.positions != CLOSED,
             scores,

@@ -86,6 +86,10 @@ class SlotMemory:
         assert self.sizes is not None
         return self.tokens.positions[0].numel() // self.sizes.heads
 
+    def room(self) -> Tensor | int:
+        """How many tokens a head can hold: one number, or ``[B, 1, 1]`` or ``[H, 1]`` int64."""
+        return self.tokens.positions.shape[2]
+
     def prepare(self, inputs: AttentionInputs) -> None:
         """Makes room for a first prompt; memory that fits is kept."""
         self.provide(inputs.key, inputs.value, inputs.query.shape[1] // inputs.key.shape[1])

@@ -82,7 +82,7 @@ class PoolStore(SlotStore):
 
     def lowest(self, steps: int, real: Tensor | None) -> Tensor:
         """The slots to give away in ``steps`` steps, ``[B, 1, steps * H]``."""
-        scores, positions = self.ranked(real), self.held_positions()
+        scores, positions = self.ranked(steps, real), self.held_positions()
         if self.bound.head_budgets:
             victims = eviction.next_open_victims(
                 self._is_own,
@@ -108,11 +108,21 @@ class PoolStore(SlotStore):
             positions: ``[B, H, S]`` int64.
             incoming: tokens that each head is given before the next ranking.
         """
-        best = self.bound.floor - incoming
-        if best <= 0:
-            return scores
-        order = eviction.sort_slots(scores, positions)[..., -best:]
-        return scores.scatter(-1, order, torch.inf).masked_fill(positions < 0, -torch.inf)
+        assert self.bound.floor is not None
+        return eviction.protect_best(scores, positions, count=self.bound.floor - incoming)
+
+    def evicts(self, positions: Tensor, *, incoming: int) -> Tensor:
+        """Whether some of these tokens ``[B, H, S]`` go as so many more come into each head,
+        ``[B, H, 1]`` bool."""
+        if self.bound.head_budgets:
+            return super().evicts(positions, incoming=incoming)
+        held = (positions >= 0).sum(dim=(1, 2), keepdim=True)
+        evicts = held + incoming * self._num_heads > self.tokens.positions.shape[2]
+        return evicts.expand(-1, self._num_heads, -1)
+
+    def room(self) -> Tensor:
+        """How many tokens each head can hold, ``[H, 1]`` int64."""
+        return eviction.per_head(self.bound.head_budgets, self.owners)
 
     # Write.
 
@@ -141,8 +151,8 @@ class PoolStore(SlotStore):
 
     def _best_of_all(self, scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the tokens ``[B, 1, H * L]`` stay, and in which slots."""
-        scores = self._floored(scores, positions, incoming=0).flatten(1, 2).unsqueeze(1)
-        ages = (positions * self._num_heads + self._heads[:, None]).flatten(1, 2).unsqueeze(1)
+        scores = self._floored(scores, positions, incoming=0)
+        scores, ages = eviction.as_one_head(scores, positions)
         count = min(ages.shape[2], self.tokens.positions.shape[2])
         kept = eviction.keep_best(scores, ages, count=count)
         return kept, torch.arange(count, device=kept.device)

@@ -26,18 +26,19 @@ def prefill(store: SlotStore, inputs: AttentionInputs) -> None:
     seen = None
     if store.bound.observer is not None:
         seen = observed(store, query, key, positions, mask)
-    store.choose_channels(query, key, real)
-    query, key = store.ordered(query), store.ordered(key)
-    store.record_channels(key, positions)
     store.protect_prefix(None)
-    tokens = store.new_tokens(store.kept(key), value, positions)
+    tokens = store.new_tokens(key, value, positions)
     if seen is not None:
         tokens = tokens._replace(attention_state=seen)
-    _end_prompt(store, query, positions)
+    _end_prompt(store)
     scores = None
-    if store.bound.prompt_block is not None:
-        scores, tokens = prompt_blocks.rank(store, store.kept(query), tokens, positions)
-    store.keep(tokens, scores)
+    if store.bound.prompt_block is not None or store.bound.pruning is not None:
+        scores, tokens = prompt_blocks.rank(store, query, tokens, positions)
+        store.choose_channels(query, real, tokens, scores)
+    query, key = store.ordered(query), store.ordered(key)
+    store.record_channels(key, positions)
+    store.record_queries(query, positions)
+    store.keep(tokens._replace(keys=store.kept(key)), scores)
 
 
 def prefill_chunk(
@@ -111,16 +112,14 @@ def prefill_chunk(
     query, key = query.detach(), key.detach()
     store.next_position.add_(count)
     store.record_channels(key, positions)
+    store.record_queries(query, positions)
     if is_first_prompt:
-        _end_prompt(store, query, positions)
-    else:
-        store.record_queries(query, positions)
+        _end_prompt(store)
     store.keep_chunk(tokens, new, is_first_prompt=is_first_prompt)
     store.counts[:, 1] += key.shape[2]
     return result
 
 
-def _end_prompt(store: SlotStore, query: Tensor, positions: Tensor) -> None:
+def _end_prompt(store: SlotStore) -> None:
     store.prompt_length.copy_(store.next_position)
     store.protect_prefix(store.next_position)
-    store.record_queries(query, positions)

@@ -62,10 +62,12 @@ def rank(
 ) -> tuple[Tensor, Tokens]:
     """Scores of a prompt's tokens by their rank in their block, and these with revised notes.
 
+    Where the policy has no blocks, the prompt is one.
+
     Args:
         store: whose counts are those of the end of the prompt.
-        query: ``[B, H * G, L, D]``.
-        tokens: ``[B, H, L, ...]``.
+        query: ``[B, H * G, L, D]``, all channels.
+        tokens: ``[B, H, L, ...]``, keys with all channels.
         positions: ``[B, L]`` int64, as for :func:`split`.
 
     Returns:
@@ -73,8 +75,8 @@ def rank(
     """
     bound, notes = store.bound, tokens.notes
     scores = torch.zeros(tokens.positions.shape, device=positions.device)
-    assert bound.prompt_block is not None
-    for block in split(positions, bound.prompt_block):
+    evicts = store.evicts(tokens.positions, incoming=0)
+    for block in split(positions, bound.prompt_block or positions.shape[1]):
         slots = store.view(tokens.map(block.take), is_prompt=True)
         queries, query_positions = _last_queries(store, block, query, tokens.keys.shape[1])
         slots = bound.revise(
@@ -84,15 +86,15 @@ def rank(
                 queries=queries,
                 query_positions=query_positions,
                 positions=block.positions[:, None].expand_as(slots.positions),
-            )
+            ),
+            evicts,
         )
         # What is protected ranks above what the policy itself always keeps.
         own = store.scores(slots).clamp(max=torch.finfo(torch.float32).max)
         # By the end of the prompt, not of the block.
         counted = slots._replace(next_position=store.next_position)
-        order = eviction.sort_slots(bound.protect(own, counted), slots.positions)
-        above = torch.arange(order.shape[2] - 1, -1, -1, device=order.device).expand_as(order)
-        above = torch.empty_like(order).scatter(2, order, above)
+        place = eviction.places(bound.protect(own, counted), slots.positions)
+        above = place.shape[2] - 1 - place
         size = (block.positions >= 0).sum(dim=1)[:, None, None].clamp(min=1)
         scores = block.put(scores, -(above + 0.5) / size)
         notes = block.put(notes, slots.notes)

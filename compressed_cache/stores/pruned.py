@@ -14,7 +14,7 @@ Products of queries and keys do not depend on that order as long as both have th
 import torch
 from torch import Tensor
 
-from compressed_cache.ops import attention
+from compressed_cache.ops import attention, eviction
 from compressed_cache.ops.rings import moved_to, places_of, write_last, write_one
 from compressed_cache.ops.tokens import Sizes, Tokens, gather
 from compressed_cache.policies.capabilities import PrunesChannels
@@ -65,10 +65,13 @@ class PrunedStore(SlotStore):
 
     # A prompt.
 
-    def choose_channels(self, query: Tensor, key: Tensor, real: Tensor) -> None:
-        """Settles the order of channels by a first prompt ``[B, H * G | H, L, D]``."""
-        grouped = attention.group_queries(query, key.shape[1])
-        scores = self._pruning.channel_scores(grouped, key, real)
+    def choose_channels(self, query: Tensor, real: Tensor, tokens: Tokens, scores: Tensor) -> None:
+        """Settles the order of channels by the queries of a first prompt and the keys it keeps."""
+        keys, positions = tokens.keys, tokens.positions
+        place = eviction.places(scores, positions)
+        kept = (positions >= 0) & (place >= place.shape[2] - self.room())
+        grouped = attention.group_queries(query, keys.shape[1])
+        scores = self._pruning.channel_scores(grouped, real, keys, kept)
         self.channels.copy_(order_of(scores, self.tokens.keys.shape[3]))
 
     def held_for_chunk(

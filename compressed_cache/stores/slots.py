@@ -50,6 +50,8 @@ class SlotStore(SlotMemory):
             budget=bound.budget,
             is_prompt=is_prompt,
             constants=bound.constants,
+            head_budgets=bound.head_budgets,
+            floor=bound.floor,
         )
 
     def new_tokens(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tokens:
@@ -104,16 +106,16 @@ class SlotStore(SlotMemory):
 
     def lowest(self, steps: int, real: Tensor | None) -> Tensor:
         """The slots to overwrite in ``steps`` steps, ``[B, H, steps]``."""
-        scores, positions = self.ranked(real), self.tokens.positions
+        scores, positions = self.ranked(steps, real), self.tokens.positions
         if steps == 1:
             return eviction.lowest_slot(scores, positions)
         return eviction.next_victims(
             scores, positions, protected_prefix=self.protected_prefix, count=steps
         )
 
-    def ranked(self, real: Tensor | None = None) -> Tensor:
+    def ranked(self, steps: int, real: Tensor | None) -> Tensor:
         """Scores ``[B, H, S]`` with protection applied, once the policy dropped what it drops."""
-        slots = self.revised(real)
+        slots = self.revised(steps, real)
         scores = self.bound.protect(self.scores(slots), slots)
         if self.bound.dropping is not None:
             gone = self.bound.dropped(slots, scores)
@@ -126,12 +128,14 @@ class SlotStore(SlotMemory):
             self.drop(gone)
         return scores
 
-    def revised(self, real: Tensor | None = None) -> Slots:
-        """What is held, right before a ranking; notes change in rows ``[B]`` that are real."""
+    def revised(self, steps: int, real: Tensor | None) -> Slots:
+        """What is held, right before it is ranked for so many steps; notes change in rows ``[B]``
+        that are real."""
         slots = self.view(self.held())
         if not self.bound.revises:
             return slots
-        notes = self.owned(self.bound.revise(slots).notes)
+        evicts = self.evicts(slots.positions, incoming=steps)
+        notes = self.owned(self.bound.revise(slots, evicts).notes)
         self.tokens.notes.copy_(where_real(real, notes, self.tokens.notes))
         return self.view(self.held())
 
@@ -141,9 +145,15 @@ class SlotStore(SlotMemory):
 
     def rank_prompt(self, tokens: Tokens) -> tuple[Tensor, Tokens]:
         """Scores of the tokens of a prompt, protection applied, and these with revised notes."""
-        prompt = self.bound.revise(self.view(tokens, is_prompt=True))
+        evicts = self.evicts(tokens.positions, incoming=0)
+        prompt = self.bound.revise(self.view(tokens, is_prompt=True), evicts)
         scores = self.bound.protect(self.scores(prompt), prompt)
         return scores, tokens._replace(notes=prompt.notes)
+
+    def evicts(self, positions: Tensor, *, incoming: int) -> Tensor:
+        """Whether some of these tokens ``[B, H, S]`` go as so many more come into each head,
+        ``[B, H, 1]`` bool."""
+        return (positions >= 0).sum(dim=-1, keepdim=True) + incoming > self.room()
 
     def drop(self, gone: Tensor) -> None:
         """Empties slots, ``[B, H, S]`` bool."""
@@ -239,8 +249,15 @@ class SlotStore(SlotMemory):
         held = self.held()
         return held, held.keys
 
-    def choose_channels(self, query: Tensor, key: Tensor, real: Tensor) -> None:
-        """Settles the order of channels by a first prompt ``[B, H * G | H, L, D]``."""
+    def choose_channels(self, query: Tensor, real: Tensor, tokens: Tokens, scores: Tensor) -> None:
+        """Settles the order of channels by a first prompt.
+
+        Args:
+            query: ``[B, H * G, L, D]``.
+            real: ``[B, L]`` bool.
+            tokens: ``[B, H, L, ...]``, keys with all channels.
+            scores: ``[B, H, L]`` float32, protection applied, by which they are kept.
+        """
 
     def fetch(self, query: Tensor, real: Tensor | None = None) -> None:
         """Brings to the device what queries ``[B, H * G, L, D]`` ask for; real ``[B, L]`` bool."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +30,7 @@ from tests.reference.policies import (
     least_channels,
     merge,
     rank,
+    without_criticalkv,
 )
 
 Kept = list[list[tuple[int, ...]]]
@@ -244,13 +245,6 @@ class _Row:
     def compress_prompt(self, score: Score, rules: Rules, trace: Trace) -> None:
         """Drop the lowest tokens of the prompt until the budget is met."""
         self.prompt_length = self.num_read
-        for layer, heads in enumerate(self.held):
-            for head, held in enumerate(heads):
-                self.lost[layer][head] = least_channels(
-                    [token.key for token in held],
-                    self.queries[layer][head][-self.layout.window :],
-                    channel_ratio=self.layout.channel_ratio,
-                )
         for layer in range(self.model.num_layers):
             for head, view in enumerate(self.views(layer, rules)):
                 excess = self.prompt_length - rules.slots(layer, head)
@@ -262,6 +256,14 @@ class _Row:
                 # Within the dropped ones the order is irrelevant.
                 _note_gaps(trace, ranking.scores[excess - 1 : excess + 1])
                 self.drop(layer, head, ranking.positions[:excess], score)
+        # Only now: keys are ranked as a whole, and those that stay choose the channels.
+        for layer, heads in enumerate(self.held):
+            for head, held in enumerate(heads):
+                self.lost[layer][head] = least_channels(
+                    [token.key for token in held],
+                    self.queries[layer][head][-self.layout.window :],
+                    channel_ratio=self.layout.channel_ratio,
+                )
 
     def make_room(self, step: int, score: Score, rules: Rules, trace: Trace) -> None:
         """Make sure that every head has a place for the token of decode step ``step``.
@@ -330,11 +332,40 @@ class _SharingRow(_Row):
     ) -> list[tuple[float, int, int]]:
         """Score, position and head of what may be evicted, worst first.
 
+        Under CriticalKV the scores that it changes say how many tokens of each head go until then,
+        and its own which of them: its stages share the slots that these scores leave to the head.
+        """
+        base, heads = without_criticalkv(score), range(self.model.num_heads)
+        listed = self.shared(layer, base, rules, incoming=incoming)
+        if base is score:
+            return listed
+        assert isinstance(score, partial)
+        held = sum(len(tokens) for tokens in self.held[layer])
+        excess = max(0, held - len(heads) * rules.slots(layer, 0))
+        gone = [head for _, _, head in self.shared(layer, base, rules, incoming=0)[:excess]]
+        worst_first = []
+        for head in heads:
+            view = self.view(layer, head, rules)
+            slots = len(view.held) - gone.count(head)
+            score_of_head = partial(score, slots=slots, safe_slots=self.safe_slots(layer, rules))
+            ranking = rank(view, score_of_head, rules, prompt_length=self.prompt_length)
+            worst_first.append(iter(ranking.positions))
+        return [(value, next(worst_first[head]), head) for value, _, head in listed]
+
+    def safe_slots(self, layer: int, rules: Rules) -> int:
+        """How many slots each head has at least."""
+        return math.ceil(Fraction(str(self.floor)) * rules.slots(layer, 0))
+
+    def shared(
+        self, layer: int, score: Score, rules: Rules, *, incoming: int
+    ) -> list[tuple[float, int, int]]:
+        """Score, position and head of what may be evicted, worst first, by the scores themselves.
+
         Of equal scores the older token goes first, of equal positions the one of the first head.
         Each head withholds its best tokens, so that it has its floor once so many came in.
         """
         candidates: list[tuple[float, int, int]] = []
-        withheld = math.ceil(Fraction(str(self.floor)) * rules.slots(layer, 0)) - incoming
+        withheld = self.safe_slots(layer, rules) - incoming
         for head in range(self.model.num_heads):
             view = self.view(layer, head, rules)
             own = []

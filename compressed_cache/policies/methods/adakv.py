@@ -33,9 +33,12 @@ class AdaKV(Modifier):
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor must be between 0 and 1, got {self.floor}")
         if not scores_attention(self.base):
+            hint = ""
+            if scores_attention(self.base.parts[0]):
+                hint = f". Write 'adakv' right behind {self.base.parts[0].label!r}."
             raise ValueError(
                 f"adakv needs a policy whose scores are attention, such as 'snapkv+adakv', got "
-                f"{self.base.label!r}"
+                f"{self.base.label!r}{hint}"
             )
         if find_store(self.base) != "slots":
             raise ValueError(f"adakv cannot share out the slots of {self.base.label!r}")

@@ -10,10 +10,12 @@ from compressed_cache.policies.modifier import Modifier
 class Chunk(Modifier):
     """Ranks each block of ``block_length`` positions of a prompt on its own, as if it were all.
 
-    Chunked compression of the prompt, as in FINCH (https://doi.org/10.1162/tacl_a_00716) and in
-    kvpress's ``ChunkPress``: attention is among the tokens of a block, its own last queries vote,
-    and as large a part of each block stays, so that what stays is spread over the prompt. Decode
-    steps, further prompts and all chunks of a prompt but its first are as without it.
+    Chunked compression of the prompt, as in kvpress's ``ChunkPress``: attention is among the tokens
+    of a block, its own last queries vote, and as large a part of each block stays, so that what
+    stays is spread over the prompt. Decode steps, further prompts and all chunks of a prompt but
+    its first are as without it. FINCH (https://doi.org/10.1162/tacl_a_00716) reads a prompt in
+    chunks too, but there the question votes in each, also on what is left of those before:
+    ``finch+chunk`` is not that.
 
     Differs from kvpress in four points: the budget is met exactly, by the rank of a token in its
     block divided by the length of the block; queries have the angles of their own positions (there

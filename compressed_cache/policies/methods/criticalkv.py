@@ -6,7 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressed_cache.ops.eviction import protect, sort_slots
+from compressed_cache.ops.eviction import (
+    as_one_head,
+    per_head,
+    places,
+    protect,
+    sort_slots,
+    tokens_of_heads,
+)
 from compressed_cache.policies.base import Needs
 from compressed_cache.policies.capabilities import scores_attention
 from compressed_cache.policies.methods.caote import shares
@@ -26,6 +33,11 @@ class CriticalKV(Modifier):
     they are, the other half to the highest ``(score + offset) * |W v|_1``, where ``W`` is the part
     of the output projection that belongs to the head. Works on scores that are attention: those of
     ``h2o``, ``snapkv`` and their like.
+
+    Its own scores are places in that order. Behind ``adakv`` (CriticalAdaKV, in the form of
+    kvpress) the scores as they are say how many tokens each head keeps, and the halves are of that
+    number, the first no less than the floor: the places that the tokens of a head have among those
+    of all heads by these scores are given out among them anew.
 
     Differs in four points: scores are divided by their sum over the held tokens first, so that the
     offset means the same to ``h2o``, whose totals grow, as to the others; query heads that share a
@@ -72,24 +84,42 @@ class CriticalKV(Modifier):
         norms = slots.notes[..., -1]
         usable = base.isfinite() & norms.isfinite() & (slots.positions >= 0)
         weighted = (shares(base, usable) + self.score_offset) * norms
-        first = self._first_stage(slots, base.masked_fill(~usable, -torch.inf))
-        # Above all others, and still a number that a modifier behind this one can average.
-        ceiling = weighted.masked_fill(~usable, 0.0).amax(dim=-1, keepdim=True)
-        scores = torch.where(first, 2 * ceiling, weighted)
-        return scores.masked_fill(~usable, -torch.inf)
-
-    def _first_stage(self, slots: Slots, base: Tensor) -> Tensor:
-        """Which tokens the scores alone keep."""
-        scores = protect(
-            base,
+        base = protect(
+            base.masked_fill(~usable, -torch.inf),
             slots.positions,
             next_position=slots.next_position,
             protected_prefix=slots.protected_prefix,
             recent=slots.recent,
         )
-        count = int(slots.budget * self.first_stage_ratio)
-        best = sort_slots(scores, slots.positions)[..., scores.shape[-1] - count :]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+        by_base = sort_slots(base, slots.positions)
+        place = torch.arange(by_base.shape[-1], device=by_base.device)
+        first = place >= len(place) - self._first_stage(slots, base)
+        first = first | (base.gather(-1, by_base) == torch.inf)
+        weighted = weighted.masked_fill(~usable, -torch.inf).gather(-1, by_base)
+        # Those of the first stage stay in the order of their own scores.
+        order = weighted.masked_fill(first, torch.inf).argsort(dim=-1, stable=True)
+        by_both = by_base.gather(-1, order)
+        scores = _places(slots, base).gather(-1, by_base)
+        scores = torch.zeros_like(base).scatter(-1, by_both, scores.float())
+        return scores.masked_fill(~usable, -torch.inf)
+
+    def _first_stage(self, slots: Slots, base: Tensor) -> Tensor | int:
+        """How many tokens of each head the scores alone keep, ``[B, H, 1]`` or for all."""
+        if slots.floor is not None:
+            count = base.shape[1] * slots.budget
+            kept = tokens_of_heads(base, slots.positions, floor=slots.floor, count=count)
+            return (kept.double() * self.first_stage_ratio).long().clamp(min=slots.floor)
+        if slots.head_budgets:
+            counts = [int(budget * self.first_stage_ratio) for budget in slots.head_budgets]
+            return per_head(counts, slots.positions)
+        return int(slots.budget * self.first_stage_ratio)
+
+
+def _places(slots: Slots, scores: Tensor) -> Tensor:
+    """The place of each token by scores ``[B, H, S]``, among all heads where they share slots."""
+    if slots.floor is None:
+        return places(scores, slots.positions)
+    return places(*as_one_head(scores, slots.positions)).view_as(scores)
 
 
 def _norms(values: Tensor, weight: Tensor) -> Tensor:

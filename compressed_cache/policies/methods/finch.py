@@ -37,7 +37,8 @@ class Finch(WindowVotes):
     """Queries that vote: the tokens of the question."""
     normalize_scores: bool = True
     """Whether weights are multiplied by the number of held tokens their query sees (kvpress'
-    default; the authors' code computes it and does not use it)."""
+    default; the authors' code for Mistral does so too, that for Llama computes it and does
+    not use it)."""
 
     def scores(self, slots: Slots) -> Tensor:
         logits = window_logits(slots)

@@ -26,9 +26,9 @@ class GKV(WindowVotes):
     ``mix_lambda * global - (1 - mix_lambda) * redundancy``. The local score of a token before the
     window is the attention of the last ``window`` queries to it (softmax over all held tokens,
     group maximum, mean), divided by the largest of its head; its global score is the larger of that
-    and ``alpha`` times the global score of the ranking before. Redundancy is that of ``rkv``,
-    divided by its largest. The window goes only when no other token is left; ``recent``, whose
-    default is ``window``, keeps it for good.
+    and ``alpha`` times the global score of the ranking before, where rankings that evict nothing do
+    not count. Redundancy is that of ``rkv``, divided by its largest. The window goes only when no
+    other token is left; ``recent``, whose default is ``window``, keeps it for good.
 
     Differs in two points: slots are overwritten one by one in the order of the ranking, where the
     authors let the cache grow by 128 tokens and cut it back; and redundancy spares one duplicate

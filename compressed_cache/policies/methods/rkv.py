@@ -73,9 +73,10 @@ class RKV(ImportanceAndRedundancy):
     near-duplicate, or the oldest held token when it has none, as the authors' code does. The window
     is always kept; ``recent`` can only extend it.
 
-    Differs in one point: slots are overwritten one by one in the order of the ranking, where the
+    Differs in two points: slots are overwritten one by one in the order of the ranking, where the
     authors let the cache grow by 128 tokens and cut it back, so the budget here includes that
-    buffer.
+    buffer; and neighbours, newest and oldest are meant in the order of the text, where the authors
+    cut to the order of the scores, so that from their second cut on they pool, and spare, in that.
     """
 
     name: ClassVar[str] = "rkv"

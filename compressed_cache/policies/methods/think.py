@@ -15,13 +15,16 @@ class ThinK(Modifier):
 
     ThinK, section 3.2 (https://arxiv.org/abs/2407.21018): of each key/value head the channels with
     the least ``|q|^2 * |k|^2`` are left out, ``q`` over the last ``think_window`` queries of the
-    prompt and ``k`` over all its keys. Slots hold the channels that stay and nothing else, and a
-    ring holds the others of the last ``think_recent`` tokens, which are attended in full.
+    prompt and ``k`` over the keys that the other policy keeps of it, which it ranks by whole keys,
+    as in the authors' code (SalesforceAIResearch/ThinK@d200577). Slots hold the channels that stay
+    and nothing else, and a ring holds the others of the last ``think_recent`` tokens, which are
+    attended in full.
 
     Differs in four points: query heads that share a key are averaged, so that they leave out the
     same channels; tokens that are decoded lose theirs as they leave the recent ones (the authors
     prune the prompt only); a prompt that is read in parts, and all later ones, go by the channels
-    of the first part; and the scores of the other policy are taken from the channels that stay.
+    of the first part; and after it the scores of the other policy are taken from the channels that
+    stay.
     """
 
     name: ClassVar[str] = "think"
@@ -50,11 +53,11 @@ class ThinK(Modifier):
     def recent_whole_keys(self) -> int:
         return self.think_recent
 
-    def channel_scores(self, queries: Tensor, keys: Tensor, real: Tensor) -> Tensor:
+    def channel_scores(self, queries: Tensor, real: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
         last = slice(-self.think_window, None)
         # As many terms for each channel, so that sums rank as means do.
         query = _squares(queries[..., last, :], real[:, None, None, last]).sum(dim=2)
-        return query * _squares(keys, real[:, None])
+        return query * _squares(keys, kept)
 
 
 def _squares(x: Tensor, real: Tensor) -> Tensor:

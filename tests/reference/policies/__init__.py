@@ -17,7 +17,16 @@ from tests.reference.policies.attention import (
 from tests.reference.policies.draws import random, vase, vase_dkv
 from tests.reference.policies.keys import full, keydiff, knorm, lagkv, streaming_llm
 from tests.reference.policies.layout import Layout, key_rerotation, layout_of, least_channels, think
-from tests.reference.policies.modifiers import caote, chunk, chunkkv, criticalkv, merge, merging
+from tests.reference.policies.modifiers import (
+    caote,
+    chunk,
+    chunkkv,
+    critical_adakv,
+    criticalkv,
+    merge,
+    merging,
+    without_criticalkv,
+)
 from tests.reference.policies.redundancy import gkv, rkv, rkv_lsh
 from tests.reference.policies.statistics import (
     expected_attention,
@@ -50,6 +59,7 @@ __all__ = [
     "Vector",
     "View",
     "attention_row",
+    "critical_adakv",
     "full",
     "h2o",
     "layout_of",
@@ -63,6 +73,7 @@ __all__ = [
     "snapkv",
     "softmax",
     "trigonometric_series",
+    "without_criticalkv",
 ]
 
 POLICIES: dict[str, Callable[..., list[float]]] = {

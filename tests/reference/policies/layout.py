@@ -25,7 +25,8 @@ def think(
     think_window: int = 32,
     **options: Any,
 ) -> list[float]:
-    """The scores of another policy, which sees keys and queries without the pruned channels."""
+    """The scores of another policy, which sees keys and queries without the pruned channels, of a
+    prompt with all."""
     return base(view, **options)
 
 
@@ -34,7 +35,8 @@ def least_channels(
 ) -> list[int]:
     """Channels in which ``queries``, each ``[G, D]``, and ``keys``, each ``[D]``, are smallest.
 
-    ThinK, section 3.2 (https://arxiv.org/abs/2407.21018), but one choice for a group.
+    ThinK, section 3.2 (https://arxiv.org/abs/2407.21018), but one choice for a group. Keys are
+    those that the other policy keeps, as in the authors' code.
     """
     energy = []
     for channel in range(len(keys[0])):

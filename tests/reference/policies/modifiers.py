@@ -100,11 +100,17 @@ def criticalkv(
     *,
     first_stage_ratio: float = 0.5,
     score_offset: float = 1e-4,
+    slots: int | None = None,
+    safe_slots: int = 0,
     **options: Any,
 ) -> list[float]:
     """Half of the budget to the best tokens, the rest weighted by the reach of the value.
 
     CriticalKV, algorithm 1 (https://arxiv.org/abs/2502.03805).
+
+    Args:
+        slots: of this head; None: what the rules say.
+        safe_slots: so many of them are given by the scores alone at least.
     """
     scores = base(view, **options)
     weighted = []
@@ -118,9 +124,66 @@ def criticalkv(
         for token in view.held
     ]
     order = sorted(range(len(scores)), key=lambda i: (safe[i], scores[i], view.held[i].position))
-    count = int(view.rules.slots(view.layer, view.head) * first_stage_ratio)
+    slots = view.rules.slots(view.layer, view.head) if slots is None else slots
+    count = max(int(slots * first_stage_ratio), safe_slots)
     best = set(order[len(order) - count :])
-    return [2 * max(weighted) if i in best else weighted[i] for i in range(len(weighted))]
+    # The best of them stays longest.
+    return [
+        2 * max(weighted) + score / math.fsum(scores) if i in best else weighted[i]
+        for i, score in enumerate(scores)
+    ]
+
+
+def without_criticalkv(score: Score) -> Score:
+    """The scores that CriticalKV changes, where it does."""
+    if not (isinstance(score, partial) and score.func is criticalkv):
+        return score
+    own = {"base", "first_stage_ratio", "score_offset"}
+    rest = {name: value for name, value in score.keywords.items() if name not in own}
+    return partial(score.keywords["base"], **rest)
+
+
+def critical_adakv(
+    scores: Sequence[Sequence[float]],
+    norms: Sequence[Sequence[float]],
+    *,
+    budget: int,
+    floor: int,
+    first_stage_ratio: float = 0.5,
+    score_offset: float = 1e-4,
+) -> list[list[int]]:
+    """Which tokens of a prompt each head keeps, ascending.
+
+    CriticalAdaKV of kvpress (https://github.com/NVIDIA/kvpress): the scores alone say how many
+    tokens each head keeps, of which its best ones are safe; then each head has two stages.
+
+    Args:
+        scores: of each token of each head.
+        norms: the reach of their values.
+        budget: slots of a head on average.
+        floor: slots that each head has at least.
+    """
+    heads = [
+        sorted(range(len(own)), key=lambda token, own=own: own[token], reverse=True)
+        for own in scores
+    ]
+    entries = [
+        (place >= floor, -scores[head][token], head)
+        for head, order in enumerate(heads)
+        for place, token in enumerate(order)
+    ]
+    winners = [head for _, _, head in sorted(entries)[: budget * len(heads)]]
+    kept = []
+    for head, order in enumerate(heads):
+        count = winners.count(head)
+        first = order[: max(int(count * first_stage_ratio), floor)]
+        rest = sorted(
+            order[len(first) :],
+            key=lambda token, head=head: (scores[head][token] + score_offset) * norms[head][token],
+            reverse=True,
+        )
+        kept.append(sorted(first + rest[: count - len(first)]))
+    return kept
 
 
 def merging(

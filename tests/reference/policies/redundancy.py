@@ -123,8 +123,11 @@ def gkv(
     """Remembered attention minus redundancy; the last ``window`` positions are above all others.
 
     G-KV (https://arxiv.org/abs/2512.00504). What is remembered depends on the rankings so far, so
-    this is the one score that writes down something.
+    this is the one score that writes down something; not at a ranking after which nothing goes, as
+    the authors' code returns before it scores what fits.
     """
+    slots = view.rules.slots(view.layer, view.head)
+    evicts = len(view.held) + view.rules.interval > slots
     prefix = [token for token in view.held if token.position < view.incoming - window]
     local = [0.0 for _ in prefix]
     queries = range(max(0, view.incoming - window), view.incoming)
@@ -136,7 +139,8 @@ def gkv(
     remembered: list[float] = []
     for token, score in zip(prefix, local, strict=True):
         remembered.append(max(alpha * view.memory.get(token.position, 0.0), score / max(local)))
-        view.memory[token.position] = remembered[-1]
+        if evicts:
+            view.memory[token.position] = remembered[-1]
     redundancy = rkv_redundancy(view.held, similarity_threshold=similarity_threshold)[: len(prefix)]
     scores = [
         mix_lambda * max(neighbours(remembered, index, kernel_size))
