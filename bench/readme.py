@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import markers
 from bench import report as bench_report
 from compressed_cache.eval.catalogue import entries, page
 from compressed_cache.eval.catalogue.presses import PRESSES
@@ -191,10 +192,7 @@ PARTS: dict[str, Callable[[], str]] = {
 def filled(text: str) -> str:
     """The README with every part made anew."""
     for name, make in PARTS.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
-        text = f"{before}{begin}\n{make()}\n{end}{after}"
+        text = markers.filled(text, name, make())
     return text
 
 

@@ -160,7 +160,7 @@ def test_arguments_are_those_of_kvpress() -> None:
         "import inspect, json, kvpress\n"
         "told = {}\n"
         "for name in dir(kvpress):\n"
-        "    if name.endswith('PressEquivalent') and inspect.isclass(getattr(kvpress, name)):\n"
+        "    if name.endswith('Press') and inspect.isclass(getattr(kvpress, name)):\n"
         "        given = inspect.signature(getattr(kvpress, name)).parameters.values()\n"
         "        told[name] = {p.name: repr(p.default) for p in given}\n"
         "print(json.dumps(told))"

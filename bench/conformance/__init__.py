@@ -1,0 +1,1 @@
+"""What each press of kvpress keeps, beside what its counterpart here keeps."""

@@ -1,0 +1,101 @@
+"""The model, the texts and the cases that are compared."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.every_policy import statistics
+
+VOCABULARY = 400
+PROMPTS = (100, 163, 300)
+RATIOS = (0.25, 0.5, 0.7)
+INTERVALS = (1, 8, 24)
+DECODED_PROMPT = 100
+"""Tokens before the first decode step, and how many are held after each cut."""
+DECODED = 96
+"""Tokens read one by one."""
+NEEDS_STATISTICS = {
+    "qfilter": "qfilter",
+    "expected_attention": "expected_attention",
+    "duo_attention": "knorm+duo_attention",
+}
+"""For each kind of statistics a policy that has them."""
+
+
+class PrefillCase(NamedTuple):
+    """A prompt that is read at once and cut."""
+
+    prompt: int
+    ratio: float
+
+    @property
+    def kept(self) -> int:
+        # As kvpress rounds it.
+        return int(self.prompt * (1 - self.ratio))
+
+
+class DecodingCase(NamedTuple):
+    """A text that is read token by token and cut after every ``interval`` of them."""
+
+    interval: int
+
+    @property
+    def prompt(self) -> int:
+        return DECODED_PROMPT
+
+
+Case = PrefillCase | DecodingCase
+PREFILL_CASES = [PrefillCase(prompt, ratio) for prompt in PROMPTS for ratio in RATIOS]
+DECODING_CASES = [DecodingCase(interval) for interval in INTERVALS]
+
+
+class Setting(NamedTuple):
+    """What both sides are given."""
+
+    model: Any
+    weights: Path
+    statistics: Mapping[str, str]
+    """The file of each kind."""
+
+
+def make(folder: Path) -> Setting:
+    """A small Llama with random weights in float64 whose attention is far from uniform.
+
+    Args:
+        folder: where its weights and the statistics are written.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        vocab_size=VOCABULARY,
+        initializer_range=0.3,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model: Any = LlamaForCausalLM(config).double().eval()
+    weights = folder / "model.safetensors"
+    save_file({name: part.contiguous() for name, part in model.state_dict().items()}, weights)
+    files = {
+        kind: next(iter(statistics(policy, model).values()))
+        for kind, policy in NEEDS_STATISTICS.items()
+    }
+    return Setting(model, weights, files)
+
+
+def text(case: Case) -> list[int]:
+    """Tokens without repetition, as many as a case reads: equal tokens have equal key norms in the
+    first layer."""
+    generator = torch.Generator().manual_seed(case.prompt)
+    count = case.prompt if isinstance(case, PrefillCase) else case.prompt + DECODED
+    return (torch.randperm(VOCABULARY, generator=generator)[:count]).tolist()
