@@ -360,6 +360,7 @@ def _with_weight(weight: torch.Tensor) -> torch.nn.Linear:
     [
         (lambda: make_policy("snapkv+chunkkv", chunk_length=0), "chunk_length must be >= 1"),
         (lambda: make_policy("h2o+merging", merge_threshold=2), "merge_threshold must be from 0"),
+        (lambda: make_policy("h2o+merging", merge_fraction=0), "merge_fraction must be above 0"),
         (
             lambda: PrefillDecode(
                 prompt=make_policy("snapkv+merging"), decoding=make_policy("h2o")

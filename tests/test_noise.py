@@ -10,7 +10,7 @@ from compressed_cache import CompressedCache
 from compressed_cache.policies.draws import gauss, uniform
 from tests.conftest import distinct_tokens, held
 
-DRAWING = ["random", "random_prompt", "vase", "vase_dkv"]
+DRAWING = ["random", "random_prompt", "vase", "vase_dkv", "curdkv"]
 
 
 def _kept(model: Any, policy: str, **options: Any) -> list[Any]:

@@ -267,7 +267,9 @@ def test_random_evicts_at_will_but_never_protected_tokens(
         ("rpc", {"window": 4, "kernel_size": 5, "pool": "max"}),
         ("raas", {"share": 1.0}),
         ("random", {"redraw": True}),
-        ("vase", {"window": 3, "large_share": 0.0}),
+        ("curdkv", {"rank": 0, "local_window": 5}),
+        ("curdkv", {"local_window": 0}),
+        ("vase", {"window": 3, "large_share": 0.0, "kernel_size": 1}),
         ("vase", {"window": 20, "large_share": 1.0}),
     ],
 )

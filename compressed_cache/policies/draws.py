@@ -52,15 +52,18 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be >= 0, got {seed}")
 
 
-def gauss(slots: Slots, seed: int, *, count: int) -> Tensor:
-    """Numbers of the standard normal distribution ``[B, count]`` float32, drawn at each ranking.
+def gauss(slots: Slots, seed: int, *, count: int, redraw: bool = True) -> Tensor:
+    """Numbers of the standard normal distribution ``[B, count]`` float32.
 
     Args:
         slots: the tokens; all heads of their layer share the numbers.
         seed: another seed gives other numbers.
         count: how many.
+        redraw: whether they are drawn anew at each ranking, else they are always the same.
     """
-    drawn = mix(mix(mix(seed) + slots.layer) + slots.next_position[:, None])
+    drawn = torch.full_like(slots.next_position, mix(mix(seed) + slots.layer))[:, None]
+    if redraw:
+        drawn = mix(drawn + slots.next_position[:, None])
     pairs = uniform(mix(drawn + torch.arange(2 * count, device=drawn.device)))
     length, angle = pairs.unflatten(1, (count, 2)).unbind(dim=2)
     return (-2 * length.log()).sqrt() * (2 * math.pi * angle).cos()

@@ -8,6 +8,7 @@ from compressed_cache.policies.methods.caote import CAOTE
 from compressed_cache.policies.methods.chunk import Chunk
 from compressed_cache.policies.methods.chunkkv import ChunkKV
 from compressed_cache.policies.methods.criticalkv import CriticalKV
+from compressed_cache.policies.methods.curdkv import CurDKV
 from compressed_cache.policies.methods.duo_attention import DuoAttention
 from compressed_cache.policies.methods.expected_attention import ExpectedAttention
 from compressed_cache.policies.methods.finch import Finch
@@ -59,6 +60,7 @@ POLICIES: dict[str, type[Policy]] = {
     "keydiff": KeyDiff,
     "vase": VaSE,
     "vase_dkv": VaSEDKV,
+    "curdkv": CurDKV,
     "raas": RaaS,
     "morphkv": MorphKV,
     "lagged_attention": LaggedAttention,

@@ -19,6 +19,7 @@ VOCABULARY = 160
 NUM_STEPS = 30
 # Small windows, so that they end, wrap and are pooled many times in a short text.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "curdkv": {"rank": 6, "local_window": 4, "num_sinks": 1, "seed": 7},
     "finch": {"window": 5},
     "gkv": {"window": 4, "kernel_size": 3, "similarity_threshold": 0.3},
     "h2o": {},
@@ -44,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv+caote": {"window": 6, "kernel_size": 3},
     "observed_attention+caote": {},
     "observed_attention+criticalkv": {"first_stage_ratio": 0.3},
-    "vase": {"window": 6, "seed": 5},
+    "vase": {"window": 6, "kernel_size": 3, "seed": 5},
     "vase_dkv": {"rank": 6, "seed": 7},
     "triattention": {"num_offsets": 5},
     "h2o+key_rerotation": {},
@@ -63,7 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv+think": {"window": 6, "kernel_size": 3, "think_recent": 7, "think_window": 30},
     "h2o+criticalkv": {"score_offset": 0.05},
     "snapkv+criticalkv": {"window": 6, "kernel_size": 3, "first_stage_ratio": 0.3},
-    "h2o+merging": {},
+    "h2o+merging": {"merge_fraction": 0.5},
     "snapkv+merging": {"window": 6, "kernel_size": 3, "merge_threshold": 0.4},
     "h2o+chunk": {"block_length": 5},
     "keydiff+chunk": {"block_length": 8},

@@ -91,8 +91,9 @@ PRESSES: tuple[PressEquivalent, ...] = tuple(
             "CURPress",
             "num_sinks=4, leverage_type='kv_product', use_random_leverage=False, "
             "use_local_approximation=True, local_window_size=16",
-            "",
-            "not ported; `keydiff` looks at keys alone too",
+            '"curdkv", rank=0',
+            "the product of both only; `rank=20` is `use_random_leverage=True`, and "
+            "`local_window=0` is `use_local_approximation=False`",
         ),
         (
             "DecodingPress",
@@ -184,7 +185,7 @@ PRESSES: tuple[PressEquivalent, ...] = tuple(
         (
             "MergingPress",
             "press=None, similarity_threshold=0.0, merge_fraction=1.0",
-            '"h2o+merging"',
+            '"h2o+merging", merge_threshold=0.0, merge_fraction=1.0',
             "behind any policy",
         ),
         ("NonCausalAttnPress", "chunk_size=256", "", "a part of CompactorPress"),

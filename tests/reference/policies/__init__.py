@@ -14,7 +14,7 @@ from tests.reference.policies.attention import (
     snapkv,
     tova,
 )
-from tests.reference.policies.draws import random, vase, vase_dkv
+from tests.reference.policies.draws import curdkv, random, vase, vase_dkv
 from tests.reference.policies.keys import full, keydiff, knorm, lagkv, streaming_llm
 from tests.reference.policies.layout import Layout, key_rerotation, layout_of, least_channels, think
 from tests.reference.policies.modifiers import (
@@ -77,6 +77,7 @@ __all__ = [
 ]
 
 POLICIES: dict[str, Callable[..., list[float]]] = {
+    "curdkv": curdkv,
     "expected_attention": expected_attention,
     "finch": finch,
     "full": full,

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from tests.reference.policies.view import Vector, View, attention_row
+from tests.reference.policies.view import Vector, View, attention_row, neighbours
 
 
 def hash32(number: int) -> int:
@@ -52,11 +52,20 @@ def random(view: View, *, seed: int = 0, redraw: bool = True) -> list[float]:
     return [float(hash_of(*drawn, token.position) // 2**8) for token in view.held]
 
 
-def vase(view: View, *, window: int = 64, large_share: float = 0.25, seed: int = 0) -> list[float]:
+def vase(
+    view: View,
+    *,
+    window: int = 64,
+    large_share: float = 0.25,
+    kernel_size: int = 5,
+    seed: int = 0,
+) -> list[float]:
     """The largest value ranges, then a draw by attention (https://arxiv.org/abs/2606.03928).
 
     The draw without replacement is that of the largest sums of log-probability and Gumbel noise.
-    Attention is a softmax over all that is not recent, whether it can be evicted or not.
+    Attention is a softmax over all that is not recent, whether it can be evicted or not, and is
+    pooled among the same, with zeros beyond the ends. The first four tokens have a range of
+    infinity where they are sinks; other tokens that never go have none.
     """
     before = [t for t in view.held if t.position < view.incoming - view.rules.recent]
     votes = {token.position: 0.0 for token in view.held}
@@ -66,14 +75,20 @@ def vase(view: View, *, window: int = 64, large_share: float = 0.25, seed: int =
             row = attention_row(query, [token for token in before if token.position <= position])
             for key, weight in row.items():
                 votes[key] += weight / len(group) / len(window_queries)
+    raw = [votes[token.position] for token in before]
+    for index, token in enumerate(before):
+        votes[token.position] = math.fsum(neighbours(raw, index, kernel_size)) / kernel_size
     free = [
         token
         for token in before
         if not view.rules.protects_for_good(token.position, prompt_length=view.prompt_length)
     ]
     free.sort(key=lambda token: (token.value.max() - token.value.min(), token.position))
-    num_large = int(large_share * (view.rules.slots(view.layer, view.head) - view.rules.recent))
-    large = {token.position: token.value for token in free[len(free) - min(num_large, len(free)) :]}
+    may_go = {token.position for token in free}
+    num_sinks = sum(token.position < 4 and token.position not in may_go for token in before)
+    num_large = int(large_share * view.rules.slots(view.layer, view.head)) - num_sinks
+    num_large = min(max(0, num_large), len(free))
+    large = {token.position: token.value for token in free[len(free) - num_large :]}
     scores = []
     for position, vote in votes.items():
         noise = uniform(hash_of(seed, view.layer, view.head, view.incoming, position))
@@ -83,6 +98,32 @@ def vase(view: View, *, window: int = 64, large_share: float = 0.25, seed: int =
             drawn = 1e9 * (1 + float(np.ptp(large[position])))
         scores.append(drawn)
     return scores
+
+
+def curdkv(
+    view: View, *, rank: int = 20, local_window: int = 16, num_sinks: int = 4, seed: int = 0
+) -> list[float]:
+    """Squared length as a share of that of the neighbours, of the key times of the value.
+
+    CurDKV (https://arxiv.org/abs/2509.15038). One Gaussian matrix ``[D, rank]`` for each layer.
+    """
+    dim = len(view.held[0].key)
+    projection = np.eye(dim)
+    if rank:
+        entries = [gauss(seed, view.layer, number) for number in range(dim * rank)]
+        projection = np.array(entries).reshape(dim, rank) / math.sqrt(rank)
+    product = [1.0 for _ in view.held]
+    for vectors in ([t.key for t in view.held], [t.value for t in view.held]):
+        sizes = [float(np.linalg.norm(vector @ projection)) ** 2 for vector in vectors]
+        length = local_window or len(sizes)
+        for index, size in enumerate(sizes):
+            first = index - index % length
+            product[index] *= size / math.fsum(sizes[first : first + length])
+    total = math.fsum(product)
+    return [
+        1.0 if token.position < num_sinks else score / total
+        for token, score in zip(view.held, product, strict=True)
+    ]
 
 
 def vase_dkv(view: View, *, rank: int = 20, seed: int = 0) -> list[float]:

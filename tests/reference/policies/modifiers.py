@@ -187,7 +187,12 @@ def critical_adakv(
 
 
 def merging(
-    view: View, base: Callable[..., list[float]], *, merge_threshold: float = 0.0, **options: Any
+    view: View,
+    base: Callable[..., list[float]],
+    *,
+    merge_threshold: float = 0.0,
+    merge_fraction: float = 1.0,
+    **options: Any,
 ) -> list[float]:
     """Scores as ever: see :func:`merge` for what happens to the victims."""
     return base(view, **options)
@@ -200,18 +205,24 @@ def merge(score: Score, kept: Sequence[Token], evicted: Sequence[Token]) -> list
     """
     if not (isinstance(score, partial) and score.func is merging and kept):
         return list(kept)
+    threshold = score.keywords.get("merge_threshold", 0.0)
+    fraction = score.keywords.get("merge_fraction", 1.0)
     shares: dict[int, list[tuple[float, Vector]]] = {}
+    nearest: list[tuple[float, int, Token]] = []
     for token in evicted:
         cosines = [
             float(token.key @ other.key / np.linalg.norm(token.key) / np.linalg.norm(other.key))
             for other in kept
         ]
         target = int(np.argmax(cosines))
-        if cosines[target] > score.keywords.get("merge_threshold", 0.0):
+        nearest.append((cosines[target], target, token))
+    # The quantile of kvpress, which is in between where it is not the cosine of a token.
+    least = np.quantile([entry[0] for entry in nearest], 1 - fraction) if nearest else 0.0
+    for cosine, target, token in nearest:
+        if cosine > threshold and cosine >= least:
             length = float(np.linalg.norm(token.value))
             other = float(np.linalg.norm(kept[target].value))
-            weight = cosines[target] * length / (length + other)
-            shares.setdefault(target, []).append((weight, token.value))
+            shares.setdefault(target, []).append((cosine * length / (length + other), token.value))
     merged = list(kept)
     for target, parts in shares.items():
         total = sum((weight * value for weight, value in parts), kept[target].value)
