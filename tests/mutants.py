@@ -1144,10 +1144,10 @@ MUTANTS = (
         "test_kvzip.py -k scores_are",
     ),
     Mutant(
-        "kvzip: what is repeated does not follow the context",
+        "kvzip: what is repeated sees what comes after it",
         "second_pass.py",
-        "own = inputs.positions(lengths)",
-        "own = inputs.positions(lengths - 1)",
+        "asked, -1), own]",
+        "asked, -1), own.clamp(max=0)]",
         "test_kvzip.py -k scores_are",
     ),
     Mutant(
