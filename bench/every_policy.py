@@ -10,6 +10,7 @@ from compressed_cache.calibration.recording import collect
 from compressed_cache.calibration.statistics import STATISTICS
 from compressed_cache.policies import POLICIES, split_name
 from compressed_cache.policies import statistics_file as files
+from compressed_cache.policies.capabilities import ReadsTwice
 
 COMBINATIONS = (
     "snapkv+adakv",
@@ -23,7 +24,11 @@ COMBINATIONS = (
     "h2o+merging",
     "h2o+think",
 )
-EVERY = (*POLICIES, *COMBINATIONS)
+# A benchmark reads a prompt once.
+EVERY = (
+    *(name for name, kind in POLICIES.items() if not issubclass(kind, ReadsTwice)),
+    *COMBINATIONS,
+)
 
 
 def statistics(name: str, model: Any) -> dict[str, Any]:

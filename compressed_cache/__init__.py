@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from compressed_cache.hf.compile_once import compile_layers_once
     from compressed_cache.hf.decode_loop import decode
     from compressed_cache.policies import POLICIES, Defaults, Policy, Slots
+    from compressed_cache.second_pass import compress
 
 __all__ = [
     "POLICIES",
@@ -16,6 +17,7 @@ __all__ = [
     "Slots",
     "__version__",
     "compile_layers_once",
+    "compress",
     "decode",
 ]
 
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 _HOME = {
     "CompressedCache": "compressed_cache.cache",
     "compile_layers_once": "compressed_cache.hf.compile_once",
+    "compress": "compressed_cache.second_pass",
     "decode": "compressed_cache.hf.decode_loop",
 }
 

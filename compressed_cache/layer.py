@@ -290,6 +290,7 @@ class CompressedLayer(CacheLayerMixin):
                 inputs = inputs._replace(mask=mask._replace(real=columns))
             result = None
         else:
+            checks.check_first_pass(self.settings[0])
             masks.check_left(real)
             checks.check_attention(self.index, module, kwargs)
             checks.check_function(function, module)

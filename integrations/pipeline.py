@@ -11,7 +11,7 @@ from transformers.pipelines.base import Pipeline
 
 from compressed_cache.integrations.prompt import Prompt, make_prompt, pair
 from compressed_cache.integrations.request import Request, make_request
-from compressed_cache.policies.capabilities import SharesBudget, find
+from compressed_cache.policies.capabilities import ReadsTwice, SharesBudget, find
 
 if TYPE_CHECKING:
     from compressed_cache.telemetry.timing import Timing
@@ -121,7 +121,7 @@ class CompressedTextGenerationPipeline(Pipeline):
         cache = request.cache
         cache.reset()
         contexts, context_mask = self._padded([prompt.context for prompt in prompts])
-        runs = [self._read(contexts, context_mask, request)]
+        runs = [self._read(contexts, context_mask, request, prompts[0].suffix)]
         rounds = max(len(prompt.questions) for prompt in prompts)
         # A copy of all that is held, so only where it is needed.
         snapshot = cache.snapshot() if rounds > 1 or request.is_lent else None
@@ -156,30 +156,29 @@ class CompressedTextGenerationPipeline(Pipeline):
             for each in answers
         ]
 
-    def _read(self, contexts: Tensor, mask: Tensor, request: Request) -> "Timing":
+    def _read(self, contexts: Tensor, mask: Tensor, request: Request, suffix: str) -> "Timing":
         """Fills the cache."""
+        from compressed_cache.second_pass import compress, read
         from compressed_cache.telemetry import peaks
         from compressed_cache.telemetry.timestamps import Timestamp, seconds_between
         from compressed_cache.telemetry.timing import finished
-        from compressed_cache.versions import cache_argument
 
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         config = request.generate.get("generation_config")
         chunk = request.generate.get("prefill_chunk_size") or getattr(
             config, "prefill_chunk_size", None
         )
         peaks.restart()
-        began, end = Timestamp(), 0
-        for ids in contexts.split(chunk or contexts.shape[1], dim=1):
-            start, end = end, end + ids.shape[1]
-            self.model(
-                input_ids=ids,
-                attention_mask=mask[:, :end],
-                position_ids=positions[:, start:end],
-                use_cache=True,
-                logits_to_keep=1,
-                **cache_argument(request.cache),
+        began = Timestamp()
+        if find(request.cache.policy, ReadsTwice):
+            compress(
+                *(self.model, contexts, request.cache),
+                tokenizer=self.tokenizer,
+                attention_mask=mask,
+                suffix=suffix,
+                prefill_chunk_size=chunk,
             )
+        else:
+            read(self.model, contexts, mask, request.cache, chunk=chunk)
         (seconds,) = seconds_between([began, Timestamp()], self.model.device)
         return finished(
             request.cache,

@@ -17,6 +17,8 @@ class Prompt:
 
     context: list[int]
     questions: list[list[int]]
+    suffix: str = ""
+    """What stands between a question and the answer."""
 
 
 def pair(
@@ -99,6 +101,7 @@ def make_prompt(
     prompt = Prompt(
         _tokens(tokenizer, before),
         [_tokens(tokenizer, question + after + answer_prefix) for question in questions],
+        after,
     )
     if max_context_length is not None and len(prompt.context) > max_context_length:
         logger.warning(

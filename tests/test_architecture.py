@@ -27,6 +27,7 @@ LEVELS = [
     ["drafting"],
     ["layer"],
     ["cache"],
+    ["second_pass"],
     ["telemetry", "calibration"],
     ["tasks", "integrations"],
     ["eval"],

@@ -171,9 +171,10 @@ def test_two_threads_with_two_models_do_not_mix(
     make_model: Callable[..., LlamaForCausalLM],
 ) -> None:
     models = [make_model(), make_model(num_hidden_layers=3)]
+    policies = [name for name in POLICIES if name != "kvzip"]
     work = [
-        (models[turn % 2], list(POLICIES)[turn % len(POLICIES)], turn)
-        for turn in range(2 * len(POLICIES))
+        (models[turn % 2], policies[turn % len(policies)], turn)
+        for turn in range(2 * len(policies))
     ]
 
     def run(model: Any, policy: str, seed: int) -> torch.Tensor:

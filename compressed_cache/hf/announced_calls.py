@@ -8,12 +8,14 @@ from transformers import PreTrainedConfig
 from compressed_cache.hf import checks
 from compressed_cache.hf.columns import Columns
 from compressed_cache.observers import Observed
+from compressed_cache.policies.base import Policy
 from compressed_cache.step_counter import StepCounter
 
 
 class AnnouncedCalls(Observed):
     """The part of a cache that :mod:`compressed_cache.hf.attention_hook` calls, always eagerly."""
 
+    policy: Policy
     counter: StepCounter
     columns: Columns
 
@@ -61,6 +63,7 @@ class AnnouncedCalls(Observed):
         first = self.first_filled()
         if first is None:
             checks.check_config(config)
+            checks.check_first_pass(self.policy)
             return
         next_position = first.store.next_position
         seen = self.counter.tokens_seen

@@ -10,6 +10,8 @@ from transformers.models.auto import modeling_auto
 
 from compressed_cache.hf.module_identity import ModuleIdentity
 from compressed_cache.ops.tokens import Sizes
+from compressed_cache.policies.base import Policy
+from compressed_cache.policies.capabilities import ReadsTwice, find
 from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.versions import CACHE
 
@@ -128,6 +130,15 @@ def check_prompt(lengths: Tensor, eviction: EvictionConfig, budget: int) -> None
             "budget must be at least prompt + recent + 1 with protect_prompt=True "
             f"({longest} + {eviction.recent} + 1 = {least}), got {budget}. "
             "Raise budget, lower recent, or set protect_prompt=False."
+        )
+
+
+def check_first_pass(policy: Policy) -> None:
+    """Raises ``ValueError`` for a policy whose prompts are not read by ``generate``."""
+    if find(policy, ReadsTwice):
+        raise ValueError(
+            f"{policy.label!r} ranks a prompt by a second pass over it, which must come before "
+            "generate: call compressed_cache.compress(model, input_ids, cache, tokenizer=...)."
         )
 
 

@@ -53,6 +53,11 @@ class ModuleIdentity:
         if not self._is(module):
             self._module, self._mark = weakref.ref(module), None
 
+    @property
+    def module(self) -> Any:
+        """This one; None where there is none, or none in this process."""
+        return None if self._module is None else self._module()
+
     def knows(self, module: Any) -> bool:
         """Whether this one may go on."""
         if self._module is None and self._mark is None:

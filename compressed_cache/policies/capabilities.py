@@ -5,7 +5,7 @@ be made of parts, and each part is shown what it would be shown on its own.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -214,6 +214,42 @@ class HasLazyLayers(Protocol):
         Args:
             budget: slots of a head of the layer.
             protected: as for :meth:`SharesBudget.budgets`.
+        """
+        ...
+
+
+class Repetition(NamedTuple):
+    """A part of a context that a model reads once more, behind all of it."""
+
+    start: int
+    """Position of its first token."""
+    stop: int
+    """The position after its last one."""
+    tokens: list[int]
+    """What is read: an instruction, then these tokens again."""
+
+
+@runtime_checkable
+class ReadsTwice(Protocol):
+    """Ranks a context by the attention it gets while the model repeats it.
+
+    Its one note of a token is the most that any query of the repetition gave to it, written by
+    :func:`compressed_cache.compress`.
+    """
+
+    def repetitions(
+        self, context: Sequence[int], sinks: int, suffix: str, encode: Callable[[str], list[int]]
+    ) -> list[Repetition]:
+        """What a model reads after a context, each as if it were the only one.
+
+        Args:
+            context: all its tokens.
+            sinks: how many of the first are not repeated.
+            suffix: what stands between an instruction and an answer.
+            encode: gives the tokens of a text.
+
+        Returns:
+            Parts that follow one another, of at least two tokens to read.
         """
         ...
 

@@ -9,6 +9,8 @@ from compressed_cache.policies.base import Defaults, Policy
 from compressed_cache.policies.capabilities import (
     PrunesChannels,
     RanksBlocks,
+    ReadsTwice,
+    SharesSlots,
     decides_for_all_heads,
     find,
     find_store,
@@ -60,6 +62,11 @@ class Modifier(Policy):
             raise ValueError(
                 f"{self.label!r} ranks blocks of a prompt on their own, and slots are shared out "
                 "by scores of the whole prompt. Leave one of the two out."
+            )
+        if find(self.base, ReadsTwice) and not isinstance(self, SharesSlots):
+            raise ValueError(
+                f"{self.name} cannot be written behind {self.base.label!r}, whose scores are of a "
+                "second pass over the prompt. Only 'adakv' can."
             )
         bound = [part.name for part in self.parts if _needs_whole_keys(part)]
         if find(self, PrunesChannels) and bound:

@@ -10,6 +10,7 @@ from compressed_cache.policies.capabilities import (
     MergesValues,
     PrunesChannels,
     RanksBlocks,
+    ReadsTwice,
     Rerotates,
     decides_for_all_heads,
     find,
@@ -55,6 +56,11 @@ class PrefillDecode(Policy):
                     f"{part.label!r} changes what is held in both phases. Put its last part around "
                     "the two."
                 )
+        if any(find(part, ReadsTwice) for part in both):
+            raise ValueError(
+                f"{self.label!r} cannot be used: what a second pass over a prompt tells is kept "
+                "for both phases. Use the policy that reads twice alone."
+            )
         if any(one is other for one in self.prompt.parts for other in self.decoding.parts):
             # Each phase has notes of its own, so each part must be told from all others.
             object.__setattr__(self, "decoding", copy.deepcopy(self.decoding))

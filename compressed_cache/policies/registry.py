@@ -3,6 +3,7 @@
 from typing import Any
 
 from compressed_cache.policies.base import Policy, own_options
+from compressed_cache.policies.capabilities import ReadsTwice
 from compressed_cache.policies.methods.adakv import AdaKV
 from compressed_cache.policies.methods.caote import CAOTE
 from compressed_cache.policies.methods.chunk import Chunk
@@ -18,6 +19,7 @@ from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.policies.methods.key_rerotation import KeyRerotation
 from compressed_cache.policies.methods.keydiff import KeyDiff
 from compressed_cache.policies.methods.knorm import KNorm
+from compressed_cache.policies.methods.kvzip import KVzip
 from compressed_cache.policies.methods.lagged_attention import LaggedAttention
 from compressed_cache.policies.methods.lagkv import LagKV
 from compressed_cache.policies.methods.merging import Merging
@@ -72,10 +74,16 @@ POLICIES: dict[str, type[Policy]] = {
     "triattention": TriAttention,
     "expected_attention": ExpectedAttention,
     "shadowkv": ShadowKV,
+    "kvzip": KVzip,
 }
 
-SLOT_POLICIES = [name for name, policy in POLICIES.items() if policy.store == "slots"]
-"""The names of those that keep all tokens in slots, so that they differ in which ones only."""
+SLOT_POLICIES = [
+    name
+    for name, policy in POLICIES.items()
+    if policy.store == "slots" and not issubclass(policy, ReadsTwice)
+]
+"""The names of those that ``generate`` alone can use and that keep all tokens in slots, so that
+they differ in which ones only."""
 
 MODIFIERS: dict[str, type[Modifier]] = {
     "caote": CAOTE,

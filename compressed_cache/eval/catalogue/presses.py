@@ -167,8 +167,9 @@ PRESSES: tuple[PressEquivalent, ...] = tuple(
         (
             "KVzipPress",
             "layerwise=False, n_sink=4, kvzip_plus_normalization=False, chunk_size=2048",
-            "",
-            "needs a second pass over the prompt",
+            '"kvzip+adakv", floor=0.0, sinks=4, repeat_chunk=2048',
+            "after `compress`, which makes the second pass; slots stay in their layer, as with "
+            "`layerwise=True`",
         ),
         (
             "LagKVPress",

@@ -1,0 +1,267 @@
+"""KVzip: a context that is read twice, against a reference in float64, and its questions."""
+
+import random
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM, pipeline
+
+import compressed_cache.integrations  # noqa: F401
+from compressed_cache import CompressedCache, compress
+from compressed_cache.integrations.pipeline import TASK
+from compressed_cache.policies import make_policy
+from compressed_cache.reasoner.problems import VOCABULARY
+from compressed_cache.reasoner.tokenizer import build_tokenizer
+from tests.reference.comparison import distinct_tokens, make_model
+from tests.reference.kvzip import kept_afterwards, repeated, score_context
+from tests.reference.llama import Kept, ReferenceLlama
+from tests.reference.policies import Rules
+
+FIRST, LATER, SUFFIX = [7, 3, 9], [2, 11], [5, 4]
+OPTIONS = dict(repeat_prompt="first", repeat_from_prompt="later")
+LENGTHS = (40, 23, 31)
+CONTEXTS = [distinct_tokens(length, seed=length) for length in LENGTHS]
+
+
+class Words:
+    """A tokenizer of three texts."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return {"first": FIRST, "later": LATER, "suffix": SUFFIX}[text]
+
+
+def padded(contexts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, contexts))
+    ids = torch.tensor([[0] * (width - len(one)) + one for one in contexts])
+    return ids, torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in contexts])
+
+
+def compressed(
+    model: LlamaForCausalLM, cache: CompressedCache, contexts: list[list[int]], **more: Any
+) -> CompressedCache:
+    ids, mask = padded(contexts)
+    compress(
+        model, ids, cache, tokenizer=Words(), attention_mask=mask, **{"suffix": "suffix", **more}
+    )
+    return cache
+
+
+def expected_scores(
+    reference: ReferenceLlama, context: list[int], *, sinks: int, chunk: int, overlap: int
+) -> Any:
+    parts = repeated(
+        context, sinks=sinks, chunk=chunk, overlap=overlap, first=FIRST, later=LATER, suffix=SUFFIX
+    )
+    return score_context(reference, context, parts, sinks=sinks)
+
+
+def kept(cache: CompressedCache, row: int) -> Kept:
+    return [
+        [tuple(sorted(p for p in head if p >= 0)) for head in layer.held().positions[row].tolist()]
+        for layer in cache.layers
+    ]
+
+
+# One chunk, a last one of a single token, ends at the end of a context, an overlap beyond a chunk.
+@pytest.mark.parametrize(
+    ("sinks", "chunk", "overlap"),
+    [(0, 2000, 8), (4, 9, 3), (1, 13, 0), (3, 4, 8), (2, 38, 8)],
+)
+def test_scores_are_those_of_the_reference(
+    precise_model: LlamaForCausalLM,
+    reference: ReferenceLlama,
+    sinks: int,
+    chunk: int,
+    overlap: int,
+) -> None:
+    """With a budget for everything, in a batch with padding."""
+    options = OPTIONS | dict(repeat_chunk=chunk, repeat_overlap=overlap)
+    cache = CompressedCache("kvzip", 64, sinks=sinks, **options)
+    compressed(precise_model, cache, CONTEXTS)
+    for row, context in enumerate(CONTEXTS):
+        expected = expected_scores(reference, context, sinks=sinks, chunk=chunk, overlap=overlap)
+        for layer, heads in zip(cache.layers, expected, strict=True):
+            held = layer.held()
+            order = held.positions[row].argsort(dim=-1)[:, -len(context) :]
+            found = held.notes[row, :, :, 0].gather(1, order)
+            np.testing.assert_allclose(found.numpy(), np.array(heads), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("floor", "interval"), [(None, 1), (None, 3), (0.0, 1), (0.2, 3)])
+def test_kept_tokens_are_those_of_the_reference(
+    precise_model: LlamaForCausalLM,
+    reference: ReferenceLlama,
+    floor: float | None,
+    interval: int,
+) -> None:
+    """After the cut and after each of thirty tokens, more than half the budget."""
+    rules = Rules(15, interval, sinks=2)
+    name, more = ("kvzip", {}) if floor is None else ("kvzip+adakv", {"floor": floor})
+    options = OPTIONS | dict(repeat_chunk=9, repeat_overlap=3, **more)
+    cache = CompressedCache(name, **asdict(rules), **options)
+    compressed(precise_model, cache, CONTEXTS[:2])
+    later = [distinct_tokens(30, seed=70 + row) for row in range(2)]
+    found = [[kept(cache, row)] for row in range(2)]
+    with torch.no_grad():
+        for step in torch.tensor(later).T:
+            precise_model(step[:, None], past_key_values=cache)
+            for row in range(2):
+                found[row].append(kept(cache, row))
+    for row, context in enumerate(CONTEXTS[:2]):
+        scores = expected_scores(reference, context, sinks=2, chunk=9, overlap=3)
+        wanted = kept_afterwards(reference, context, scores, later[row], rules, floor=floor)
+        assert found[row] == wanted
+        assert len({heads[0] for heads in wanted[0]} | {heads[1] for heads in wanted[0]}) > 1
+
+
+@pytest.mark.parametrize("name", ["kvzip", "kvzip+adakv"])
+def test_a_row_of_a_batch_goes_on_as_alone(name: str) -> None:
+    model, question = make_model(), distinct_tokens(5, seed=90)
+    options = OPTIONS | dict(repeat_chunk=9)
+
+    def texts(contexts: list[list[int]]) -> list[list[int]]:
+        cache = compressed(model, CompressedCache(name, 16, **options), contexts)
+        ids, mask = padded([[*one, *question] for one in contexts])
+        text = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False
+        )
+        return text[:, -20:].tolist()
+
+    alone = [texts([one])[0] for one in CONTEXTS]
+    assert texts(CONTEXTS) == alone
+    assert len({tuple(text) for text in alone}) == 3
+
+
+def test_chunks_of_a_prompt_and_files_change_nothing(tmp_path: Any) -> None:
+    model, options = make_model(), OPTIONS | dict(repeat_chunk=9)
+    whole = compressed(model, CompressedCache("kvzip", 16, **options), CONTEXTS)
+    parts = CompressedCache("kvzip", 16, **options)
+    compressed(model, parts, CONTEXTS, prefill_chunk_size=7)
+    whole.save(tmp_path / "context.safetensors")
+    loaded = CompressedCache.load(tmp_path / "context.safetensors")
+    for row in range(len(CONTEXTS)):
+        assert kept(whole, row) == kept(parts, row) == kept(loaded, row)
+    assert whole.nbytes == CompressedCache.load(tmp_path / "context.safetensors").nbytes
+    assert whole.evicted_tokens == 40 - 16
+
+
+def test_only_the_model_that_read_the_context_goes_on() -> None:
+    cache = compressed(make_model(), CompressedCache("kvzip", 16, **OPTIONS), CONTEXTS[:1])
+    with pytest.raises(ValueError, match="model must be the one that read the prompt"):
+        make_model(seed=1)(torch.tensor([[1]]), past_key_values=cache)
+
+
+def text(words: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(VOCABULARY[4:], k=words))
+
+
+@pytest.fixture
+def pipe(make_model: Any) -> Any:
+    model = make_model(vocab_size=len(VOCABULARY), max_position_embeddings=300).double()
+    model.generation_config.suppress_tokens = [0, 1, 2, 3]
+    return pipeline(TASK, model=model, tokenizer=build_tokenizer(), device="cpu")
+
+
+@pytest.mark.parametrize("press", ["kvzip", "kvzip+adakv"])
+def test_many_questions_are_asked_about_one_compressed_text(pipe: Any, press: str) -> None:
+    contexts = [text(60, 0), text(35, 1)]
+    questions = [text(length, length) for length in (5, 1, 9)]
+    arguments = dict(press=press, budget=24, repeat_chunk=25, max_new_tokens=12)
+    calls: list[int] = []
+    handle = pipe.model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    together = pipe(contexts[0], questions=questions, **arguments)["answers"]
+    handle.remove()
+    # The context, three parts of it again, and then each question.
+    assert calls[0] == 61
+    assert sum(length > 1 for length in calls) == 1 + 3 + 3
+    alone = [pipe(contexts[0], question=one, **arguments)["answer"] for one in questions]
+    assert together == alone
+    assert len(set(together)) == 3
+    batch = pipe(contexts, questions=questions, batch_size=2, **arguments)
+    assert batch[0]["answers"] == together
+    assert batch[1]["answers"] == pipe(contexts[1], questions=questions, **arguments)["answers"]
+
+
+def test_the_pipeline_puts_the_end_of_a_turn_before_what_is_repeated(pipe: Any) -> None:
+    context, question = text(40, 0), text(5, 5)
+    pipe.tokenizer.chat_template = "{{ bos_token }} tax {{ messages[0]['content'] }} solve answer"
+    arguments = dict(press="kvzip", budget=16, repeat_chunk=25)
+    got = pipe(context, question=question, max_new_tokens=12, **arguments)["answer"]
+
+    def tokens(what: str) -> torch.Tensor:
+        return pipe.tokenizer(what, return_tensors="pt", add_special_tokens=False).input_ids
+
+    cache, first = CompressedCache("kvzip", 16, repeat_chunk=25), tokens(f"<bos> tax {context}")
+    compress(pipe.model, first, cache, tokenizer=pipe.tokenizer, suffix=" solve answer")
+    whole = torch.cat([first, tokens(f"{question} solve answer")], dim=1)
+    output = pipe.model.generate(whole, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    assert got == pipe.tokenizer.decode(output[0, whole.shape[1] :])
+
+
+@pytest.mark.parametrize(
+    ("cache", "more", "message"),
+    [
+        (lambda: CompressedCache("h2o", 16), {}, "reads a prompt twice.* got 'h2o'"),
+        (lambda: CompressedCache("kvzip", 64, protect_prompt=True, recent=30, **OPTIONS), {},
+         r"budget must be at least prompt \+ recent \+ 1"),
+        (lambda: CompressedCache("kvzip", 16, **OPTIONS),
+         dict(attention_mask=torch.tensor([[1] * 39 + [0]])), "must pad on the left"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(
+    precise_model: LlamaForCausalLM, cache: Any, more: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments = {"tokenizer": Words(), "suffix": "suffix", **more}
+        compress(precise_model, torch.tensor(CONTEXTS[:1]), cache(), **arguments)
+
+
+def test_a_context_that_is_too_long_is_refused(precise_model: LlamaForCausalLM) -> None:
+    ids = torch.arange(1, 131)[None]
+    cache = CompressedCache("kvzip", 16, sinks=0, **OPTIONS)
+    with pytest.raises(ValueError, match=r"256 tokens the model can see, got 130 \+ 135"):
+        compress(precise_model, ids, cache, tokenizer=Words(), suffix="suffix")
+    assert not cache.get_seq_length()
+
+
+def test_a_cache_that_holds_something_is_refused(precise_model: LlamaForCausalLM) -> None:
+    cache = compressed(precise_model, CompressedCache("kvzip", 16, **OPTIONS), CONTEXTS[:1])
+    with pytest.raises(ValueError, match="cache must be empty, got one that has read 40 tokens"):
+        compressed(precise_model, cache, CONTEXTS[:1])
+
+
+def test_generate_without_the_second_pass_is_refused(precise_model: LlamaForCausalLM) -> None:
+    message = r"'kvzip\+adakv' ranks a prompt by a second pass.*call compressed_cache.compress\("
+    calls: list[Any] = []
+    handle = precise_model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(_))
+    with pytest.raises(ValueError, match=message):
+        precise_model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+            torch.tensor(CONTEXTS[:1]),
+            past_key_values=CompressedCache("kvzip+adakv", 16),
+            max_new_tokens=2,
+        )
+    handle.remove()
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("kvzip", {"repeat_chunk": 0}, "repeat_chunk must be >= 1, got 0"),
+        ("kvzip", {"repeat_overlap": -1}, "repeat_overlap must be >= 0, got -1"),
+        ("kvzip", {"repeat_prompt": " "}, "repeat_prompt must not be empty, got ' '"),
+        ("kvzip/h2o", {}, "'kvzip/h2o' cannot be used"),
+        ("h2o/kvzip", {}, "'h2o/kvzip' cannot be used"),
+        ("kvzip+criticalkv", {}, "criticalkv cannot be written behind 'kvzip'.*Only 'adakv' can"),
+        ("kvzip+adakv+chunkkv", {}, "chunkkv cannot be written behind 'kvzip\\+adakv'"),
+    ],
+)
+def test_bad_policies_are_refused(name: str, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_policy(name, **options)
