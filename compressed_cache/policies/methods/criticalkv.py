@@ -70,13 +70,14 @@ class CriticalKV(Modifier):
     def scores(self, slots: Slots) -> Tensor:
         base = super().scores(slots)
         norms = slots.notes[..., -1]
+        always = base == torch.inf
         usable = base.isfinite() & norms.isfinite() & (slots.positions >= 0)
         weighted = (shares(base, usable) + self.score_offset) * norms
-        first = self._first_stage(slots, base.masked_fill(~usable, -torch.inf))
+        first = self._first_stage(slots, base.masked_fill(~(usable | always), -torch.inf))
         # Above all others, and still a number that a modifier behind this one can average.
         ceiling = weighted.masked_fill(~usable, 0.0).amax(dim=-1, keepdim=True)
         scores = torch.where(first, 2 * ceiling, weighted)
-        return scores.masked_fill(~usable, -torch.inf)
+        return scores.masked_fill(~usable, -torch.inf).masked_fill(always, torch.inf)
 
     def _first_stage(self, slots: Slots, base: Tensor) -> Tensor:
         """Which tokens the scores alone keep."""
