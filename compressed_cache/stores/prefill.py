@@ -27,6 +27,7 @@ def prefill(store: SlotStore, inputs: AttentionInputs) -> None:
     if store.bound.observer is not None:
         seen = observed(store, query, key, positions, mask)
     store.choose_channels(query, key, real)
+    store.observe_queries(query, positions)
     query, key = store.ordered(query), store.ordered(key)
     store.record_channels(key, positions)
     store.protect_prefix(None)
@@ -112,6 +113,7 @@ def prefill_chunk(
     store.next_position.add_(count)
     store.record_channels(key, positions)
     if is_first_prompt:
+        store.observe_queries(inputs.query.detach(), positions)
         _end_prompt(store, query, positions)
     else:
         store.record_queries(query, positions)

@@ -76,6 +76,8 @@ def rank(
     assert bound.prompt_block is not None
     for block in split(positions, bound.prompt_block):
         slots = store.view(tokens.map(block.take), is_prompt=True)
+        nothing = {name: torch.zeros_like(x) for name, x in store.query_state.items()}
+        seen = store.queries_observed(nothing, block.take(query), block.positions)
         queries, query_positions = _last_queries(store, block, query, tokens.keys.shape[1])
         slots = bound.revise(
             slots._replace(
@@ -83,6 +85,7 @@ def rank(
                 prompt_length=block.end,
                 queries=queries,
                 query_positions=query_positions,
+                query_state=store.grouped(seen),
                 positions=block.positions[:, None].expand_as(slots.positions),
             )
         )
