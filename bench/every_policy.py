@@ -36,7 +36,8 @@ def statistics(name: str, model: Any) -> dict[str, Any]:
     scorers, modifiers = split_name(name)
     options = {}
     for part in scorers + modifiers:
-        if part in STATISTICS:
+        # Those of the prompt are what it has by default.
+        if part in STATISTICS and part != "expected_attention":
             option = "gates" if part == "duo_attention" else "calibration"
             options[option] = str(_collected(part, model))
     return options

@@ -15,6 +15,7 @@ KINDS = (
     "tova",  # looks at one row, for all heads together
     "lagged_attention",  # keeps several rows
     "snapkv",  # looks at the last queries
+    "expected_attention",  # looks at all queries of the prompt
     "rkv",  # always keeps its window
     "rpc",  # scores all heads alike, and knows the prompt
     "gkv",  # revises notes

@@ -213,6 +213,7 @@ ATTENTION = {
     "observed_attention": {},
     "snapkv": {"window": 6, "kernel_size": 3},
     "h2o+caote": {},
+    "expected_attention": {"n_future": 20, "n_sinks": 1, "epsilon": 0.02},
 }
 
 
@@ -334,7 +335,8 @@ def test_the_floor_of_a_head_is_rounded_up_from_what_was_written(
 
 @pytest.mark.parametrize("interval", [1, 3, 13])
 @pytest.mark.parametrize(
-    "name", ["h2o", "keydiff", "snapkv", "rkv", "gkv", "h2o+caote", "h2o+criticalkv"]
+    "name",
+    ["h2o", "keydiff", "snapkv", "expected_attention", "rkv", "gkv", "h2o+caote", "h2o+criticalkv"],
 )
 def test_a_list_of_lists_gives_each_head_its_budget(
     precise_model: LlamaForCausalLM,
@@ -353,6 +355,7 @@ POOLS = {
     "h2o+adakv": (16, {}),
     "snapkv+adakv": ([12, 20], {"window": 6}),
     "snapkv+adakv+criticalkv": ([12, 20], {"window": 6}),
+    "expected_attention+adakv": (16, {}),
     "rkv": ([[12, 20], [18, 14]], {"window": 6}),
     "h2o": ([[10, 22], [23, 9]], {}),
 }

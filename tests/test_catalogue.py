@@ -54,6 +54,9 @@ def test_needs_follow_from_what_a_policy_asks_for() -> None:
     assert needs["tova"] == ("attention of every step",)
     assert needs["snapkv"] == ("last 32 queries",)
     assert needs["caote"] == ("values",)
+    rotary = "rotary position embedding"
+    assert needs["expected_attention"] == ("queries of the first prompt", "values", rotary)
+    assert needs["triattention"] == (rotary, "calibration")
     for_each_head = [
         name
         for name, kind in POLICIES.items()
@@ -78,8 +81,15 @@ def test_state_is_what_a_cache_allocates(entry: Entry, model: LlamaForCausalLM) 
     window = POLICIES[entry.name]().needs.queries
     # Two query heads per key/value head, of 12 float32 numbers; positions are shared by the heads.
     ring = layers * window * (2 * heads * 12 * 4 + 8)
-    assert few - layers * heads * 128 * entry.bytes_per_slot == ring
-    assert entry.bytes_per_query_head == window * (entries.HEAD_DIM * 2 + 8)
+
+    # A count, a mean and a covariance.
+    def moments(dim: int) -> int:
+        return 4 * (1 + dim + dim * dim) * (entry.name == "expected_attention")
+
+    of_queries = ring + layers * 2 * heads * moments(12)
+    assert few - layers * heads * 128 * entry.bytes_per_slot == of_queries
+    expected = window * (entries.HEAD_DIM * 2 + 8) + moments(entries.HEAD_DIM)
+    assert entry.bytes_per_query_head == expected
 
 
 # What think leaves out of a key depends on the length of the key, which here is another.
@@ -212,4 +222,4 @@ def test_policies_that_need_statistics_get_them_for_a_benchmark(
         with torch.no_grad():
             model(ids, past_key_values=cache)
         assert cache.evicted_tokens == 39 - 16
-    assert statistics("h2o", model) == {}
+    assert statistics("h2o", model) == statistics("expected_attention", model) == {}

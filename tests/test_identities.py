@@ -34,6 +34,7 @@ def _slots(keys: Tensor, *, window: int = 1, policy: Any = None, seed: int = 0) 
         transform=LogitTransform(D**-0.5),
         queries=torch.randn(B, H, G, window, dim, generator=generator),
         query_positions=torch.arange(length - window, length).expand(B, window),
+        query_state={},
         attention_state=torch.zeros(B, H, 0),
         notes=torch.zeros(B, H, length, 0),
         prompt_length=torch.zeros(B, dtype=torch.int64),

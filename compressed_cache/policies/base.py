@@ -85,7 +85,8 @@ class Policy:
 
     name: ClassVar[str] = ""
     scores_attention: ClassVar[bool] = False
-    """Whether scores are attention that the tokens received, averaged or added up."""
+    """Whether scores are attention that the tokens received or are expected to receive, averaged or
+    added up."""
     same_for_all_heads: ClassVar[bool] = False
     """Whether :meth:`scores` are the same for all heads of the layer: then all hold the same
     tokens, and what tensor parallelism gave to other processes is averaged in."""

@@ -5,7 +5,7 @@ be made of parts, and each part is shown what it would be shown on its own.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -68,6 +68,35 @@ class DropsTokens(Protocol):
 
         Returns:
             ``[B, H, S]`` bool; at protected and empty slots it is ignored.
+        """
+        ...
+
+
+@runtime_checkable
+class ObservesQueries(Protocol):
+    """Keeps what it makes of the queries of the first prompt, of each row and query head."""
+
+    def query_state_shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
+        """By name the shapes behind ``[B, H, G]`` of what is kept, ``D = dim``; empty: nothing."""
+        ...
+
+    def observe_queries(
+        self,
+        state: Mapping[str, Tensor],
+        queries: Tensor,
+        positions: Tensor,
+        constants: Mapping[str, Tensor],
+    ) -> Mapping[str, Tensor]:
+        """What is kept once more queries of the prompt arrive, before these tokens are ranked.
+
+        Args:
+            state: ``[B, H, G, ...]`` float32 by name, so far; zeros before the first queries.
+            queries: ``[B, H, G, L, D]`` after RoPE.
+            positions: ``[B, L]`` int64, ``-1`` at padding.
+            constants: what ``Policy.constants`` gave for this layer.
+
+        Returns:
+            The new state, of the same names and shapes.
         """
         ...
 
@@ -276,7 +305,7 @@ def find_observer(policy: Policy) -> Policy | None:
 
 
 def scores_attention(policy: Policy) -> bool:
-    """Whether scores are attention that the tokens received."""
+    """Whether scores are attention of the tokens, see :attr:`Policy.scores_attention`."""
     return all(part.scores_attention for part in policy.parts)
 
 

@@ -4,7 +4,8 @@ A model is told by a hash over the part of its configuration that shapes attenti
 change with the path it was loaded from, the dtype or the release of transformers. Models of one
 shape but with other weights are told apart by a few weights of each attention layer, compared with
 a tolerance: a model in another dtype passes, and so does a close relative, such as a model and what
-it was fine-tuned from, whose statistics are nearly the same.
+it was fine-tuned from, whose statistics are nearly the same. Files that others publish
+(:mod:`compressed_cache.policies.hub_files`) are read too, and are compared with the model's shape.
 """
 
 import functools
@@ -18,6 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compressed_cache.policies import hub_files
+from compressed_cache.policies.hub_files import HubFormat
 from compressed_cache.policies.view import LayerContext
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tensorfile import opened
@@ -44,6 +47,8 @@ class _File(NamedTuple):
 
     metadata: dict[str, str]
     layers: dict[int, dict[str, Tensor]]
+    kind: HubFormat | None = None
+    """The format of a file that others wrote."""
 
 
 def model_hash(config: Any) -> str:
@@ -125,7 +130,10 @@ def check_policy(path: str | Path, policy: str) -> None:
 def _file(path: str | Path, policy: str) -> Path:
     """The file, or that of the policy where a folder is given."""
     path = Path(path)
-    return path / f"{policy}.safetensors" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    own, published = path / f"{policy}.safetensors", path / hub_files.FILE
+    return published if published.is_file() and not own.is_file() else own
 
 
 def shipped(policy: str, config: Any) -> Path | None:
@@ -151,10 +159,15 @@ def load(
         ValueError: a file for another policy or of another model, or no file for this one.
     """
     found, metadata = find(policy, path, context.config, option=option)
-    tensors = dict(_read(found).layers.get(context.layer, {}))
+    file = _read(found)
+    tensors = dict(file.layers.get(context.layer, {}))
     if not tensors:
         raise ValueError(f"{str(found)!r} has no statistics of layer {context.layer}")
-    _check_weights(tensors.pop(_WEIGHTS), context, f"{str(found)!r} (model {metadata['model']!r})")
+    if file.kind is not None:
+        tensors = hub_files.of_heads(file.kind, tensors, context)
+    else:
+        name = f"{str(found)!r} (model {metadata['model']!r})"
+        _check_weights(tensors.pop(_WEIGHTS), context, name)
     heads = slice(context.first_head, context.first_head + context.heads)
     return {name: part[heads].to(context.device) for name, part in tensors.items()}
 
@@ -182,6 +195,10 @@ def find(
         )
     check_policy(found, policy)
     metadata, expected = describe(found), model_hash(config)
+    file = _read(found)
+    if file.kind is not None:
+        hub_files.check_shape(file.kind, file.layers, config, str(found))
+        return found, metadata
     if metadata["model_hash"] != expected:
         raise ValueError(
             f"{str(found)!r} has statistics of model {metadata['model']!r} "
@@ -202,16 +219,25 @@ def _read(path: str | Path) -> _File:
 @torch.inference_mode(False)
 def _read_once(path: Path, state: tuple[int, int] | None) -> _File:
     with opened(path, what="calibration file") as file:
-        metadata = file.metadata() or {}
+        metadata, kind = file.metadata() or {}, None
         if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{str(path)!r} must be written by 'python -m compressed_cache calibrate' in "
-                f"format {FORMAT!r}, got {metadata.get('format')!r}"
-            )
-        layers: dict[int, dict[str, Tensor]] = {}
-        for key in file.keys():  # noqa: SIM118
-            index, name = key.split(".", 1)
-            layers.setdefault(int(index), {})[name] = file.get_tensor(key)
+            # By shapes alone: it may be the weights of a model.
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            kind = hub_files.recognised(shapes)
+            if kind is None:
+                raise ValueError(
+                    f"{str(path)!r} must be written by 'python -m compressed_cache calibrate' in "
+                    f"format {FORMAT!r}, or be a file of kvpress with query_mean and query_cov or "
+                    f"of Q-Filters with q_filters, got format {metadata.get('format')!r} with "
+                    f"{', '.join(sorted(shapes)[:3])}"
+                )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if kind is not None:
+        return _File({"policy": kind.policy}, hub_files.by_layer(kind, tensors), kind)
+    layers: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        layers.setdefault(int(index), {})[name] = tensor
     return _File(metadata, layers)
 
 

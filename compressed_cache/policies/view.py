@@ -44,6 +44,9 @@ class Slots(NamedTuple):
     ``needs.queries``."""
     query_positions: Tensor
     """``[B, W]`` int64, ``-1`` where no query was seen yet."""
+    query_state: Mapping[str, Tensor]
+    """``[B, H, G, ...]`` float32 by name, what the policy made of the queries of the first prompt;
+    empty unless it observes them."""
     prompt_length: Tensor
     """``[B]`` int64, positions below it are of the first prompt; at prefill as far as it was read.
     """

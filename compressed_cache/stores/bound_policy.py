@@ -12,6 +12,7 @@ from compressed_cache.ops.tensor_parallel import Shard
 from compressed_cache.policies.base import Policy
 from compressed_cache.policies.capabilities import (
     MergesValues,
+    ObservesQueries,
     PrunesChannels,
     RanksBlocks,
     Rerotates,
@@ -74,6 +75,7 @@ class BoundPolicy:
         self.rerotates = rerotating is not None and rerotating.rerotates
         self.merging = find(policy, MergesValues)
         self.pruning = find(policy, PrunesChannels)
+        self.query_observer = find(policy, ObservesQueries)
         self.dropping = find_dropping(policy)
         sharing = find(policy, SharesSlots)
         self.floor = None

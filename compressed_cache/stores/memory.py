@@ -29,6 +29,8 @@ class SlotMemory:
         prompt_length: ``[B]`` int64, tokens of the first prompt.
         queries, query_positions: ``[B, H, G, W, D]`` and ``[B, W]`` int64, a ring of the last
             queries; ``W = 0`` unless the policy needs it.
+        query_state: ``[B, H * G, ...]`` float32 by name, what the policy made of the queries of the
+            first prompt; empty unless it observes them.
         is_fused: whether one kernel takes a whole step.
         has_gradients: whether a token was read with gradients, which then end at it.
     """
@@ -46,6 +48,7 @@ class SlotMemory:
         self.tag = tag
         """Marks keys as those of a layer."""
         self.sizes: Sizes | None = None
+        self.query_state: dict[str, Tensor] = {}
         self.is_fused = False
         self.has_gradients = False
 
@@ -79,6 +82,12 @@ class SlotMemory:
     def offloaded_bytes(self) -> int:
         """Bytes held off the device."""
         return 0
+
+    @property
+    def num_heads(self) -> int:
+        """``H``, also where slots are of no head."""
+        assert self.sizes is not None
+        return self.sizes.heads
 
     @property
     def slots_per_head(self) -> int:
@@ -142,6 +151,12 @@ class SlotMemory:
         self.victims = full(batch, heads, bound.eviction.interval)
         self.queries = full(batch, heads, sizes.groups, needs.queries, dim, dtype=sizes.dtype)
         self.query_positions = full(batch, needs.queries, fill=-1)
+        observer = bound.query_observer
+        shapes = {} if observer is None else observer.query_state_shapes(sizes.dim)
+        self.query_state = {
+            name: full(batch, heads * sizes.groups, *shape, dtype=torch.float32)
+            for name, shape in shapes.items()
+        }
         self.is_fused = bound.policy.evicts and not bound.rerotates and operators.serves(sizes)
         self.mark()
 
@@ -155,6 +170,7 @@ class SlotMemory:
     def named_tensors(self) -> dict[str, Tensor]:
         """Everything in memory, by name."""
         others = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        others |= {f"query_state.{name}": value for name, value in self.query_state.items()}
         return {**self.tokens._asdict(), **others} if self.sizes is not None else others
 
     def grow(self, tokens: int) -> None:

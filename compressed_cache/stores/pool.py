@@ -55,7 +55,7 @@ class PoolStore(SlotStore):
 
     def held(self) -> Tokens:
         """The tokens of each head: every head with all slots, its own held."""
-        tokens = self.tokens.map(lambda x: x.expand(-1, self._num_heads, *x.shape[2:]))
+        tokens = self.tokens.map(lambda x: x.expand(-1, self.num_heads, *x.shape[2:]))
         return tokens._replace(positions=self.held_positions())
 
     def held_positions(self) -> Tensor:
@@ -65,7 +65,7 @@ class PoolStore(SlotStore):
     def view(self, tokens: Tokens, *, is_prompt: bool = False) -> Slots:
         """What the policy is shown of tokens ``[B, H, S, ...]``."""
         view = super().view(tokens, is_prompt=is_prompt)
-        queries = self.queries.squeeze(1).unflatten(1, (self._num_heads, -1))
+        queries = self.queries.squeeze(1).unflatten(1, (self.num_heads, -1))
         return view._replace(queries=queries)
 
     def owned(self, values: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class PoolStore(SlotStore):
 
     def victims_due(self) -> Tensor:
         """Of the victims those of this step, ``[B, 1, H]``."""
-        steps = self.victims.unflatten(2, (self.bound.eviction.interval, self._num_heads))
+        steps = self.victims.unflatten(2, (self.bound.eviction.interval, self.num_heads))
         return steps.index_select(2, self.phase).squeeze(2)
 
     def lowest(self, steps: int, real: Tensor | None) -> Tensor:
@@ -95,9 +95,9 @@ class PoolStore(SlotStore):
         # Of equal positions the one of the first head is the oldest.
         return eviction.next_victims(
             self.owned(self._floored(scores, positions, incoming=steps)),
-            self.tokens.positions * self._num_heads + self.owners,
-            protected_prefix=self.protected_prefix * self._num_heads,
-            count=steps * self._num_heads,
+            self.tokens.positions * self.num_heads + self.owners,
+            protected_prefix=self.protected_prefix * self.num_heads,
+            count=steps * self.num_heads,
         )
 
     def _floored(self, scores: Tensor, positions: Tensor, *, incoming: int) -> Tensor:
@@ -117,8 +117,8 @@ class PoolStore(SlotStore):
         if self.bound.head_budgets:
             return super().evicts(positions, incoming=incoming)
         held = (positions >= 0).sum(dim=(1, 2), keepdim=True)
-        evicts = held + incoming * self._num_heads > self.tokens.positions.shape[2]
-        return evicts.expand(-1, self._num_heads, -1)
+        evicts = held + incoming * self.num_heads > self.tokens.positions.shape[2]
+        return evicts.expand(-1, self.num_heads, -1)
 
     def room(self) -> Tensor:
         """How many tokens each head can hold, ``[H, 1]`` int64."""
@@ -179,7 +179,7 @@ class PoolStore(SlotStore):
     ) -> tuple[Tensor, Tensor]:
         """Attention of one new token per row, whose key and value are among the slots."""
         output, weights = super().attend(query, keys, values, mask)
-        return output, weights.squeeze(1).unflatten(1, (self._num_heads, -1))
+        return output, weights.squeeze(1).unflatten(1, (self.num_heads, -1))
 
     def visible(self, mask: Mask | None) -> tuple[Tensor, Tensor | None]:
         """What a new token sees, ``[B, 1, H * G, P]`` bool, and what is added to its logits."""
@@ -189,13 +189,8 @@ class PoolStore(SlotStore):
     # Between the pool and its heads.
 
     @property
-    def _num_heads(self) -> int:
-        assert self.sizes is not None
-        return self.sizes.heads
-
-    @property
     def _heads(self) -> Tensor:
-        return torch.arange(self._num_heads, device=self.tokens.positions.device)
+        return torch.arange(self.num_heads, device=self.tokens.positions.device)
 
     @property
     def _is_own(self) -> Tensor:

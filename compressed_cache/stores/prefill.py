@@ -26,6 +26,7 @@ def prefill(store: SlotStore, inputs: AttentionInputs) -> None:
     seen = None
     if store.bound.observer is not None:
         seen = observed(store, query, key, positions, mask)
+    store.observe_queries(query, positions)
     store.protect_prefix(None)
     tokens = store.new_tokens(key, value, positions)
     if seen is not None:
@@ -114,6 +115,7 @@ def prefill_chunk(
     store.record_channels(key, positions)
     store.record_queries(query, positions)
     if is_first_prompt:
+        store.observe_queries(inputs.query.detach(), positions)
         _end_prompt(store)
     store.keep_chunk(tokens, new, is_first_prompt=is_first_prompt)
     store.counts[:, 1] += key.shape[2]

@@ -78,6 +78,8 @@ def rank(
     evicts = store.evicts(tokens.positions, incoming=0)
     for block in split(positions, bound.prompt_block or positions.shape[1]):
         slots = store.view(tokens.map(block.take), is_prompt=True)
+        nothing = {name: torch.zeros_like(x) for name, x in store.query_state.items()}
+        seen = store.queries_observed(nothing, block.take(query), block.positions)
         queries, query_positions = _last_queries(store, block, query, tokens.keys.shape[1])
         slots = bound.revise(
             slots._replace(
@@ -85,6 +87,7 @@ def rank(
                 prompt_length=block.end,
                 queries=queries,
                 query_positions=query_positions,
+                query_state=store.grouped(seen),
                 positions=block.positions[:, None].expand_as(slots.positions),
             ),
             evicts,

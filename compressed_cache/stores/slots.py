@@ -1,6 +1,7 @@
 """The plain store: how slots are ranked, written and attended, which other stores vary."""
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class SlotStore(SlotMemory):
             transform=bound.transform,
             queries=self.queries,
             query_positions=self.query_positions,
+            query_state=self.grouped(self.query_state),
             prompt_length=self.prompt_length,
             protected_prefix=self.protected_prefix,
             recent=bound.eviction.recent,
@@ -53,6 +55,10 @@ class SlotStore(SlotMemory):
             head_budgets=bound.head_budgets,
             floor=bound.floor,
         )
+
+    def grouped(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors ``[B, H * G, ...]`` by name as ``[B, H, G, ...]``."""
+        return {name: attention.group_queries(x, self.num_heads) for name, x in state.items()}
 
     def new_tokens(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tokens:
         """New tokens with their notes, and nothing seen of them yet.
@@ -239,6 +245,24 @@ class SlotStore(SlotMemory):
     def laid_out(self, new: Tensor) -> Tensor:
         """New tokens ``[B, H, 1, ...]`` as slots hold them."""
         return new
+
+    def observe_queries(self, query: Tensor, positions: Tensor) -> None:
+        """Shows the policy queries ``[B, H * G, L, D]`` of the first prompt."""
+        for name, seen in self.queries_observed(self.query_state, query, positions).items():
+            self.query_state[name].copy_(seen)
+
+    def queries_observed(
+        self, state: Mapping[str, Tensor], query: Tensor, positions: Tensor
+    ) -> dict[str, Tensor]:
+        """What the policy makes of queries ``[B, H * G, L, D]`` after those behind ``state``."""
+        observer = self.bound.query_observer
+        if observer is None or not state:
+            return {}
+        grouped = attention.group_queries(query, self.num_heads)
+        seen = observer.observe_queries(
+            self.grouped(state), grouped, positions, self.bound.constants
+        )
+        return {name: x.flatten(1, 2) for name, x in seen.items()}
 
     # Attend.
 

@@ -33,6 +33,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lagged_attention": {"window": 3, "fuse": "sum"},
     "lagkv": {"lag": 3, "num_sinks": 2},
     "expected_attention": {"n_future": 20, "n_sinks": 1, "epsilon": 0.01},
+    "expected_attention+caote": {"n_future": 20, "n_sinks": 1, "use_vnorm": False},
+    "expected_attention+criticalkv": {"n_future": 20, "n_sinks": 2, "use_covariance": False},
+    "expected_attention+chunk": {"n_future": 20, "n_sinks": 2, "block_length": 7},
     "qfilter": {},
     "rkv": {"window": 4, "kernel_size": 3, "mix_lambda": 0.4, "similarity_threshold": 0.3},
     # Few keys share a code of seven bits, and without pooling equal scores are rare.

@@ -10,7 +10,7 @@ from compressed_cache.eval.catalogue.docstrings import fields_of, text_of
 from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.policies import MODIFIERS, POLICIES, Modifier, Policy
 from compressed_cache.policies.base import Defaults
-from compressed_cache.policies.capabilities import find_store, needs_of
+from compressed_cache.policies.capabilities import ObservesQueries, find, find_store, needs_of
 from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.stores import store_for
 from compressed_cache.stores.bound_policy import BoundPolicy
@@ -134,6 +134,9 @@ def _needs(policy: Policy) -> list[str]:
     if known.attention:
         every = known.prompt_queries is None
         needs.append(f"attention of every {'query' if every else 'step'}")
+    observer = find(policy, ObservesQueries)
+    if observer is not None and observer.query_state_shapes(HEAD_DIM):
+        needs.append("queries of the first prompt")
     if known.values:
         needs.append("values")
     return [*needs, *known.model]

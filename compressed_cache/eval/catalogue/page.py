@@ -53,8 +53,8 @@ def tables(policies: Sequence[Entry], modifiers: Sequence[Entry]) -> str:
             _table(["policy", *header], [[*_cells(e), _defaults(e) or "-"] for e in policies]),
             "",
             "*Looks at*: beside keys and positions. *State*: beside key, value and position, in "
-            "each slot of a key/value head, and where queries are recorded, in each layer for each "
-            f"query head (of {HEAD_DIM} in bfloat16). *Defaults*: what `None` means for the "
+            "each slot of a key/value head, and where queries are looked at, in each layer for "
+            f"each query head (of {HEAD_DIM} in bfloat16). *Defaults*: what `None` means for the "
             "arguments of `CompressedCache`, where it is not `interval=1`, `sinks=0`, `recent=0`, "
             "`protect_prompt=False`.",
             "",

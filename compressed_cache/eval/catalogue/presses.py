@@ -124,7 +124,6 @@ PRESSES: tuple[PressEquivalent, ...] = tuple(
             "n_future_positions=512, n_sink=4, use_covariance=True, use_vnorm=True, epsilon=0.0",
             '"expected_attention", n_future=512, n_sinks=4, use_covariance=True, use_vnorm=True, '
             "epsilon=0.0",
-            "statistics come from a calibration, not from the prompt",
         ),
         (
             "ExpectedAttentionStatsPress",
@@ -133,7 +132,8 @@ PRESSES: tuple[PressEquivalent, ...] = tuple(
             "stats_folder=None",
             '"expected_attention", n_future=512, n_sinks=4, use_covariance=True, use_vnorm=True, '
             "epsilon=0.0",
-            "with `calibration=` the file that `python -m compressed_cache calibrate` wrote",
+            "with `calibration=` the file of the hub, once downloaded, or one that "
+            "`python -m compressed_cache calibrate` wrote",
         ),
         (
             "FastKVzipPress",

@@ -44,14 +44,15 @@ class CAOTE(Modifier):
         held = slots.positions >= 0
         attention = super().scores(slots)
         broken = attention.isnan() | slots.values.isnan().any(dim=-1)
-        counted = held & ~broken
+        always = attention == torch.inf
+        counted = held & ~broken & ~always
         attention = shares(attention, counted)
         values = torch.where(counted.unsqueeze(-1), slots.values.float(), 0.0)
         output = attention.unsqueeze(2) @ values
         distance = (values - output).norm(dim=-1)
         attention = attention.clamp(_LEAST, 1 - _LEAST)
         scores = attention / (1 - attention) * distance
-        return scores.masked_fill(broken, -torch.inf)
+        return scores.masked_fill(broken, -torch.inf).masked_fill(always, torch.inf)
 
 
 def shares(attention: Tensor, counted: Tensor) -> Tensor:

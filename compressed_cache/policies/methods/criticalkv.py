@@ -82,10 +82,11 @@ class CriticalKV(Modifier):
     def scores(self, slots: Slots) -> Tensor:
         base = super().scores(slots)
         norms = slots.notes[..., -1]
+        always = base == torch.inf
         usable = base.isfinite() & norms.isfinite() & (slots.positions >= 0)
         weighted = (shares(base, usable) + self.score_offset) * norms
         base = protect(
-            base.masked_fill(~usable, -torch.inf),
+            base.masked_fill(~(usable | always), -torch.inf),
             slots.positions,
             next_position=slots.next_position,
             protected_prefix=slots.protected_prefix,
@@ -101,7 +102,7 @@ class CriticalKV(Modifier):
         by_both = by_base.gather(-1, order)
         scores = _places(slots, base).gather(-1, by_base)
         scores = torch.zeros_like(base).scatter(-1, by_both, scores.float())
-        return scores.masked_fill(~usable, -torch.inf)
+        return scores.masked_fill(~usable, -torch.inf).masked_fill(always, torch.inf)
 
     def _first_stage(self, slots: Slots, base: Tensor) -> Tensor | int:
         """How many tokens of each head the scores alone keep, ``[B, H, 1]`` or for all."""

@@ -16,7 +16,7 @@ from compressed_cache.policies.view import AttentionRows, Slots
 class LaggedAttention(Policy):
     """Keeps what the last ``window`` queries attended to among the tokens old to each of them.
 
-    Ours, after ``morphkv``. At its own step each query leaves one row per key/value head: a softmax
+    Ours, after MorphKV (https://arxiv.org/abs/2503.00979). At its own step each query leaves one row per key/value head: a softmax
     of the logits summed over the query heads that share the head, without its own token and the
     ``window`` before it. The rows of the last ``window`` queries are fused by maximum or sum. So a
     token competes once it is older than the window, first with the votes of one query and from then

@@ -17,11 +17,16 @@ def caote(view: View, base: Callable[..., list[float]], **options: Any) -> list[
     CAOTE (https://arxiv.org/abs/2504.14051), found by leaving the token out and comparing.
     """
     attention = base(view, **options)
+    always = {index for index, weight in enumerate(attention) if weight == math.inf}
+    attention = [0.0 if index in always else weight for index, weight in enumerate(attention)]
     total = math.fsum(attention)
     weights = [weight / total for weight in attention]
     output = sum(w * token.value for w, token in zip(weights, view.held, strict=True))
     changes = []
     for left_out in range(len(weights)):
+        if left_out in always:
+            changes.append(math.inf)
+            continue
         rest = [0.0 if j == left_out else weight for j, weight in enumerate(weights)]
         share = math.fsum(rest)
         without = sum(w / share * token.value for w, token in zip(rest, view.held, strict=True))
@@ -74,6 +79,7 @@ def chunk(
             queries=view.queries[:end],
             group_rows=rows[:end],
             prompt_length=end,
+            prompt_start=start,
         )
         safe = [
             view.rules.protects(at, incoming=view.incoming, prompt_length=view.prompt_length)
@@ -113,10 +119,11 @@ def criticalkv(
         safe_slots: so many of them are given by the scores alone at least.
     """
     scores = base(view, **options)
+    total = math.fsum(score for score in scores if score != math.inf)
     weighted = []
     for token, score in zip(view.held, scores, strict=True):
         norms = [float(np.abs(matrix @ token.value).sum()) for matrix in view.projections]
-        weighted.append((score / math.fsum(scores) + score_offset) * mean(norms))
+        weighted.append((score / total + score_offset) * mean(norms))
     safe = [
         view.rules.protects(
             token.position, incoming=view.incoming, prompt_length=view.prompt_length
@@ -127,10 +134,11 @@ def criticalkv(
     slots = view.rules.slots(view.layer, view.head) if slots is None else slots
     count = max(int(slots * first_stage_ratio), safe_slots)
     best = set(order[len(order) - count :])
+    ceiling = max((weight for weight in weighted if weight != math.inf), default=0.0)
     # The best of them stays longest.
     return [
-        2 * max(weighted) + score / math.fsum(scores) if i in best else weighted[i]
-        for i, score in enumerate(scores)
+        weight if weight == math.inf or i not in best else 2 * ceiling + scores[i] / total
+        for i, weight in enumerate(weighted)
     ]
 
 

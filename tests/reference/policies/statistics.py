@@ -2,6 +2,7 @@
 
 import cmath
 import math
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -83,19 +84,33 @@ def expected_attention(
     use_vnorm: bool = True,
     epsilon: float = 0.0,
     theta: float = 10_000.0,
+    statistics: Callable[[int, int, int], tuple[Vector, Vector]] | None = None,
 ) -> list[float]:
     """Attention that normally distributed queries of the next positions pay, times the value.
 
-    Expected Attention (https://arxiv.org/abs/2510.00636), with given mean and covariance.
+    Expected Attention (https://arxiv.org/abs/2510.00636).
+
+    Args:
+        statistics: Mean ``[D]`` and covariance ``[D, D]`` of the queries before RoPE, given a
+            layer, a key/value head and a query head of its group; None: those of the prompt behind
+            its first ``n_sinks`` tokens, zeros where there are none.
     """
     dim, heads = len(view.held[0].key), len(view.queries[0])
-    statistics = made_up("expected_attention", view.layer, view.head, heads, dim)
     rotation = mean_rotation(view.incoming, n_future, dim, theta)
     counted = [token for token in view.held if token.position >= n_sinks]
     attention = dict.fromkeys((token.position for token in view.held), 0.0)
     for head in range(heads):
-        centre = rotation @ statistics["mean"][head]
-        covariance = rotation @ statistics["covariance"][head] @ rotation.T
+        if statistics is None:
+            # Before RoPE: every query turned by minus its position.
+            queries = [
+                mean_rotation(-position, 1, dim, theta) @ view.queries[position][head]
+                for position in range(max(n_sinks, view.prompt_start), view.prompt_length)
+            ]
+            centre, covariance = moments(queries, dim)
+        else:
+            centre, covariance = statistics(view.layer, view.head, head)
+        centre = rotation @ centre
+        covariance = rotation @ covariance @ rotation.T
         logits = []
         for token in counted:
             logit = float(centre @ token.key) / math.sqrt(dim)
@@ -110,6 +125,15 @@ def expected_attention(
         score *= float(np.linalg.norm(token.value)) if use_vnorm else 1.0
         scores.append(score if token.position >= n_sinks else math.inf)
     return scores
+
+
+def moments(vectors: Sequence[Vector], dim: int) -> tuple[Vector, Vector]:
+    """Mean ``[D]`` and covariance ``[D, D]``, the mean of products of deviations; zeros of none."""
+    if not vectors:
+        return np.zeros(dim), np.zeros((dim, dim))
+    centre = sum(vectors, np.zeros(dim)) / len(vectors)
+    products = [np.outer(vector - centre, vector - centre) for vector in vectors]
+    return centre, sum(products, np.zeros((dim, dim))) / len(vectors)
 
 
 @cache
@@ -140,7 +164,4 @@ def made_up(policy: str, layer: int, head: int, groups: int, dim: int) -> dict[s
         first, second = np.split(centre, 2, axis=1)
         length = np.hypot(first, second) + generator.uniform(size=first.shape)
         return {"mean": centre, "magnitude": np.concatenate([length, length], axis=1)}
-    if policy == "duo_attention":
-        return {"gates": generator.uniform(size=())}
-    factor = generator.normal(size=(groups, dim, dim)) / math.sqrt(dim)
-    return {"mean": centre, "covariance": factor @ factor.transpose(0, 2, 1)}
+    return {"gates": generator.uniform(size=())}

@@ -42,6 +42,7 @@ class View:
         layer_rows: ``layer_rows[t][q]`` is the same for all ``H * G`` query heads of the layer.
         rules: What is kept whatever its score, and the budget.
         prompt_length: Tokens of the prompt.
+        prompt_start: Where a block of it begins that is ranked on its own.
         memory: What a policy wrote down about a position when it last ranked this head.
         projections: ``[hidden, D]`` for each query head of the group: its part of the matrix that
             attention ends with.
@@ -59,6 +60,7 @@ class View:
     memory: dict[int, float] = field(default_factory=dict)
     projections: Sequence[Vector] = ()
     layer_views: Sequence["View"] = ()
+    prompt_start: int = 0
 
     @property
     def incoming(self) -> int:
