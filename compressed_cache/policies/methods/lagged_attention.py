@@ -16,12 +16,13 @@ from compressed_cache.policies.view import AttentionRows, Slots
 class LaggedAttention(Policy):
     """Keeps what the last ``window`` queries attended to among the tokens old to each of them.
 
-    Ours, after MorphKV (https://arxiv.org/abs/2503.00979). At its own step each query leaves one row per key/value head: a softmax
-    of the logits summed over the query heads that share the head, without its own token and the
-    ``window`` before it. The rows of the last ``window`` queries are fused by maximum or sum. So a
-    token competes once it is older than the window, first with the votes of one query and from then
-    on with those of more; ``morphkv`` lets all queries of the window vote for it at once. The last
-    ``window + 1`` tokens are always kept; ``recent`` can only extend that.
+    Ours, after MorphKV (https://arxiv.org/abs/2503.00979). At its own step each query leaves one
+    row per key/value head: a softmax of the logits summed over the query heads that share the head,
+    without its own token and the ``window`` before it. The rows of the last ``window`` queries are
+    fused by maximum or sum. So a token competes once it is older than the window, first with the
+    votes of one query and from then on with those of more; ``morphkv`` lets all queries of the
+    window vote for it at once. The last ``window + 1`` tokens are always kept; ``recent`` can only
+    extend that.
     """
 
     name: ClassVar[str] = "lagged_attention"
