@@ -18,6 +18,7 @@ from compressed_cache.policies.methods.key_rerotation import KeyRerotation
 from compressed_cache.policies.methods.keydiff import KeyDiff
 from compressed_cache.policies.methods.knorm import KNorm
 from compressed_cache.policies.methods.lagkv import LagKV
+from compressed_cache.policies.methods.learned_gate import LearnedGate
 from compressed_cache.policies.methods.merging import Merging
 from compressed_cache.policies.methods.morphkv import MorphKV
 from compressed_cache.policies.methods.observed_attention import ObservedAttention
@@ -67,6 +68,7 @@ POLICIES: dict[str, type[Policy]] = {
     "qfilter": QFilter,
     "triattention": TriAttention,
     "expected_attention": ExpectedAttention,
+    "learned_gate": LearnedGate,
     "shadowkv": ShadowKV,
 }
 

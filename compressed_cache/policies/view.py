@@ -57,6 +57,9 @@ class Slots(NamedTuple):
     """Whether these are the tokens of a prompt that is cut to the budget."""
     constants: Mapping[str, Tensor]
     """What ``Policy.constants`` gave for this layer."""
+    hidden_states: Tensor
+    """``[B, S, E]``, what the attention module was given, in the dtype of the model: of new tokens
+    in ``WritesNotes.note``, if the policy ``needs.hidden_states``; else ``[B, 0, 0]``."""
 
     # Names up to 0.1, see CHANGELOG.md.
 
@@ -102,3 +105,7 @@ class LayerContext(NamedTuple):
     value_dim: int
     """``D`` of values."""
     device: torch.device
+    total_heads: int
+    """Key/value heads of the whole layer: more than ``H`` where tensor parallelism shares them."""
+    hidden_size: int
+    """``E``, numbers of a hidden state; 0 unless the policy ``needs.hidden_states``."""

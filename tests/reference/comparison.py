@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random": {"seed": 3},
     "random_prompt": {"redraw": False},
     "raas": {"share": 0.25},
+    "learned_gate": {"decay": True, "activation": "silu"},
     "lagkv": {"lag": 3, "num_sinks": 2},
     "expected_attention": {"n_future": 20, "n_sinks": 1, "epsilon": 0.01},
     "qfilter": {},

@@ -14,6 +14,7 @@ from tests.reference.policies.attention import (
     tova,
 )
 from tests.reference.policies.draws import random, vase, vase_dkv
+from tests.reference.policies.gates import learned_gate, made_up_gate
 from tests.reference.policies.keys import full, keydiff, knorm, lagkv, streaming_llm
 from tests.reference.policies.layout import Layout, key_rerotation, layout_of, least_channels, think
 from tests.reference.policies.modifiers import caote, chunk, chunkkv, criticalkv, merge, merging
@@ -54,6 +55,7 @@ __all__ = [
     "layout_of",
     "least_channels",
     "made_up",
+    "made_up_gate",
     "merge",
     "merging",
     "rank",
@@ -73,6 +75,7 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "keydiff": keydiff,
     "knorm": knorm,
     "lagkv": lagkv,
+    "learned_gate": learned_gate,
     "morphkv": morphkv,
     "observed_attention": observed_attention,
     "qfilter": qfilter,

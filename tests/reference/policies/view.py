@@ -45,6 +45,7 @@ class View:
         memory: What a policy wrote down about a position when it last ranked this head.
         projections: ``[hidden, D]`` for each query head of the group: its part of the matrix that
             attention ends with.
+        hidden: ``hidden[t]`` is what the attention module was given at position ``t``.
         layer_views: The same of all heads of the layer; left out there.
     """
 
@@ -58,6 +59,7 @@ class View:
     prompt_length: int
     memory: dict[int, float] = field(default_factory=dict)
     projections: Sequence[Vector] = ()
+    hidden: Sequence[Vector] = ()
     layer_views: Sequence["View"] = ()
 
     @property
