@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from compressed_cache import CompressedCache
-from compressed_cache.policies import PrefillDecode
+from compressed_cache.hf import checks
+from compressed_cache.hf.module_inputs import ModuleInput
+from compressed_cache.policies import LayerContext, PrefillDecode, gate_file
 from compressed_cache.policies.methods.learned_gate import LearnedGate
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import make_problem
@@ -203,6 +205,53 @@ def test_every_family_shows_its_inputs(family: Family) -> None:
         if kind == "full":
             assert caches[0].layers[layer].store.tokens.notes.abs().sum() > 0
             assert held(caches[0], layer, 1) == held(caches[1], layer)
+
+
+def test_gradients_end_at_the_notes(make_model: Callable[..., LlamaForCausalLM]) -> None:
+    model, ids, cache = make_model(), distinct_tokens(1, 20), CompressedCache("learned_gate", 16)
+    for part in (ids[:, :12], ids[:, 12:19], ids[:, 19:]):
+        model(part, past_key_values=cache)
+    assert not cache.layers[0].store.tokens.notes.requires_grad
+
+
+def test_what_another_module_was_given_is_refused() -> None:
+    modules, query = [torch.nn.Linear(1, 1) for _ in range(2)], torch.zeros(2, 4, 3, 8)
+    shown = ModuleInput(modules[0], torch.zeros(2, 3, 16))
+    checks.check_shown_input(5, shown, modules[0], query)
+    with pytest.raises(NotImplementedError, match="layer 5 did not show its own"):
+        checks.check_shown_input(5, shown, modules[1], query)
+    with pytest.raises(NotImplementedError, match=r"2 rows and 3 tokens, layer 5 was given \[2, 1"):
+        shown = ModuleInput(modules[0], torch.zeros(2, 1, 16))
+        checks.check_shown_input(5, shown, modules[0], query)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.real_statistics
+def test_a_process_with_some_of_the_heads_has_their_gates(path: str, layer: int) -> None:
+    context: Any = LayerContext(
+        *(LlamaConfig(num_hidden_layers=2), None, layer, 1, 1, 1, 8, 8, torch.device("cpu")),
+        total_heads=2,
+        hidden_size=WIDTH,
+    )
+    loaded, gate = gate_file.load(path, context), _gate(layer)
+    last = "2." if layer else ""
+    for name in ("weight", "bias"):
+        own = gate[f"module_list.{layer}.{last}{name}"][1:]
+        assert torch.equal(loaded[f"{last}{name}"], own)
+    if layer:
+        assert torch.equal(loaded["0.weight"], gate["module_list.1.0.weight"])
+
+
+def test_in_one_phase_gates_rate_as_alone(model: LlamaForCausalLM) -> None:
+    ids = distinct_tokens(1, 30)
+    mixed, alone = (
+        CompressedCache(policy, 16, recent=0) for policy in ("h2o/learned_gate", "learned_gate")
+    )
+    with torch.no_grad():
+        for cache in (mixed, alone):
+            for token in (slice(0, 12), *(slice(n, n + 1) for n in range(12, 30))):
+                model(ids[:, token], past_key_values=cache)
+    assert [held(mixed, n) for n in range(2)] == [held(alone, n) for n in range(2)]
 
 
 def test_gates_of_two_files_cannot_be_mixed(path: str, tmp_path: Path) -> None:

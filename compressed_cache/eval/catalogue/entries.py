@@ -136,6 +136,8 @@ def _needs(policy: Policy) -> list[str]:
         needs.append(f"attention of every {'query' if every else 'step'}")
     if known.values:
         needs.append("values")
+    if known.hidden_states:
+        needs.append("hidden states")
     return [*needs, *known.model]
 
 
