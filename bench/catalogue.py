@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.every_policy import EVERY
+from bench.every_policy import EVERY, UNTRAINED
 from compressed_cache.cache import CompressedCache
 from compressed_cache.eval.demo import report
 from compressed_cache.eval.demo.measure import BUDGETS, Exam, Row, Setting, rows, settings
@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     exam = Exam(problems=options.problems, seed=0)
     threads = max(1, (os.cpu_count() or 1) // options.workers)
     document = partial(report.document, exam, workers=options.workers, threads=threads)
-    planned = [s for s in settings(list(EVERY), list(BUDGETS)) if not _is_refused(s)]
+    names = [name for name in EVERY if name not in UNTRAINED]
+    planned = [s for s in settings(names, list(BUDGETS)) if not _is_refused(s)]
     found = _known(options.out, document([])) if options.missing else {}
     missing = [setting for setting in planned if setting not in found]
     measured = rows(exam, missing, workers=options.workers, threads=threads)

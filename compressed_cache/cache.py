@@ -11,9 +11,11 @@ from compressed_cache.drafting import Drafts
 from compressed_cache.hf import attention_hook, checks
 from compressed_cache.hf.announced_calls import AnnouncedCalls
 from compressed_cache.hf.columns import Columns
+from compressed_cache.hf.module_inputs import ModuleInput
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.observers import Observer
 from compressed_cache.policies.base import Policy
+from compressed_cache.policies.capabilities import needs_of
 from compressed_cache.policies.eviction_config import (
     EvictionConfig,
     resolve_eviction,
@@ -102,6 +104,8 @@ class CompressedCache(Drafts, AnnouncedCalls):
             if not isinstance(self.eviction.budget, int):
                 share_budget(self.eviction, self.policy, config.get_text_config())
         super().__init__(layers=[])
+        self.needs_hidden_states = needs_of(self.policy).hidden_states
+        self.shown: ModuleInput | None = None
         self.counter = StepCounter(self.eviction.interval)
         self.columns = Columns()
         self.observers: list[Observer] = []
@@ -139,6 +143,8 @@ class CompressedCache(Drafts, AnnouncedCalls):
                     observer.call_begins(self, tokens)
             steps = tokens if self.takes_step(tokens) else self.counter.drafted
             self.begin_call(tokens - steps, steps)
+        if self.needs_hidden_states:
+            layer.shown, self.shown = self.shown, None
         return layer.update(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -191,6 +197,7 @@ class CompressedCache(Drafts, AnnouncedCalls):
         self.columns.reset()
         self.stop_drafting()
         self._first = None
+        self.shown = None
         super().reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -267,6 +274,10 @@ class CompressedCache(Drafts, AnnouncedCalls):
         eviction = ", ".join(f"{name}={value!r}" for name, value in vars(self.eviction).items())
         seen = self.get_seq_length()
         return f"CompressedCache(policy={self.policy.label!r}, {eviction}, tokens_seen={seen})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a module was given that then failed is of no text, and would bring the model along.
+        return vars(self) | {"shown": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

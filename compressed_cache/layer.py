@@ -12,10 +12,12 @@ from compressed_cache.hf import attention_hook, checks
 from compressed_cache.hf.binding import bind_module, rebind
 from compressed_cache.hf.columns import Columns
 from compressed_cache.hf.module_identity import ModuleIdentity
+from compressed_cache.hf.module_inputs import ModuleInput
 from compressed_cache.observers import Observer
 from compressed_cache.ops import gradients, masks
 from compressed_cache.ops.tokens import Tokens
 from compressed_cache.policies.base import Policy
+from compressed_cache.policies.capabilities import needs_of
 from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.snapshot import LayerState
 from compressed_cache.step_counter import StepCounter
@@ -63,6 +65,7 @@ class CompressedLayer(CacheLayerMixin):
         # Any: None before the first prompt, and the type checker would ask at each use.
         self.store: Any = None
         self.module = ModuleIdentity()
+        self.needs_hidden_states = needs_of(policy).hidden_states
         self.is_filled = False
         self._forget_call()
 
@@ -175,8 +178,12 @@ class CompressedLayer(CacheLayerMixin):
             self.calls += 1
         assert self.incoming is not None
         (key, value), self.incoming = self.incoming, None
+        shown, self.shown = self.shown, None
         real = self.columns.real_of_step(attention_mask, query.shape[0])
-        token = NewToken(query, key, value, self.counter.ranks, _wants_weights(module), real)
+        token = NewToken(
+            *(query, key, value, self.counter.ranks, _wants_weights(module), real),
+            hidden_states=self._hidden_states(shown, module, query),
+        )
         with _exact(query.device):
             output, weights = decode_step(self.store, token)
         if output.dtype != query.dtype:
@@ -186,7 +193,9 @@ class CompressedLayer(CacheLayerMixin):
         if is_eager and self.readers:
             if real is None:
                 real = torch.ones(query.shape[0], dtype=torch.bool, device=query.device)
-            self._tell(AttentionInputs(query, key, value, real[:, None]))
+            self._tell(
+                AttentionInputs(query, key, value, real[:, None], hidden_states=token.hidden_states)
+            )
         return output.transpose(1, 2), None if weights is None else weights.flatten(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -221,7 +230,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         # Keys that were given and never attended are of a call that failed.
-        return vars(self) | {"handed": (), "incoming": None}
+        return vars(self) | {"handed": (), "incoming": None, "shown": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -271,13 +280,15 @@ class CompressedLayer(CacheLayerMixin):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         self.awaits_attention = False
+        shown, self.shown = self.shown, None
         if self.incoming is not None:
             (key, value), self.incoming = self.incoming, None
         seen = self.counter.tokens_seen - key.shape[2]
         mask = masks.read_mask(attention_mask, key, seen=seen, is_built=self.columns.is_built)
         real = masks.real_tokens(attention_mask, key)
         count = self.counter.prompt_tokens
-        inputs = AttentionInputs(query, key, value, real, mask)
+        hidden = self._hidden_states(shown, module, query)
+        inputs = AttentionInputs(query, key, value, real, mask, hidden)
         wants_weights = _wants_weights(module)
         if self.is_filled:
             checks.check_module(self.module, module)
@@ -322,6 +333,16 @@ class CompressedLayer(CacheLayerMixin):
             self._tell(inputs)
         return result
 
+    def _hidden_states(
+        self, shown: ModuleInput | None, module: Any, query: Tensor
+    ) -> Tensor | None:
+        """What the attention module was given, ``[B, L, E]``, if the policy needs it."""
+        if not self.needs_hidden_states:
+            return None
+        checks.check_shown_input(self.index, shown, module, query)
+        assert shown is not None
+        return shown.hidden_states
+
     def _check_prompt(self, lengths: Tensor) -> None:
         bound: BoundPolicy = self.store.bound
         if bound.policy.evicts:
@@ -337,6 +358,7 @@ class CompressedLayer(CacheLayerMixin):
         # In a tuple: a tensor would be one of those this layer keeps.
         self.handed: tuple[Tensor, ...] = ()
         self.incoming: tuple[Tensor, Tensor] | None = None
+        self.shown: ModuleInput | None = None
 
     def _bind(self, bound: BoundPolicy) -> None:
         store: Any = self.store

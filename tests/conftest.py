@@ -14,8 +14,9 @@ import pytest
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compressed_cache.policies import gate_file
 from compressed_cache.policies import statistics_file as files
-from tests.made_up_statistics import load_or_make_up
+from tests.made_up_statistics import load_or_make_up, load_or_make_up_gate
 from tests.reference import comparison
 from tests.reference.llama import ReferenceLlama
 from tests.reference.policies import Rules, full
@@ -36,6 +37,7 @@ def _statistics_of_any_model(
     if request.node.get_closest_marker("real_statistics"):
         return
     monkeypatch.setattr(files, "load", load_or_make_up)
+    monkeypatch.setattr(gate_file, "load", load_or_make_up_gate)
 
 
 @pytest.fixture(scope="session")

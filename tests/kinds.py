@@ -21,5 +21,6 @@ KINDS = (
     "gkv",  # revises notes
     "vase",  # knows what is protected
     "triattention",  # brings statistics of the model
+    "learned_gate",  # is shown hidden states
     "pyramidkv",  # shares out the budget among layers
 )

@@ -57,6 +57,7 @@ def test_needs_follow_from_what_a_policy_asks_for() -> None:
     rotary = "rotary position embedding"
     assert needs["expected_attention"] == ("queries of the first prompt", "values", rotary)
     assert needs["triattention"] == (rotary, "calibration")
+    assert needs["learned_gate"] == ("hidden states", "trained gates")
     for_each_head = [
         name
         for name, kind in POLICIES.items()
@@ -217,7 +218,14 @@ def test_policies_that_need_statistics_get_them_for_a_benchmark(
 ) -> None:
     model = make_model()
     ids = torch.arange(1, 40)[None]
-    for name in ("h2o", "qfilter", "triattention", "expected_attention", "h2o+duo_attention"):
+    for name in (
+        "h2o",
+        "qfilter",
+        "triattention",
+        "expected_attention",
+        "learned_gate",
+        "h2o+duo_attention",
+    ):
         cache = CompressedCache(name, 16, protect_prompt=False, **statistics(name, model))
         with torch.no_grad():
             model(ids, past_key_values=cache)

@@ -23,7 +23,7 @@ def _slots(keys: Tensor, *, window: int = 1, policy: Any = None, seed: int = 0) 
     positions = order[:, None].expand(B, H, length)
     keys = keys.gather(2, positions.unsqueeze(-1).expand_as(keys))
     dim = keys.shape[3]
-    site = LayerContext(None, None, 0, 0, H, G, dim, dim, keys.device)
+    site = LayerContext(None, None, 0, 0, H, G, dim, dim, keys.device, H, 0)
     return Slots(
         keys=keys,
         values=torch.randn(keys.shape, generator=generator),
@@ -43,6 +43,7 @@ def _slots(keys: Tensor, *, window: int = 1, policy: Any = None, seed: int = 0) 
         budget=length,
         is_prompt=False,
         constants={} if policy is None else policy.constants(site),
+        hidden_states=torch.zeros(B, 0, 0),
     )
 
 

@@ -94,11 +94,14 @@ def test_an_interval_longer_than_what_is_unprotected_goes_on_with_the_oldest(
     )
 
 
-# With the options of the papers; not "knorm", whose scores tie where the model repeats a token, nor
+# With the options of the papers; not those whose scores tie where the model repeats a token, nor
 # "lagged_attention", whose window is longer than the budget.
 @pytest.mark.parametrize(
     "name",
-    slow_but(OF_EACH_KIND, (name for name in NAMES if name not in ("knorm", "lagged_attention"))),
+    slow_but(
+        OF_EACH_KIND,
+        (n for n in NAMES if n not in ("knorm", "learned_gate", "lagged_attention")),
+    ),
 )
 def test_greedy_text_is_that_of_the_reference(
     precise_model: LlamaForCausalLM, reference: ReferenceLlama, tolerance: float, name: str
@@ -258,6 +261,9 @@ def test_random_evicts_at_will_but_never_protected_tokens(
 @pytest.mark.parametrize(
     ("name", "options"),
     [
+        ("learned_gate", {}),
+        ("learned_gate", {"activation": "relu"}),
+        ("learned_gate", {"decay": True}),
         ("morphkv", {"window": 1, "fuse": "max"}),
         ("morphkv", {"window": 5, "fuse": "max"}),
         ("lagged_attention", {"window": 1, "fuse": "max"}),

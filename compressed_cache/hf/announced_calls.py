@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from compressed_cache.hf import checks
 from compressed_cache.hf.columns import Columns
+from compressed_cache.hf.module_inputs import show_inputs
 from compressed_cache.observers import Observed
 from compressed_cache.policies.base import Policy
 from compressed_cache.step_counter import StepCounter
@@ -18,6 +19,8 @@ class AnnouncedCalls(Observed):
     policy: Policy
     counter: StepCounter
     columns: Columns
+    needs_hidden_states: bool
+    """Whether the policy looks at what attention modules are given."""
 
     def first_filled(self) -> Any:
         """The layer that a call meets first, None while it holds nothing."""
@@ -34,6 +37,12 @@ class AnnouncedCalls(Observed):
             NotImplementedError: a model this cache cannot serve.
         """
         checks.check_model(model)
+        self.expect_forward(model)
+
+    def expect_forward(self, model: Any) -> None:
+        """Says what model is called, before any of its layers is."""
+        if self.needs_hidden_states:
+            show_inputs(model, self)
 
     def expect_text(self, tokens: int) -> None:
         """Says how long the text is that ``generate`` goes on with, what it held included.

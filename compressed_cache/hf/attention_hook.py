@@ -107,7 +107,7 @@ def install() -> None:
     _announce_prompts()
     _announce_texts()
     _refuse_batching()
-    _leave_prompts_eager()
+    _announce_forwards()
     _hand_over_arguments()
 
 
@@ -214,8 +214,9 @@ def _refuse_batching() -> None:
     generation.generate_batch = generate_batch
 
 
-def _leave_prompts_eager() -> None:
-    """Keeps the compiler out of models that read a prompt into a compressed cache.
+def _announce_forwards() -> None:
+    """Lets a compressed cache see a model that is called, and keeps the compiler out of one that
+    reads a prompt into it.
 
     A layer reads its prompt eagerly, and where a compiler meets that as late as in the layer, it
     compiles all frames around it by themselves, again for each layer, until it hits its limit and
@@ -225,7 +226,10 @@ def _leave_prompts_eager() -> None:
 
     @functools.wraps(torch.nn.Module.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and _reads_prompt(*args, **kwargs):
+        if not torch.compiler.is_compiling():
+            if (cache := find_cache(kwargs)) is not None:
+                cache.expect_forward(self)
+        elif _reads_prompt(*args, **kwargs):
             return _call_eagerly(self, *args, **kwargs)
         return torch.nn.Module.__call__(self, *args, **kwargs)
 
@@ -241,7 +245,7 @@ def _reads_prompt(*args: Any, **kwargs: Any) -> bool:
 
 @torch.compiler.disable(reason=PROMPTS)
 def _call_eagerly(model: Any, *args: Any, **kwargs: Any) -> Any:
-    return torch.nn.Module.__call__(model, *args, **kwargs)
+    return model(*args, **kwargs)
 
 
 def _hand_over_arguments() -> None:

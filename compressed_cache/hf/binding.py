@@ -51,6 +51,8 @@ def bind_module(
         dim=key.shape[3],
         value_dim=value.shape[3],
         device=key.device,
+        total_heads=shard.size * heads,
+        hidden_size=0 if inputs.hidden_states is None else inputs.hidden_states.shape[2],
     )
     window = arguments.get("sliding_window", _window(context.config, layer))
     if window is not None:

@@ -119,6 +119,22 @@ def check_handed(layer: int, *, awaits: bool, values_are_own: bool) -> None:
         )
 
 
+def check_shown_input(layer: int, shown: Any, module: Any, query: Tensor) -> None:
+    """Raises ``NotImplementedError`` unless ``module`` showed what it was given in this call."""
+    if shown is None or shown.module is not module:
+        raise NotImplementedError(
+            f"the policy needs hidden states, and layer {layer} did not show its own: the cache "
+            "must be given by name (past_key_values=cache) to a model of transformers whose "
+            "attention modules are called with it"
+        )
+    given = shown.hidden_states
+    if given.shape[:2] != (query.shape[0], query.shape[2]):
+        raise NotImplementedError(
+            f"the policy needs hidden states [B, L, E] of {query.shape[0]} rows and "
+            f"{query.shape[2]} tokens, layer {layer} was given {list(given.shape)}"
+        )
+
+
 def check_prompt(lengths: Tensor, eviction: EvictionConfig, budget: int) -> None:
     """Raises ``ValueError`` if protected prompts of these ``lengths`` ``[B]`` leave no room."""
     if not eviction.protect_prompt:

@@ -42,6 +42,8 @@ class Needs(NamedTuple):
     them."""
     values: bool = False
     """Whether values are looked at (for readers: they are always there)."""
+    hidden_states: bool = False
+    """Whether :attr:`Slots.hidden_states` of new tokens are looked at."""
     model: tuple[str, ...] = ()
     """What the model must have, in words."""
 
@@ -57,6 +59,7 @@ class Needs(NamedTuple):
             notes=self.notes + other.notes,
             recent=max(self.recent, other.recent),
             values=self.values or other.values,
+            hidden_states=self.hidden_states or other.hidden_states,
             model=tuple(dict.fromkeys(self.model + other.model)),
         )
 

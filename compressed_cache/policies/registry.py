@@ -22,6 +22,7 @@ from compressed_cache.policies.methods.knorm import KNorm
 from compressed_cache.policies.methods.kvzip import KVzip
 from compressed_cache.policies.methods.lagged_attention import LaggedAttention
 from compressed_cache.policies.methods.lagkv import LagKV
+from compressed_cache.policies.methods.learned_gate import LearnedGate
 from compressed_cache.policies.methods.merging import Merging
 from compressed_cache.policies.methods.morphkv import MorphKV
 from compressed_cache.policies.methods.observed_attention import ObservedAttention
@@ -73,6 +74,7 @@ POLICIES: dict[str, type[Policy]] = {
     "qfilter": QFilter,
     "triattention": TriAttention,
     "expected_attention": ExpectedAttention,
+    "learned_gate": LearnedGate,
     "shadowkv": ShadowKV,
     "kvzip": KVzip,
 }

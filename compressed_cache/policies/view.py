@@ -60,6 +60,9 @@ class Slots(NamedTuple):
     """Whether these are the tokens of a prompt that is cut to the budget."""
     constants: Mapping[str, Tensor]
     """What ``Policy.constants`` gave for this layer."""
+    hidden_states: Tensor
+    """``[B, S, E]``, what the attention module was given, in the dtype of the model: of new tokens
+    in ``WritesNotes.note``, if the policy ``needs.hidden_states``; else ``[B, 0, 0]``."""
     head_budgets: tuple[int, ...] = ()
     """How many tokens each head keeps where they are given one number each, else empty; ``budget``
     is the least of them."""
@@ -111,3 +114,7 @@ class LayerContext(NamedTuple):
     value_dim: int
     """``D`` of values."""
     device: torch.device
+    total_heads: int
+    """Key/value heads of the whole layer: more than ``H`` where tensor parallelism shares them."""
+    hidden_size: int
+    """``E``, numbers of a hidden state; 0 unless the policy ``needs.hidden_states``."""

@@ -58,9 +58,9 @@ def _read_steps(
     for token in range(inputs.real.shape[1]):
         # What a mask says of drafted tokens is that they follow one another.
         mask = inputs.mask if inputs.real.shape[1] == 1 else None
-        query, key, value, real, _ = inputs.part(slice(token, token + 1))
+        query, key, value, real, _, hidden = inputs.part(slice(token, token + 1))
         ranks = counter.ranks_at(token)
-        new = NewToken(query, key, value, ranks, wants_weights, real[:, 0], mask)
+        new = NewToken(query, key, value, ranks, wants_weights, real[:, 0], mask, hidden)
         output, weights = decode_step(store, new)
         outputs.append(output)
         if weights is not None:

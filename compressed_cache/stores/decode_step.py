@@ -23,7 +23,7 @@ def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | Non
         The output ``[B, H * G, 1, D]``, zero where a row is padded, and the attention weights
         ``[B, H, G, 1, S]`` float32, None where there are none.
     """
-    query, key, value, ranks, wants_weights, real, mask = token
+    query, key, value, ranks, wants_weights, real, mask, hidden = token
     traced = (query, key, value) if gradients.wants_gradient(query, key, value) else None
     # Detached everywhere: a graph through the slots would live as long as the cache.
     query, key, value = query.detach(), key.detach(), value.detach()
@@ -34,12 +34,12 @@ def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | Non
         slot = store.lowest(1, real) if slot is None else slot
         _merge(store, slot, real)
     if store.is_fused and traced is None and mask is None:
-        output, weights = _fused(store, query, key, value, slot, wants_weights, real)
+        output, weights = _fused(store, query, key, value, slot, wants_weights, real, hidden)
     else:
         slot = store.lowest(1, real) if slot is None else slot
         query, key = store.ordered(query), store.ordered(key)
         store.write(key, value, slot, real)
-        store.write_notes(key, value, slot, real)
+        store.write_notes(key, value, slot, real, hidden)
         keys, values = store.whole_keys(written=1), store.tokens.values
         own = query
         if traced is not None:
@@ -71,6 +71,7 @@ def _fused(
     slot: Tensor | None,
     wants_weights: bool,
     real: Tensor | None,
+    hidden: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """All of it in one kernel, but for what only this policy does."""
     bound, tokens = store.bound, store.tokens
@@ -96,7 +97,7 @@ def _fused(
         record=record,
     )
     if slot is not None:
-        store.write_notes(key, value, slot, real)
+        store.write_notes(key, value, slot, real, hidden)
     if record != "weights":
         return output, None
     if slot is not None and state.dim() > 3:

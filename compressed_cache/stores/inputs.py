@@ -21,6 +21,8 @@ class AttentionInputs(NamedTuple):
     """``[B, L]`` bool, ``False`` at padding."""
     mask: Mask | None = None
     """What these tokens see; None: those before them."""
+    hidden_states: Tensor | None = None
+    """``[B, L, E]``, what the attention module was given; None: the policy does not need it."""
 
     def split(self, count: int) -> tuple["AttentionInputs", "AttentionInputs"]:
         """The first ``count`` tokens, and the others, without what a mask says of these."""
@@ -30,7 +32,8 @@ class AttentionInputs(NamedTuple):
     def part(self, tokens: slice) -> "AttentionInputs":
         """Some of the tokens, without what a mask says of these."""
         query, key, value = (tensor[:, :, tokens] for tensor in (self.query, self.key, self.value))
-        return AttentionInputs(query, key, value, self.real[:, tokens])
+        hidden = None if self.hidden_states is None else self.hidden_states[:, tokens]
+        return AttentionInputs(query, key, value, self.real[:, tokens], hidden_states=hidden)
 
     def detach(self) -> "AttentionInputs":
         """The same without gradients."""
@@ -60,3 +63,5 @@ class NewToken(NamedTuple):
     no row is padded."""
     mask: Mask | None = None
     """What the tokens see; None: all that is held."""
+    hidden_states: Tensor | None = None
+    """``[B, 1, E]``, as in :class:`AttentionInputs`."""

@@ -19,7 +19,7 @@ def prefill(store: SlotStore, inputs: AttentionInputs) -> None:
         inputs: the prompt, without gradients.
     """
     store.prepare(inputs)
-    query, key, value, real, mask = inputs
+    query, key, value, real, mask, hidden = inputs
     positions = inputs.positions(0)
     store.next_position.copy_(real.sum(dim=1))
     store.counts[:, 1] = key.shape[2]
@@ -28,7 +28,7 @@ def prefill(store: SlotStore, inputs: AttentionInputs) -> None:
         seen = observed(store, query, key, positions, mask)
     store.observe_queries(query, positions)
     store.protect_prefix(None)
-    tokens = store.new_tokens(key, value, positions)
+    tokens = store.new_tokens(key, value, positions, hidden)
     if seen is not None:
         tokens = tokens._replace(attention_state=seen)
     _end_prompt(store)
@@ -64,7 +64,7 @@ def prefill_chunk(
         The output ``[B, L, H * G, D]`` and the weights ``[B, H * G, L, S + L]`` over what was held
         and then the new tokens, or None.
     """
-    query, key, value, real, mask = inputs
+    query, key, value, real, mask, hidden = inputs
     bound = store.bound
     count = real.sum(dim=1)
     positions = inputs.positions(store.next_position[:, None])
@@ -75,7 +75,7 @@ def prefill_chunk(
     )
     keys, values = torch.cat([known, key], dim=2), torch.cat([known_values, value], dim=2)
     # A graph through the slots would live as long as the cache.
-    new = store.new_tokens(store.kept(key.detach()), value.detach(), positions)
+    new = store.new_tokens(store.kept(key.detach()), value.detach(), positions, hidden)
     tokens = held.cat(new)
     before = tokens.attention_state
 

@@ -52,6 +52,7 @@ class SlotStore(SlotMemory):
             budget=bound.budget,
             is_prompt=is_prompt,
             constants=bound.constants,
+            hidden_states=tokens.keys.new_zeros(tokens.keys.shape[0], 0, 0),
             head_budgets=bound.head_budgets,
             floor=bound.floor,
         )
@@ -60,13 +61,16 @@ class SlotStore(SlotMemory):
         """Tensors ``[B, H * G, ...]`` by name as ``[B, H, G, ...]``."""
         return {name: attention.group_queries(x, self.num_heads) for name, x in state.items()}
 
-    def new_tokens(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tokens:
+    def new_tokens(
+        self, keys: Tensor, values: Tensor, positions: Tensor, hidden: Tensor | None = None
+    ) -> Tokens:
         """New tokens with their notes, and nothing seen of them yet.
 
         Args:
             keys: ``[B, H, L, D']``.
             values: ``[B, H, L, D]``.
             positions: ``[B, L]`` int64, ``-1`` at padding.
+            hidden: ``[B, L, E]``, if the policy needs hidden states.
         """
         shape, held = keys.shape[:3], self.tokens
         width = held.attention_state.shape[3:]
@@ -78,13 +82,14 @@ class SlotStore(SlotMemory):
             held.attention_state.new_zeros(*seen, *width),
             held.notes.new_zeros(*shape, self.bound.needs.notes),
         )
-        return new._replace(notes=self.note(new)) if self.bound.needs.notes else new
+        return new._replace(notes=self.note(new, hidden)) if self.bound.needs.notes else new
 
-    def note(self, new: Tokens) -> Tensor:
+    def note(self, new: Tokens, hidden: Tensor | None) -> Tensor:
         """What the policy writes down of new tokens, ``[B, H, L, N]``."""
         nothing = new.notes[:, :, :0]
         bare = new._replace(attention_state=new.attention_state[:, :, :0], notes=nothing)
-        return self.bound.note(self.view(bare))
+        view = self.view(bare)
+        return self.bound.note(view if hidden is None else view._replace(hidden_states=hidden))
 
     # Rank.
 
@@ -179,10 +184,17 @@ class SlotStore(SlotMemory):
         put(self.tokens.positions, slot, now.expand_as(slot), real)
         self.forget(slot, real)
 
-    def write_notes(self, key: Tensor, value: Tensor, slot: Tensor, real: Tensor | None) -> None:
+    def write_notes(
+        self,
+        key: Tensor,
+        value: Tensor,
+        slot: Tensor,
+        real: Tensor | None,
+        hidden: Tensor | None = None,
+    ) -> None:
         """Writes down what the policy notes of tokens that were put into slots."""
         if self.bound.needs.notes:
-            new = self.new_tokens(self.kept(key), value, self.next_position[:, None])
+            new = self.new_tokens(self.kept(key), value, self.next_position[:, None], hidden)
             put(self.tokens.notes, slot, self.laid_out(new.notes), real)
 
     def forget(self, slot: Tensor, real: Tensor | None) -> None:

@@ -26,7 +26,7 @@ class Shadow:
 
     def read(self, layer: CompressedLayer, inputs: AttentionInputs) -> None:
         """Takes what a layer has just read."""
-        query, key, _, real, _ = inputs
+        query, key, real = inputs.query, inputs.key, inputs.real
         count = real.sum(dim=1)
         rows = inputs.positions((layer.store.next_position - count)[:, None])
         total = int(layer.store.next_position.max())

@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random_prompt": {"redraw": False},
     "raas": {"share": 0.25},
     "lagged_attention": {"window": 3, "fuse": "sum"},
+    "learned_gate": {"decay": True, "activation": "silu"},
     "lagkv": {"lag": 3, "num_sinks": 2},
     "expected_attention": {"n_future": 20, "n_sinks": 1, "epsilon": 0.01},
     "expected_attention+caote": {"n_future": 20, "n_sinks": 1, "use_vnorm": False},

@@ -153,6 +153,7 @@ class _Row:
         self.lost: list[list[list[int]]] = [[[] for _ in heads] for _ in layers]
         self.queries: list[list[list[Vector]]] = [[[] for _ in heads] for _ in layers]
         self.rows: list[list[list[Row]]] = [[] for _ in layers]
+        self.hidden: list[list[Vector]] = [[] for _ in layers]
         self.memory: list[list[dict[int, float]]] = [[{} for _ in heads] for _ in layers]
         self.victims: list[list[list[int | None]]] = [[[] for _ in heads] for _ in layers]
 
@@ -178,6 +179,7 @@ class _Row:
         queries = (model.weights[f"{prefix}.q_proj.weight"] @ hidden).reshape(-1, model.head_dim)
         keys = (model.weights[f"{prefix}.k_proj.weight"] @ hidden).reshape(-1, model.head_dim)
         values = (model.weights[f"{prefix}.v_proj.weight"] @ hidden).reshape(-1, model.head_dim)
+        self.hidden[layer].append(hidden)
         rows: list[Row] = []
         outputs: list[Vector] = []
         for head in range(model.num_heads):
@@ -240,6 +242,7 @@ class _Row:
             prompt_length=self.prompt_length,
             memory=self.memory[layer][head],
             projections=self.model.projections(layer, head),
+            hidden=self.hidden[layer],
         )
 
     def compress_prompt(self, score: Score, rules: Rules, trace: Trace) -> None:

@@ -139,6 +139,8 @@ def _needs(policy: Policy) -> list[str]:
         needs.append("queries of the first prompt")
     if known.values:
         needs.append("values")
+    if known.hidden_states:
+        needs.append("hidden states")
     return [*needs, *known.model]
 
 

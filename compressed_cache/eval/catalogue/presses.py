@@ -139,7 +139,7 @@ PRESSES: tuple[PressEquivalent, ...] = tuple(
             "FastKVzipPress",
             "layerwise=False, n_sink=4, window_size=4096, window_ratio=0.02",
             "",
-            "needs trained gates",
+            "its gates are products of two projections, not MLPs",
         ),
         (
             "FinchPress",
@@ -163,7 +163,12 @@ PRESSES: tuple[PressEquivalent, ...] = tuple(
             "",
             "needs a second pass over the prompt, and gradients",
         ),
-        ("KVzapPress", "model_type='mlp'", "", "needs trained weights"),
+        (
+            "KVzapPress",
+            "model_type='mlp'",
+            '"learned_gate"',
+            "with weights=FILE, the model.safetensors of its authors",
+        ),
         (
             "KVzipPress",
             "layerwise=False, n_sink=4, kvzip_plus_normalization=False, chunk_size=2048",

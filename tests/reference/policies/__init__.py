@@ -15,6 +15,7 @@ from tests.reference.policies.attention import (
     tova,
 )
 from tests.reference.policies.draws import curdkv, random, vase, vase_dkv
+from tests.reference.policies.gates import learned_gate, made_up_gate
 from tests.reference.policies.keys import full, keydiff, knorm, lagkv, streaming_llm
 from tests.reference.policies.layout import Layout, key_rerotation, layout_of, least_channels, think
 from tests.reference.policies.modifiers import (
@@ -65,6 +66,7 @@ __all__ = [
     "layout_of",
     "least_channels",
     "made_up",
+    "made_up_gate",
     "merge",
     "merging",
     "rank",
@@ -87,6 +89,7 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "knorm": knorm,
     "lagged_attention": lagged_attention,
     "lagkv": lagkv,
+    "learned_gate": learned_gate,
     "morphkv": morphkv,
     "observed_attention": observed_attention,
     "qfilter": qfilter,

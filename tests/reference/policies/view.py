@@ -46,6 +46,7 @@ class View:
         memory: What a policy wrote down about a position when it last ranked this head.
         projections: ``[hidden, D]`` for each query head of the group: its part of the matrix that
             attention ends with.
+        hidden: ``hidden[t]`` is what the attention module was given at position ``t``.
         layer_views: The same of all heads of the layer; left out there.
     """
 
@@ -59,6 +60,7 @@ class View:
     prompt_length: int
     memory: dict[int, float] = field(default_factory=dict)
     projections: Sequence[Vector] = ()
+    hidden: Sequence[Vector] = ()
     layer_views: Sequence["View"] = ()
     prompt_start: int = 0
 
