@@ -42,7 +42,7 @@ def statistics(name: str, model: Any) -> dict[str, Any]:
         # Those of the prompt are what it has by default.
         if part in STATISTICS and part != "expected_attention":
             option = "gates" if part == "duo_attention" else "calibration"
-            options[option] = str(_collected(part, model))
+            options[option] = str(collected(part, model))
         if part in UNTRAINED:
             options["weights"] = str(_drawn(model))
     return options
@@ -61,7 +61,8 @@ def _drawn(model: Any) -> Path:
     return path
 
 
-def _collected(policy: str, model: Any) -> Path:
+def collected(policy: str, model: Any) -> Path:
+    """Statistics of a model for a policy, over tokens drawn at random."""
     folder = Path(tempfile.mkdtemp(prefix="statistics"))
     generator = torch.Generator().manual_seed(2)
     text = torch.randint(1, model.config.vocab_size, (512,), generator=generator).tolist()

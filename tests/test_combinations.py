@@ -42,7 +42,11 @@ def test_names_are_objects_written_short() -> None:
     assert make_policy("snapkv/h2o", window=9) == phases
     assert make_policy("snapkv/h2o+caote", window=9) == CAOTE(base=phases)
     assert make_policy("snapkv/h2o+caote").label == "snapkv/h2o+caote"
-    assert make_policy("snapkv/h2o", window=9).options == {"window": 9, "kernel_size": 5}
+    assert make_policy("snapkv/h2o", window=9).options == {
+        "window": 9,
+        "kernel_size": 5,
+        "pool": "mean",
+    }
 
 
 def test_no_option_of_a_modifier_is_one_of_another_part() -> None:

@@ -104,7 +104,8 @@ CONSTRUCTOR = [
     (
         dict(policy="snapkv", windows=4),
         TypeError,
-        "unknown option 'windows' for policy 'snapkv', expected one of 'kernel_size', 'window'. "
+        "unknown option 'windows' for policy 'snapkv', expected one of 'kernel_size', 'pool', "
+        "'window'. "
         "Did you mean 'window'?",
     ),
     (

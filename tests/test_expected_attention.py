@@ -253,6 +253,7 @@ def test_nothing_of_the_prompt_is_kept_beside_a_file(tmp_path: Path) -> None:
 def _context(model: Any, layer: int, *, first_head: int = 0, heads: int = 2) -> LayerContext:
     module, dim = model.model.layers[layer].self_attn, model.config.head_dim
     place = dict(first_head=first_head, heads=heads, groups=2, dim=dim, value_dim=dim)
+    place |= dict(total_heads=2, hidden_size=0)
     return LayerContext(model.config, module, layer, **place, device=torch.device("cpu"))
 
 

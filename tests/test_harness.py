@@ -119,6 +119,7 @@ def test_every_argument_is_reachable() -> None:
         "kv_protect_prompt": True,
         "kv_window": 16,
         "kv_kernel_size": 3,
+        "kv_pool": "max",
     }
     given = dict(arguments, pretrained="x")
     press = take_press(given)

@@ -94,13 +94,12 @@ def test_an_interval_longer_than_what_is_unprotected_goes_on_with_the_oldest(
     )
 
 
-# With the options of the papers; not those whose scores tie where the model repeats a token, nor
-# "lagged_attention", whose window is longer than the budget.
+# With the options of the papers; not those whose scores tie where the model repeats a token.
 @pytest.mark.parametrize(
     "name",
     slow_but(
         OF_EACH_KIND,
-        (n for n in NAMES if n not in ("knorm", "learned_gate", "lagged_attention")),
+        (name for name in NAMES if name not in ("knorm", "learned_gate")),
     ),
 )
 def test_greedy_text_is_that_of_the_reference(

@@ -26,7 +26,6 @@ class Pair(NamedTuple):
     """Tokens that are read at once here, after as many as there are slots; 0: the whole prompt."""
 
 
-_POOL = "pooled with the window, and means at the ends over the neighbours that exist"
 _LAST_QUERY = "it knows the attention of the last query alone"
 _MASKED = "its cache keeps what it masks, with other keys, and ranks it again"
 
@@ -44,11 +43,12 @@ PAIRS = (
         why_decoding=_LAST_QUERY,
         attention="eager",
     ),
-    Pair("SnapKVPress(window_size=6)", '"snapkv", window=6', _POOL),
+    Pair("CURPress()", '"curdkv", rank=0, recent=0'),
+    Pair("SnapKVPress(window_size=6)", '"snapkv", window=6'),
     Pair("SnapKVPress(window_size=6, kernel_size=1)", '"snapkv", window=6, kernel_size=1'),
     Pair(
         "PyramidKVPress(window_size=6, kernel_size=1)",
-        '"pyramidkv", window=6, kernel_size=1',
+        '"pyramidkv", window=6, kernel_size=1, fit_prompt=True',
         "other budgets of the layers",
     ),
     Pair("FinchPress(window_size=6, rerotate_keys=False)", '"finch", window=6'),
@@ -115,6 +115,8 @@ UNCOMPARED = {
     "ComposedPress": "leaves out channels of keys, not tokens",
     "CompressionRatioDecodingPress": "has no fixed budget; `rpc` keeps a part of what it wrote",
     "DecodingPress": "is what the second table runs",
+    "KVzapPress": "needs gates that were trained for a model",
+    "KVzipPress": "reads the text a second time with a tokenizer; `tests/test_kvzip.py` compares",
     "PrefillDecodingPress": "puts two presses together that are compared one by one",
     "RandomPress": "draws other numbers",
     "ThinKPress": "leaves out channels of keys, not tokens",

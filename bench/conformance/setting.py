@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.every_policy import statistics
+from bench.every_policy import collected
 
 VOCABULARY = 400
 PROMPTS = (100, 163, 300)
@@ -18,12 +18,8 @@ DECODED_PROMPT = 100
 """Tokens before the first decode step, and how many are held after each cut."""
 DECODED = 96
 """Tokens read one by one."""
-NEEDS_STATISTICS = {
-    "qfilter": "qfilter",
-    "expected_attention": "expected_attention",
-    "duo_attention": "knorm+duo_attention",
-}
-"""For each kind of statistics a policy that has them."""
+NEEDS_STATISTICS = ("qfilter", "expected_attention", "duo_attention")
+"""What is given statistics of the model."""
 
 
 class PrefillCase(NamedTuple):
@@ -86,10 +82,7 @@ def make(folder: Path) -> Setting:
     model: Any = LlamaForCausalLM(config).double().eval()
     weights = folder / "model.safetensors"
     save_file({name: part.contiguous() for name, part in model.state_dict().items()}, weights)
-    files = {
-        kind: next(iter(statistics(policy, model).values()))
-        for kind, policy in NEEDS_STATISTICS.items()
-    }
+    files = {kind: str(collected(kind, model)) for kind in NEEDS_STATISTICS}
     return Setting(model, weights, files)
 
 

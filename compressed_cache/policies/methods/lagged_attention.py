@@ -19,14 +19,15 @@ class LaggedAttention(Policy):
     Ours, after MorphKV (https://arxiv.org/abs/2503.00979). At its own step each query leaves one
     row per key/value head: a softmax of the logits summed over the query heads that share the head,
     without its own token and the ``window`` before it. The rows of the last ``window`` queries are
-    fused by maximum or sum. So a token competes once it is older than the window, first with the
-    votes of one query and from then on with those of more; ``morphkv`` lets all queries of the
-    window vote for it at once. The last ``window + 1`` tokens are always kept; ``recent`` can only
+    fused by maximum or sum. The last ``window + 1`` tokens are always kept; ``recent`` can only
     extend that.
+
+    Differs from ``morphkv`` in one point: a query votes for what was older than its own window, so
+    a token that has just left the window has the votes of one query, and of more with every step.
     """
 
     name: ClassVar[str] = "lagged_attention"
-    window: int = 32
+    window: int = 8
     """Queries that vote, and tokens that are recent to each of them."""
     fuse: str = "max"
     """How the rows become one score: ``"max"`` or ``"sum"``."""
