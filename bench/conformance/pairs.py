@@ -57,7 +57,11 @@ PAIRS = (
         "ExpectedAttentionStatsPress()",
         '"expected_attention", calibration=statistics["expected_attention"]',
     ),
-    Pair("ExpectedAttentionPress()", '"expected_attention"'),
+    Pair(
+        "ExpectedAttentionPress()",
+        '"expected_attention"',
+        why_decoding="statistics are those of the last steps there, of the prompt here",
+    ),
     Pair(
         "AdaKVPress(SnapKVPress(window_size=6, kernel_size=1))",
         '"snapkv+adakv", window=6, kernel_size=1',
