@@ -28,8 +28,8 @@ class LaggedAttention(Policy):
 
     name: ClassVar[str] = "lagged_attention"
     window: int = 8
-    """Queries that vote, and tokens that are recent to each of them. So few keep little of worth: take
-    32 where the budget has room for them."""
+    """Queries that vote, and tokens that are recent to each of them. So few keep little of
+    worth: take 32 where the budget has room for them."""
     fuse: str = "max"
     """How the rows become one score: ``"max"`` or ``"sum"``."""
 
