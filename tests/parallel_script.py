@@ -12,12 +12,14 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from compressed_cache import CompressedCache
+from compressed_cache.policies import gate_file
 from compressed_cache.policies import statistics_file as files
-from tests.made_up_statistics import load_or_make_up
+from tests.made_up_statistics import load_or_make_up, load_or_make_up_gate
 from tests.parallel import CASES, RULES
 
 warnings.simplefilter("ignore")
 files.load = load_or_make_up
+gate_file.load = load_or_make_up_gate
 folder = Path(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float64)
 ids = torch.load(folder / "ids.pt")
