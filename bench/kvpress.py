@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,6 +48,40 @@ class PressSetting:
         return f"kvpress DecodingPress ({self.scorer}, every {self.interval} tokens)"
 
 
+class KvpressProcess:
+    """A process in kvpress' environment that answers each line of JSON with one."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, request: object) -> dict[str, Any]:
+        """The answer.
+
+        Raises:
+            RuntimeError: the process ended early; what it wrote to stderr says why.
+        """
+        assert self._process.stdin and self._process.stdout
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            self.close()
+            status = self._process.returncode
+            raise RuntimeError(f"the process of kvpress ended early, with status {status}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """Ends it."""
+        with self._process:
+            pass
+
+
+def isolated(python: Path, script: Path) -> list[str]:
+    """The command that runs a script; files beside it are not found in place of packages."""
+    return [str(python), "-I", str(script)]
+
+
 class KvpressGeneration:
     """A text that a process in kvpress' environment continues, timed token by token there.
 
@@ -65,11 +100,7 @@ class KvpressGeneration:
     def __init__(self, python: Path, press: PressSetting | None, like: Generation) -> None:
         self.held_tokens = 0
         """The most that a layer has held after a step."""
-        # Isolated, or `import kvpress` would find the file that this is.
-        command = [str(python), "-I", str(FOLDER / "kvpress_process.py")]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._process = KvpressProcess(isolated(python, FOLDER / "kvpress_process.py"))
         settings = {
             "config": like.model.config.to_diff_dict(),
             "dtype": str(like.model.dtype).removeprefix("torch."),
@@ -86,17 +117,9 @@ class KvpressGeneration:
 
     def close(self) -> None:
         """Ends the process."""
-        with self._process:
-            pass
+        self._process.close()
 
     def _ask(self, request: object) -> list[float]:
-        assert self._process.stdin and self._process.stdout
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            self.close()
-            status = self._process.returncode
-            raise RuntimeError(f"the process of kvpress ended early, with status {status}")
-        told = json.loads(answer)
+        told = self._process.ask(request)
         self.held_tokens = told["held_tokens"]
         return told["seconds"]

@@ -43,7 +43,6 @@ def _slots(keys: Tensor, *, window: int = 1, policy: Any = None, seed: int = 0) 
         budget=length,
         is_prompt=False,
         constants={} if policy is None else policy.constants(site),
-        hidden_states=torch.zeros(B, 0, 0),
     )
 
 

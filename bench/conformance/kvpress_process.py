@@ -48,29 +48,22 @@ class Positions:
             layers.append([sorted(p for p in head if p >= 0) for head in positions.tolist()])
         return layers
 
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
+    def noted(self) -> contextlib.AbstractContextManager[None]:
         """While tokens are read; to be entered before a press."""
-        hooks = [
-            module.register_forward_hook(self._read, with_kwargs=True) for module in self.modules
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return self._hooked(self._read)
+
+    def told(self) -> contextlib.AbstractContextManager[None]:
+        """While a press works; to be entered after it."""
+        return self._hooked(self._cut)
 
     @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
-        """While a press works; to be entered after it."""
-        hooks = [
-            module.register_forward_hook(self._cut, with_kwargs=True) for module in self.modules
-        ]
+    def _hooked(self, hook: Any) -> Iterator[None]:
+        handles = [module.register_forward_hook(hook, with_kwargs=True) for module in self.modules]
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
 
     def _read(self, module: Any, _: Any, arguments: dict[str, Any], output: Any) -> None:
         index, layer = module.layer_idx, arguments["past_key_values"].layers[module.layer_idx]

@@ -60,9 +60,9 @@ class Slots(NamedTuple):
     """Whether these are the tokens of a prompt that is cut to the budget."""
     constants: Mapping[str, Tensor]
     """What ``Policy.constants`` gave for this layer."""
-    hidden_states: Tensor
+    hidden_states: Tensor | None = None
     """``[B, S, E]``, what the attention module was given, in the dtype of the model: of new tokens
-    in ``WritesNotes.note``, if the policy ``needs.hidden_states``; else ``[B, 0, 0]``."""
+    in ``WritesNotes.note``, if the policy ``needs.hidden_states``; else None."""
     head_budgets: tuple[int, ...] = ()
     """How many tokens each head keeps where they are given one number each, else empty; ``budget``
     is the least of them."""

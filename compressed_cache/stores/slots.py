@@ -52,7 +52,6 @@ class SlotStore(SlotMemory):
             budget=bound.budget,
             is_prompt=is_prompt,
             constants=bound.constants,
-            hidden_states=tokens.keys.new_zeros(tokens.keys.shape[0], 0, 0),
             head_budgets=bound.head_budgets,
             floor=bound.floor,
         )
@@ -88,8 +87,7 @@ class SlotStore(SlotMemory):
         """What the policy writes down of new tokens, ``[B, H, L, N]``."""
         nothing = new.notes[:, :, :0]
         bare = new._replace(attention_state=new.attention_state[:, :, :0], notes=nothing)
-        view = self.view(bare)
-        return self.bound.note(view if hidden is None else view._replace(hidden_states=hidden))
+        return self.bound.note(self.view(bare)._replace(hidden_states=hidden))
 
     # Rank.
 

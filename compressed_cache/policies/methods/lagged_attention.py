@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.policies.base import Defaults, Needs, Policy
-from compressed_cache.policies.methods.window_votes import check_window
+from compressed_cache.policies.methods.window_votes import check_choice, check_window
 from compressed_cache.policies.view import AttentionRows, Slots
 
 
@@ -36,8 +36,7 @@ class LaggedAttention(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_window(self.window, 1)
-        if self.fuse not in ("max", "sum"):
-            raise ValueError(f"fuse must be 'max' or 'sum', got {self.fuse!r}")
+        check_choice("fuse", self.fuse, "max", "sum")
 
     @property
     def needs(self) -> Needs:

@@ -73,6 +73,7 @@ class LearnedGate(Policy):
         return {f"gate.{name}": part for name, part in gate.items()}
 
     def note(self, tokens: Slots) -> Tensor:
+        assert tokens.hidden_states is not None
         gate, hidden = tokens.constants, tokens.hidden_states.float()
         last = ""
         if "gate.0.weight" in gate:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.policies.base import Defaults, Needs
-from compressed_cache.policies.methods.window_votes import WindowVotes, window_logits
+from compressed_cache.policies.methods.window_votes import WindowVotes, check_choice, window_logits
 from compressed_cache.policies.view import Slots
 
 
@@ -34,8 +34,7 @@ class MorphKV(WindowVotes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fuse not in ("max", "sum"):
-            raise ValueError(f"fuse must be 'max' or 'sum', got {self.fuse!r}")
+        check_choice("fuse", self.fuse, "max", "sum")
 
     @property
     def needs(self) -> Needs:

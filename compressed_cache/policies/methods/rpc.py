@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
-from compressed_cache.ops.eviction import pool_by_position, sort_slots
+from compressed_cache.ops.eviction import places, pool_by_position
 from compressed_cache.policies.base import Defaults, usual_interval
-from compressed_cache.policies.methods.window_votes import WindowVotes, check_pool, window_logits
+from compressed_cache.policies.methods.window_votes import WindowVotes, check_choice, window_logits
 from compressed_cache.policies.view import Slots
 
 
@@ -47,7 +47,7 @@ class RPC(WindowVotes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pool(self.pool)
+        check_choice("pool", self.pool, "mean", "max")
         if self.compression and not self.compression > 1:
             raise ValueError(f"compression must be 0 or above 1, got {self.compression}")
 
@@ -72,8 +72,8 @@ class RPC(WindowVotes):
     def dropped(self, slots: Slots, scores: Tensor) -> Tensor:
         quota = (slots.next_position - slots.prompt_length) // self.compression
         voted = self._voted(slots)
-        ascending = sort_slots(scores.masked_fill(~voted, -torch.inf), slots.positions)
-        better = scores.shape[-1] - 1 - ascending.argsort(dim=-1)
+        place = places(scores.masked_fill(~voted, -torch.inf), slots.positions)
+        better = scores.shape[-1] - 1 - place
         return voted & (better >= quota[:, None, None])
 
     def _voted(self, slots: Slots) -> Tensor:

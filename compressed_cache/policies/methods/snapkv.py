@@ -11,7 +11,7 @@ from compressed_cache.ops.eviction import pool_by_position
 from compressed_cache.policies.methods.window_votes import (
     WindowVotes,
     causal,
-    check_pool,
+    check_choice,
     window_logits,
 )
 from compressed_cache.policies.view import Slots
@@ -42,7 +42,7 @@ class SnapKV(WindowVotes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pool(self.pool)
+        check_choice("pool", self.pool, "mean", "max")
 
     def scores(self, slots: Slots) -> Tensor:
         logits = window_logits(slots)

@@ -39,10 +39,10 @@ def check_window(window: int, kernel_size: int) -> None:
         raise ValueError(f"kernel_size must be odd and >= 1, got {kernel_size}")
 
 
-def check_pool(pool: str) -> None:
-    """Raises ``ValueError`` for a pooling of another name."""
-    if pool not in ("mean", "max"):
-        raise ValueError(f"pool must be 'mean' or 'max', got {pool!r}")
+def check_choice(name: str, value: str, *choices: str) -> None:
+    """Raises ``ValueError`` for an option that is none of these."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def window_logits(slots: Slots) -> Tensor:
