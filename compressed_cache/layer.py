@@ -178,11 +178,10 @@ class CompressedLayer(CacheLayerMixin):
             self.calls += 1
         assert self.incoming is not None
         (key, value), self.incoming = self.incoming, None
-        shown, self.shown = self.shown, None
         real = self.columns.real_of_step(attention_mask, query.shape[0])
         token = NewToken(
             *(query, key, value, self.counter.ranks, _wants_weights(module), real),
-            hidden_states=self._hidden_states(shown, module, query),
+            hidden_states=self._hidden_states(module, query),
         )
         with _exact(query.device):
             output, weights = decode_step(self.store, token)
@@ -280,14 +279,13 @@ class CompressedLayer(CacheLayerMixin):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         self.awaits_attention = False
-        shown, self.shown = self.shown, None
         if self.incoming is not None:
             (key, value), self.incoming = self.incoming, None
         seen = self.counter.tokens_seen - key.shape[2]
         mask = masks.read_mask(attention_mask, key, seen=seen, is_built=self.columns.is_built)
         real = masks.real_tokens(attention_mask, key)
         count = self.counter.prompt_tokens
-        hidden = self._hidden_states(shown, module, query)
+        hidden = self._hidden_states(module, query)
         inputs = AttentionInputs(query, key, value, real, mask, hidden)
         wants_weights = _wants_weights(module)
         if self.is_filled:
@@ -333,15 +331,12 @@ class CompressedLayer(CacheLayerMixin):
             self._tell(inputs)
         return result
 
-    def _hidden_states(
-        self, shown: ModuleInput | None, module: Any, query: Tensor
-    ) -> Tensor | None:
+    def _hidden_states(self, module: Any, query: Tensor) -> Tensor | None:
         """What the attention module was given, ``[B, L, E]``, if the policy needs it."""
+        shown, self.shown = self.shown, None
         if not self.needs_hidden_states:
             return None
-        checks.check_shown_input(self.index, shown, module, query)
-        assert shown is not None
-        return shown.hidden_states
+        return checks.hidden_states(self.index, shown, module, query)
 
     def _check_prompt(self, lengths: Tensor) -> None:
         bound: BoundPolicy = self.store.bound

@@ -635,14 +635,14 @@ MUTANTS = (
     # The plain store.
     Mutant(
         "the phase of an interval is not set back",
-        "stores/slots.py",
+        "stores/ranking.py",
         "self.counts[:, 2].zero_()",
         "pass",
         _MATRIX.format("(h2o or knorm) and r0-i3"),
     ),
     Mutant(
         "the first victim goes again and again",
-        "stores/slots.py",
+        "stores/ranking.py",
         "return self.victims.index_select(2, self.phase)",
         "return self.victims[:, :, :1]",
         _MATRIX.format("(h2o or knorm) and r0-i3"),
@@ -663,15 +663,15 @@ MUTANTS = (
     ),
     Mutant(
         "weights that are no numbers are added up",
-        "stores/slots.py",
+        "stores/ranking.py",
         "weights = weights.detach().nan_to_num(0.0)",
         "weights = weights.detach()",
         "test_properties.py -k 'not_a_number and h2o'",
     ),
     Mutant(
         "dropped tokens keep their slots",
-        "stores/slots.py",
-        "            self.drop(gone)\n",
+        "stores/ranking.py",
+        "            positions.masked_fill_(self.owned(gone), -1)\n",
         "",
         "test_rpc.py",
     ),
@@ -684,7 +684,7 @@ MUTANTS = (
     ),
     Mutant(
         "notes are revised in rows that are padded",
-        "stores/slots.py",
+        "stores/ranking.py",
         "where_real(real, notes, self.tokens.notes)",
         "where_real(None, notes, self.tokens.notes)",
         "test_masks.py -k 'rows_that_end_early and gkv'",
@@ -698,7 +698,7 @@ MUTANTS = (
     ),
     Mutant(
         "notes are revised one token late",
-        "stores/slots.py",
+        "stores/ranking.py",
         "keepdim=True) + incoming > self.room()",
         "keepdim=True) + incoming > self.room() + 1",
         _MATRIX.format("gkv"),
@@ -712,7 +712,7 @@ MUTANTS = (
     ),
     Mutant(
         "a policy does not know a prompt from a step",
-        "stores/slots.py",
+        "stores/ranking.py",
         "prompt = self.bound.revise(self.view(tokens, is_prompt=True), evicts)",
         "prompt = self.bound.revise(self.view(tokens), evicts)",
         "test_combinations.py -k each_phase",
@@ -727,7 +727,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was held has gradients",
-        "stores/slots.py",
+        "stores/traced.py",
         "return gradients.constant(held, *traced) if is_past else held",
         "return held",
         "test_gradients.py",
@@ -807,8 +807,8 @@ MUTANTS = (
     Mutant(
         "every prompt is protected, not only the first",
         "stores/prefill.py",
-        "    if is_first_prompt:\n        store.observe_queries",
-        "    if True:\n        store.observe_queries",
+        "    if is_first_prompt:\n        _observe_queries",
+        "    if True:\n        _observe_queries",
         "test_turns.py -k test_only_the_first_prompt",
     ),
     Mutant(
@@ -821,21 +821,22 @@ MUTANTS = (
     Mutant(
         "a later prompt adds to the statistics of the first",
         "stores/prefill.py",
-        "    if is_first_prompt:\n        store.observe_queries(inputs",
-        "    store.observe_queries(query, positions)\n    if is_first_prompt:\n        (inputs",
+        "    if is_first_prompt:\n        _observe_queries(store, inputs",
+        "    _observe_queries(store, query, positions)\n"
+        "    if is_first_prompt:\n        (store, inputs",
         "test_expected_attention.py -k change_nothing",
     ),
     Mutant(
         "a later chunk does not add to the statistics",
         "stores/prefill.py",
-        "        store.observe_queries(inputs.query.detach(), positions)\n",
+        "        _observe_queries(store, inputs.query.detach(), positions)\n",
         "",
         "test_expected_attention.py -k in_chunks",
     ),
     Mutant(
         "a block is ranked by the statistics of the whole prompt",
         "stores/prompt_blocks.py",
-        "                query_state=store.grouped(seen),\n",
+        "                query_state=bound.observe_queries(nothing, grouped, block.positions),\n",
         "",
         "test_reference.py -k 'expected_attention+chunk and b14'",
     ),
@@ -1657,7 +1658,7 @@ MUTANTS = (
     ),
     Mutant(
         "hidden states of one part of a policy are left out",
-        "policies/base.py",
+        "policies/needs.py",
         "self.hidden_states or other.hidden_states",
         "self.hidden_states",
         "test_gates.py -k one_phase",

@@ -58,7 +58,9 @@ def test_mean_and_covariance_are_those_of_the_prompt_behind_its_first_tokens() -
     for state, queries in zip(states(cache), straight_queries(model, text), strict=True):
         for head in range(4):
             mean, covariance = moments(list(queries[3:, head]), D)
-            found = {name: part[0, head].double().numpy() for name, part in state.items()}
+            found = {
+                name: part[0].flatten(0, 1)[head].double().numpy() for name, part in state.items()
+            }
             assert found["count"] == 27
             np.testing.assert_allclose(found["mean"], rotation @ mean, atol=1e-5)
             turned = rotation @ covariance @ rotation.T

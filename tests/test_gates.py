@@ -220,12 +220,12 @@ def test_gradients_end_at_the_notes(make_model: Callable[..., LlamaForCausalLM])
 def test_what_another_module_was_given_is_refused() -> None:
     modules, query = [torch.nn.Linear(1, 1) for _ in range(2)], torch.zeros(2, 4, 3, 8)
     shown = ModuleInput(modules[0], torch.zeros(2, 3, 16))
-    checks.check_shown_input(5, shown, modules[0], query)
+    checks.hidden_states(5, shown, modules[0], query)
     with pytest.raises(NotImplementedError, match="layer 5 did not show its own"):
-        checks.check_shown_input(5, shown, modules[1], query)
+        checks.hidden_states(5, shown, modules[1], query)
     with pytest.raises(NotImplementedError, match=r"2 rows and 3 tokens, layer 5 was given \[2, 1"):
         shown = ModuleInput(modules[0], torch.zeros(2, 1, 16))
-        checks.check_shown_input(5, shown, modules[0], query)
+        checks.hidden_states(5, shown, modules[0], query)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -16,7 +16,7 @@ import compressed_cache.integrations  # noqa: F401
 from compressed_cache import CompressedCache, decode
 from compressed_cache.integrations.pipeline import TASK
 from compressed_cache.policies import MODIFIERS, POLICIES
-from compressed_cache.policies.base import own_options
+from compressed_cache.policies.fields import own_options
 from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.reasoner.problems import VOCABULARY
 from compressed_cache.reasoner.tokenizer import build_tokenizer

@@ -119,8 +119,9 @@ def check_handed(layer: int, *, awaits: bool, values_are_own: bool) -> None:
         )
 
 
-def check_shown_input(layer: int, shown: Any, module: Any, query: Tensor) -> None:
-    """Raises ``NotImplementedError`` unless ``module`` showed what it was given in this call."""
+def hidden_states(layer: int, shown: Any, module: Any, query: Tensor) -> Tensor:
+    """What ``module`` was given, ``[B, L, E]``; raises ``NotImplementedError`` unless it showed it
+    in this call."""
     if shown is None or shown.module is not module:
         raise NotImplementedError(
             f"the policy needs hidden states, and layer {layer} did not show its own: the cache "
@@ -133,6 +134,7 @@ def check_shown_input(layer: int, shown: Any, module: Any, query: Tensor) -> Non
             f"the policy needs hidden states [B, L, E] of {query.shape[0]} rows and "
             f"{query.shape[2]} tokens, layer {layer} was given {list(given.shape)}"
         )
+    return given
 
 
 def check_prompt(lengths: Tensor, eviction: EvictionConfig, budget: int) -> None:

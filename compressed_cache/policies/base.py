@@ -1,67 +1,14 @@
 """What a policy is: numbers, what it needs to be shown, and a function that scores tokens."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
+from compressed_cache.policies.fields import check_fields, own_options
 from compressed_cache.policies.former_names import check_names
+from compressed_cache.policies.needs import Needs
 from compressed_cache.policies.view import AttentionRows, LayerContext, Slots
-from compressed_cache.wording import shown
-
-_CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "int": (int, "an int"),
-    "float": ((int, float), "a float"),
-    "bool": (bool, "a bool"),
-    "str": (str, "a str"),
-}
-_PARTS = ("base", "prompt", "decoding")
-
-
-class Needs(NamedTuple):
-    """What a policy has to be shown beside keys and positions: kept for it, and for no other."""
-
-    queries: int = 0
-    """How many of the last queries."""
-    attention: bool = False
-    """Whether :meth:`Policy.accumulate` is shown the attention weights of every query."""
-    prompt_queries: int | None = None
-    """With ``attention``: how many of the last prompt queries are shown; None: all."""
-    state_width: int = 1
-    """With ``attention``: numbers that :meth:`Policy.accumulate` keeps of each token."""
-    all_heads: bool = False
-    """With ``attention``: whether :meth:`Policy.accumulate` averages over all heads of the layer,
-    so that what tensor parallelism gave to other processes is averaged in."""
-    notes: int = 0
-    """Numbers written down of each token, see :mod:`compressed_cache.policies.capabilities`."""
-    recent: int = 0
-    """Tokens before the incoming one that :meth:`Policy.scores` itself always keeps."""
-    whole_keys: bool | None = None
-    """Whether keys must have all their channels; None: if there are constants, which may be about
-    them."""
-    values: bool = False
-    """Whether values are looked at (for readers: they are always there)."""
-    hidden_states: bool = False
-    """Whether :attr:`Slots.hidden_states` of new tokens are looked at."""
-    model: tuple[str, ...] = ()
-    """What the model must have, in words."""
-
-    def merge(self, other: "Needs") -> "Needs":
-        """What two parts of one policy need together; notes are kept for each."""
-        observer = other if other.attention else self
-        return Needs(
-            queries=max(self.queries, other.queries),
-            attention=observer.attention,
-            prompt_queries=observer.prompt_queries,
-            state_width=observer.state_width,
-            all_heads=observer.all_heads,
-            notes=self.notes + other.notes,
-            recent=max(self.recent, other.recent),
-            values=self.values or other.values,
-            hidden_states=self.hidden_states or other.hidden_states,
-            model=tuple(dict.fromkeys(self.model + other.model)),
-        )
 
 
 class Defaults(NamedTuple):
@@ -104,15 +51,7 @@ class Policy:
         check_names(cls)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            # With postponed annotations the type of a field is its name.
-            kind = getattr(field.type, "__name__", field.type)
-            if kind not in _CHECKED:
-                continue
-            allowed, wording = _CHECKED[kind]
-            if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
-                raise TypeError(f"{field.name} must be {wording}, got {shown(value)}")
+        check_fields(self)
 
     @property
     def needs(self) -> Needs:
@@ -185,11 +124,6 @@ class Policy:
             NotImplementedError: a model that the policy cannot work with.
         """
         return {}
-
-
-def own_options(part: Policy | type[Policy]) -> list[str]:
-    """The fields of a policy that are not policies."""
-    return [field.name for field in dataclasses.fields(part) if field.name not in _PARTS]
 
 
 def usual_interval(budget: int, *, longest: int = 64) -> int:

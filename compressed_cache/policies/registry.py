@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from compressed_cache.policies.base import Policy, own_options
+from compressed_cache.policies.base import Policy
 from compressed_cache.policies.capabilities import ReadsTwice
+from compressed_cache.policies.fields import own_options
 from compressed_cache.policies.methods.adakv import AdaKV
 from compressed_cache.policies.methods.caote import CAOTE
 from compressed_cache.policies.methods.chunk import Chunk

@@ -1,6 +1,7 @@
 """A policy at one layer: what it has to be shown there, and what it says of tokens."""
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 
 import torch
@@ -122,6 +123,14 @@ class BoundPolicy:
             return slots
         notes = revise_notes(self.policy, slots)
         return slots._replace(notes=torch.where(evicts.unsqueeze(-1), notes, slots.notes))
+
+    def observe_queries(
+        self, state: Mapping[str, Tensor], queries: Tensor, positions: Tensor
+    ) -> Mapping[str, Tensor]:
+        """What the policy makes of queries ``[B, H, G, L, D]`` after those behind ``state``."""
+        if self.query_observer is None or not state:
+            return {}
+        return self.query_observer.observe_queries(state, queries, positions, self.constants)
 
     def accumulate(
         self, state: Tensor, weights: Tensor, query_positions: Tensor, positions: Tensor

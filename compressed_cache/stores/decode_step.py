@@ -7,9 +7,10 @@ from torch import Tensor
 from compressed_cache.ops import gradients
 from compressed_cache.ops.kernels import operators
 from compressed_cache.ops.rerotation import rerotate_to_ranks
-from compressed_cache.ops.tokens import gather, where_real
+from compressed_cache.ops.tokens import gather
 from compressed_cache.stores.inputs import NewToken
 from compressed_cache.stores.slots import SlotStore
+from compressed_cache.stores.traced import with_gradients
 
 
 def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | None]:
@@ -44,8 +45,7 @@ def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | Non
         own = query
         if traced is not None:
             own = store.ordered(traced[0])
-            new = store.laid_out(store.ordered(traced[1])), store.laid_out(traced[2])
-            keys, values = _with_gradients(store, (keys, values), traced, new, slot, real)
+            keys, values = with_gradients(store, (keys, values), traced, slot, real)
         if store.bound.rerotates:
             own, keys = rerotate_to_ranks(
                 own,
@@ -113,25 +113,3 @@ def _merge(store: SlotStore, slot: Tensor, real: Tensor | None) -> None:
     key, value, present = (gather(tensor, slot) for tensor in (keys, values, held))
     present = present if real is None else present & real[:, None, None]
     store.merge(held.scatter(2, slot, False), (key, value, present), real)
-
-
-def _with_gradients(
-    store: SlotStore,
-    held: tuple[Tensor, Tensor],
-    traced: tuple[Tensor, Tensor, Tensor],
-    new: tuple[Tensor, Tensor],
-    slot: Tensor,
-    real: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Keys and values in the slots, with gradients to those just written."""
-    # The backward pass needs it, and it may be where the step counts.
-    slot = slot.clone()
-    keys, values = (
-        gradients.with_own(
-            store.constant(tensor, *traced),
-            where_real(real, own.to(tensor.dtype), gather(tensor, slot)),
-            slot,
-        )
-        for tensor, own in zip(held, new, strict=True)
-    )
-    return keys, values

@@ -29,7 +29,7 @@ class SlotMemory:
         prompt_length: ``[B]`` int64, tokens of the first prompt.
         queries, query_positions: ``[B, H, G, W, D]`` and ``[B, W]`` int64, a ring of the last
             queries; ``W = 0`` unless the policy needs it.
-        query_state: ``[B, H * G, ...]`` float32 by name, what the policy made of the queries of the
+        query_state: ``[B, H, G, ...]`` float32 by name, what the policy made of the queries of the
             first prompt; empty unless it observes them.
         is_fused: whether one kernel takes a whole step.
         has_gradients: whether a token was read with gradients, which then end at it.
@@ -154,7 +154,7 @@ class SlotMemory:
         observer = bound.query_observer
         shapes = {} if observer is None else observer.query_state_shapes(sizes.dim)
         self.query_state = {
-            name: full(batch, heads * sizes.groups, *shape, dtype=torch.float32)
+            name: full(batch, heads, sizes.groups, *shape, dtype=torch.float32)
             for name, shape in shapes.items()
         }
         self.is_fused = bound.policy.evicts and not bound.rerotates and operators.serves(sizes)

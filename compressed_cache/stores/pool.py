@@ -49,6 +49,10 @@ class PoolStore(SlotStore):
         self.is_fused = False
         self.owners = torch.zeros_like(self.tokens.positions)
         self.victims = self.victims.repeat(1, 1, sizes.heads)
+        self.query_state = {
+            name: state.view(sizes.batch, sizes.heads, sizes.groups, *state.shape[3:])
+            for name, state in self.query_state.items()
+        }
         self.mark()
 
     # What the policy is shown.

@@ -9,6 +9,7 @@ from compressed_cache.stores import prompt_blocks
 from compressed_cache.stores.inputs import AttentionInputs
 from compressed_cache.stores.prompt_attention import observed
 from compressed_cache.stores.slots import SlotStore
+from compressed_cache.stores.traced import constant
 
 
 def prefill(store: SlotStore, inputs: AttentionInputs) -> None:
@@ -26,7 +27,7 @@ def prefill(store: SlotStore, inputs: AttentionInputs) -> None:
     seen = None
     if store.bound.observer is not None:
         seen = observed(store, query, key, positions, mask)
-    store.observe_queries(query, positions)
+    _observe_queries(store, query, positions)
     store.protect_prefix(None)
     tokens = store.new_tokens(key, value, positions, hidden)
     if seen is not None:
@@ -71,7 +72,7 @@ def prefill_chunk(
     held, held_keys = store.held_for_chunk(inputs, is_first_prompt=is_first_prompt)
     query, key = store.ordered(query), store.ordered(key)
     known, known_values = (
-        store.constant(tensor, query, key, value) for tensor in (held_keys, held.values)
+        constant(store, tensor, query, key, value) for tensor in (held_keys, held.values)
     )
     keys, values = torch.cat([known, key], dim=2), torch.cat([known_values, value], dim=2)
     # A graph through the slots would live as long as the cache.
@@ -115,11 +116,17 @@ def prefill_chunk(
     store.record_channels(key, positions)
     store.record_queries(query, positions)
     if is_first_prompt:
-        store.observe_queries(inputs.query.detach(), positions)
+        _observe_queries(store, inputs.query.detach(), positions)
         _end_prompt(store)
     store.keep_chunk(tokens, new, is_first_prompt=is_first_prompt)
     store.counts[:, 1] += key.shape[2]
     return result
+
+
+def _observe_queries(store: SlotStore, query: Tensor, positions: Tensor) -> None:
+    grouped = attention.group_queries(query, store.num_heads)
+    for name, seen in store.bound.observe_queries(store.query_state, grouped, positions).items():
+        store.query_state[name].copy_(seen)
 
 
 def _end_prompt(store: SlotStore) -> None:

@@ -79,15 +79,15 @@ def rank(
     for block in split(positions, bound.prompt_block or positions.shape[1]):
         slots = store.view(tokens.map(block.take), is_prompt=True)
         nothing = {name: torch.zeros_like(x) for name, x in store.query_state.items()}
-        seen = store.queries_observed(nothing, block.take(query), block.positions)
-        queries, query_positions = _last_queries(store, block, query, tokens.keys.shape[1])
+        grouped = attention.group_queries(block.take(query), tokens.keys.shape[1])
+        queries, query_positions = _last_queries(store, block, grouped)
         slots = bound.revise(
             slots._replace(
                 next_position=block.end,
                 prompt_length=block.end,
                 queries=queries,
                 query_positions=query_positions,
-                query_state=store.grouped(seen),
+                query_state=bound.observe_queries(nothing, grouped, block.positions),
                 positions=block.positions[:, None].expand_as(slots.positions),
             ),
             evicts,
@@ -104,14 +104,12 @@ def rank(
     return bound.protect(scores, store.view(tokens)), tokens._replace(notes=notes)
 
 
-def _last_queries(
-    store: SlotStore, block: Block, query: Tensor, heads: int
-) -> tuple[Tensor, Tensor]:
-    """The last queries of a block ``[B, H, G, W, D]`` and their positions ``[B, W]``."""
+def _last_queries(store: SlotStore, block: Block, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the queries ``[B, H, G, n, D]`` of a block the last ones ``[B, H, G, W, D]`` and their
+    positions ``[B, W]``."""
     window = store.bound.needs.queries
     last = slice(-window, None) if window else slice(0, 0)
-    block = block._replace(columns=block.columns[:, last], positions=block.positions[:, last])
-    missing = window - block.positions.shape[1]
-    queries = attention.group_queries(block.take(query), heads)
+    queries, positions = queries[:, :, :, last], block.positions[:, last]
+    missing = window - positions.shape[1]
     queries = torch.nn.functional.pad(queries, (0, 0, missing, 0))
-    return queries, torch.nn.functional.pad(block.positions, (missing, 0), value=-1)
+    return queries, torch.nn.functional.pad(positions, (missing, 0), value=-1)

@@ -1,176 +1,26 @@
-"""The plain store: how slots are ranked, written and attended, which other stores vary."""
+"""The plain store: how slots are written, attended and counted, which other stores vary."""
 
 import functools
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from compressed_cache.ops import attention, eviction, gradients
+from compressed_cache.ops import attention, eviction
 from compressed_cache.ops.masks import Mask
 from compressed_cache.ops.rings import write_last, write_one
-from compressed_cache.ops.tokens import Tokens, expand, scatter, where_real
-from compressed_cache.policies.view import Slots
+from compressed_cache.ops.tokens import Tokens, expand, scatter
 from compressed_cache.stores.inputs import AttentionInputs
-from compressed_cache.stores.memory import SlotMemory
+from compressed_cache.stores.ranking import RankedSlots
 
 
-class SlotStore(SlotMemory):
+class SlotStore(RankedSlots):
     """Slots of one attention layer, as many for each head.
 
     A decode step (:mod:`compressed_cache.stores.decode_step`) and a prompt
-    (:mod:`compressed_cache.stores.prefill`) call these methods. Another store overrides those in
-    which it differs; one that lays out its slots in another way says so in :meth:`held`,
-    :meth:`laid_out` and :meth:`owned`.
+    (:mod:`compressed_cache.stores.prefill`) call these methods and those of
+    :class:`~compressed_cache.stores.ranking.RankedSlots`. Another store overrides those in which it
+    differs.
     """
-
-    # What the policy is shown.
-
-    def held(self) -> Tokens:
-        """The tokens of each head."""
-        return self.tokens
-
-    def held_positions(self) -> Tensor:
-        """``[B, H, S]`` int64, those of :meth:`held`."""
-        return self.tokens.positions
-
-    def view(self, tokens: Tokens, *, is_prompt: bool = False) -> Slots:
-        """What the policy is shown of tokens ``[B, H, S, ...]``."""
-        bound = self.bound
-        return Slots(
-            *tokens,
-            next_position=self.next_position,
-            layer=bound.layer,
-            first_head=bound.shard.rank * tokens.positions.shape[1],
-            transform=bound.transform,
-            queries=self.queries,
-            query_positions=self.query_positions,
-            query_state=self.grouped(self.query_state),
-            prompt_length=self.prompt_length,
-            protected_prefix=self.protected_prefix,
-            recent=bound.eviction.recent,
-            budget=bound.budget,
-            is_prompt=is_prompt,
-            constants=bound.constants,
-            head_budgets=bound.head_budgets,
-            floor=bound.floor,
-        )
-
-    def grouped(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors ``[B, H * G, ...]`` by name as ``[B, H, G, ...]``."""
-        return {name: attention.group_queries(x, self.num_heads) for name, x in state.items()}
-
-    def new_tokens(
-        self, keys: Tensor, values: Tensor, positions: Tensor, hidden: Tensor | None = None
-    ) -> Tokens:
-        """New tokens with their notes, and nothing seen of them yet.
-
-        Args:
-            keys: ``[B, H, L, D']``.
-            values: ``[B, H, L, D]``.
-            positions: ``[B, L]`` int64, ``-1`` at padding.
-            hidden: ``[B, L, E]``, if the policy needs hidden states.
-        """
-        shape, held = keys.shape[:3], self.tokens
-        width = held.attention_state.shape[3:]
-        seen = shape if self.bound.observer is not None else (*shape[:2], 0)
-        new = Tokens(
-            keys,
-            values,
-            positions[:, None].expand(shape),
-            held.attention_state.new_zeros(*seen, *width),
-            held.notes.new_zeros(*shape, self.bound.needs.notes),
-        )
-        return new._replace(notes=self.note(new, hidden)) if self.bound.needs.notes else new
-
-    def note(self, new: Tokens, hidden: Tensor | None) -> Tensor:
-        """What the policy writes down of new tokens, ``[B, H, L, N]``."""
-        nothing = new.notes[:, :, :0]
-        bare = new._replace(attention_state=new.attention_state[:, :, :0], notes=nothing)
-        return self.bound.note(self.view(bare)._replace(hidden_states=hidden))
-
-    # Rank.
-
-    def slots_due(self, ranks: bool, real: Tensor | None) -> Tensor | None:
-        """The slots to overwrite, ``[B, H, 1]``, where that was decided in an earlier step.
-
-        Args:
-            ranks: whether it is decided now, for the next ``interval`` steps.
-            real: ``[B]`` bool, rows whose token is real; None: all.
-        """
-        interval = self.bound.eviction.interval
-        if not self.bound.policy.evicts:
-            return self.free_slot.expand(*self.tokens.positions.shape[:2], 1)
-        if interval == 1:
-            return None
-        if ranks:
-            self.victims.copy_(self.lowest(interval, real))
-            # In every row: beams exchange theirs.
-            self.counts[:, 2].zero_()
-        return self.victims_due()
-
-    def victims_due(self) -> Tensor:
-        """Of the victims those of this step, ``[B, H, 1]``."""
-        return self.victims.index_select(2, self.phase)
-
-    def lowest(self, steps: int, real: Tensor | None) -> Tensor:
-        """The slots to overwrite in ``steps`` steps, ``[B, H, steps]``."""
-        scores, positions = self.ranked(steps, real), self.tokens.positions
-        if steps == 1:
-            return eviction.lowest_slot(scores, positions)
-        return eviction.next_victims(
-            scores, positions, protected_prefix=self.protected_prefix, count=steps
-        )
-
-    def ranked(self, steps: int, real: Tensor | None) -> Tensor:
-        """Scores ``[B, H, S]`` with protection applied, once the policy dropped what it drops."""
-        slots = self.revised(steps, real)
-        scores = self.bound.protect(self.scores(slots), slots)
-        if self.bound.dropping is not None:
-            gone = self.bound.dropped(slots, scores)
-            gone = gone if real is None else gone & real[:, None, None]
-            if self.bound.merging is not None:
-                keys, values, positions = self.tokens[:3]
-                evicted = keys, values, (positions >= 0) & gone
-                self.merge((positions >= 0) & ~gone, evicted, None)
-            scores = scores.masked_fill(gone, -torch.inf)
-            self.drop(gone)
-        return scores
-
-    def revised(self, steps: int, real: Tensor | None) -> Slots:
-        """What is held, right before it is ranked for so many steps; notes change in rows ``[B]``
-        that are real."""
-        slots = self.view(self.held())
-        if not self.bound.revises:
-            return slots
-        evicts = self.evicts(slots.positions, incoming=steps)
-        notes = self.owned(self.bound.revise(slots, evicts).notes)
-        self.tokens.notes.copy_(where_real(real, notes, self.tokens.notes))
-        return self.view(self.held())
-
-    def scores(self, slots: Slots) -> Tensor:
-        """Scores ``[B, H, S]`` of the policy."""
-        return self.bound.scores(slots)
-
-    def rank_prompt(self, tokens: Tokens) -> tuple[Tensor, Tokens]:
-        """Scores of the tokens of a prompt, protection applied, and these with revised notes."""
-        evicts = self.evicts(tokens.positions, incoming=0)
-        prompt = self.bound.revise(self.view(tokens, is_prompt=True), evicts)
-        scores = self.bound.protect(self.scores(prompt), prompt)
-        return scores, tokens._replace(notes=prompt.notes)
-
-    def evicts(self, positions: Tensor, *, incoming: int) -> Tensor:
-        """Whether some of these tokens ``[B, H, S]`` go as so many more come into each head,
-        ``[B, H, 1]`` bool."""
-        return (positions >= 0).sum(dim=-1, keepdim=True) + incoming > self.room()
-
-    def drop(self, gone: Tensor) -> None:
-        """Empties slots, ``[B, H, S]`` bool."""
-        self.tokens.positions.masked_fill_(self.owned(gone), -1)
-
-    def owned(self, values: Tensor) -> Tensor:
-        """Values ``[B, H, S, ...]`` as slots hold them."""
-        return values
 
     # Write.
 
@@ -242,37 +92,6 @@ class SlotStore(SlotMemory):
         """Puts tokens ``[B, H, L, ...]`` into free slots (policies that do not evict)."""
         free = torch.arange(tokens.positions.shape[2], device=tokens.positions.device)
         tokens.copy_into(self.tokens, self.free_slot + free)
-
-    def merge(
-        self, kept: Tensor, evicted: tuple[Tensor, Tensor, Tensor], real: Tensor | None
-    ) -> None:
-        """Puts what goes into the values of what is kept, see :class:`MergesValues`."""
-        assert self.bound.merging is not None
-        keys, values = self.tokens.keys, self.tokens.values
-        merged = self.bound.merging.merged(keys, values, kept, evicted)
-        values.copy_(where_real(real, merged, values))
-
-    def laid_out(self, new: Tensor) -> Tensor:
-        """New tokens ``[B, H, 1, ...]`` as slots hold them."""
-        return new
-
-    def observe_queries(self, query: Tensor, positions: Tensor) -> None:
-        """Shows the policy queries ``[B, H * G, L, D]`` of the first prompt."""
-        for name, seen in self.queries_observed(self.query_state, query, positions).items():
-            self.query_state[name].copy_(seen)
-
-    def queries_observed(
-        self, state: Mapping[str, Tensor], query: Tensor, positions: Tensor
-    ) -> dict[str, Tensor]:
-        """What the policy makes of queries ``[B, H * G, L, D]`` after those behind ``state``."""
-        observer = self.bound.query_observer
-        if observer is None or not state:
-            return {}
-        grouped = attention.group_queries(query, self.num_heads)
-        seen = observer.observe_queries(
-            self.grouped(state), grouped, positions, self.bound.constants
-        )
-        return {name: x.flatten(1, 2) for name, x in seen.items()}
 
     # Attend.
 
@@ -350,20 +169,6 @@ class SlotStore(SlotMemory):
         return functools.partial(
             mask.see, positions=positions, groups=self.sizes.groups, window=self.bound.window
         )
-
-    def constant(self, held: Tensor, *traced: Tensor) -> Tensor:
-        """What is held of earlier calls, as a constant of one with gradients through ``traced``."""
-        is_past = self.has_gradients and gradients.wants_gradient(*traced)
-        return gradients.constant(held, *traced) if is_past else held
-
-    def observe(self, weights: Tensor, real: Tensor | None) -> None:
-        """Shows the policy the weights ``[B, H, G, 1, S]`` of a step."""
-        if self.bound.observer is not None:
-            held, state = self.held(), self.tokens.attention_state
-            weights = weights.detach().nan_to_num(0.0)
-            own = self.next_position[:, None]
-            seen = self.bound.accumulate(held.attention_state, weights, own, held.positions)
-            state.copy_(where_real(real, self.owned(seen), state))
 
     # Count.
 

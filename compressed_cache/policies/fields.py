@@ -1,0 +1,32 @@
+"""The fields of a policy: its options, of simple types, and the policies it is made of."""
+
+import dataclasses
+from typing import Any
+
+from compressed_cache.wording import shown
+
+_CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "an int"),
+    "float": ((int, float), "a float"),
+    "bool": (bool, "a bool"),
+    "str": (str, "a str"),
+}
+_PARTS = ("base", "prompt", "decoding")
+
+
+def check_fields(policy: Any) -> None:
+    """Raises ``TypeError`` where a field of a simple type has a value of another."""
+    for field in dataclasses.fields(policy):
+        value = getattr(policy, field.name)
+        # With postponed annotations the type of a field is its name.
+        kind = getattr(field.type, "__name__", field.type)
+        if kind not in _CHECKED:
+            continue
+        allowed, wording = _CHECKED[kind]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
+            raise TypeError(f"{field.name} must be {wording}, got {shown(value)}")
+
+
+def own_options(part: Any) -> list[str]:
+    """The fields of a policy, or of a class of policies, that are not policies."""
+    return [field.name for field in dataclasses.fields(part) if field.name not in _PARTS]

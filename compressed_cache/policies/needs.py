@@ -1,0 +1,48 @@
+"""What a policy has to be shown."""
+
+from typing import NamedTuple
+
+
+class Needs(NamedTuple):
+    """What a policy has to be shown beside keys and positions: kept for it, and for no other."""
+
+    queries: int = 0
+    """How many of the last queries."""
+    attention: bool = False
+    """Whether ``accumulate`` is shown the attention weights of every query."""
+    prompt_queries: int | None = None
+    """With ``attention``: how many of the last prompt queries are shown; None: all."""
+    state_width: int = 1
+    """With ``attention``: numbers that ``accumulate`` keeps of each token."""
+    all_heads: bool = False
+    """With ``attention``: whether ``accumulate`` averages over all heads of the layer,
+    so that what tensor parallelism gave to other processes is averaged in."""
+    notes: int = 0
+    """Numbers written down of each token, see :mod:`compressed_cache.policies.capabilities`."""
+    recent: int = 0
+    """Tokens before the incoming one that ``scores`` itself always keeps."""
+    whole_keys: bool | None = None
+    """Whether keys must have all their channels; None: if there are constants, which may be about
+    them."""
+    values: bool = False
+    """Whether values are looked at (for readers: they are always there)."""
+    hidden_states: bool = False
+    """Whether ``Slots.hidden_states`` of new tokens are looked at."""
+    model: tuple[str, ...] = ()
+    """What the model must have, in words."""
+
+    def merge(self, other: "Needs") -> "Needs":
+        """What two parts of one policy need together; notes are kept for each."""
+        observer = other if other.attention else self
+        return Needs(
+            queries=max(self.queries, other.queries),
+            attention=observer.attention,
+            prompt_queries=observer.prompt_queries,
+            state_width=observer.state_width,
+            all_heads=observer.all_heads,
+            notes=self.notes + other.notes,
+            recent=max(self.recent, other.recent),
+            values=self.values or other.values,
+            hidden_states=self.hidden_states or other.hidden_states,
+            model=tuple(dict.fromkeys(self.model + other.model)),
+        )
