@@ -13,7 +13,7 @@ KINDS = (
     "keydiff",  # looks at all keys together
     "h2o",  # adds up attention
     "tova",  # looks at one row, for all heads together
-    "lagged_attention",  # keeps several rows
+    "morphkv",  # keeps several rows
     "snapkv",  # looks at the last queries
     "expected_attention",  # looks at all queries of the prompt
     "rkv",  # always keeps its window
@@ -24,3 +24,6 @@ KINDS = (
     "learned_gate",  # is shown hidden states
     "pyramidkv",  # shares out the budget among layers
 )
+
+SMALL: dict[str, dict[str, int]] = {"lagged_attention": {"window": 8}}
+"""Options of the policies whose own defaults do not fit into the small budgets of tests."""

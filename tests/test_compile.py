@@ -16,7 +16,7 @@ from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES
 from tests.grids import alternating, slow_but
-from tests.kinds import KINDS
+from tests.kinds import KINDS, SMALL
 
 
 @pytest.fixture
@@ -47,15 +47,13 @@ def test_generate_compiles_once_and_never_again(
 ) -> None:
     """Steps: the interval, and how many graphs it needs."""
     (interval, graphs), model = steps, make_model()
-    cache = CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False)
+    options = dict(interval=interval, recent=8, protect_prompt=False) | SMALL.get(policy, {})
+    cache = CompressedCache(policy, 16, **options)
     for prompt in (33, 33, 12, 50):
         ids = distinct_tokens(2, prompt)
-        eager = CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False)
+        eager = CompressedCache(policy, 16, **options)
         expected = _generate(model, ids, eager)
-        for used in (
-            cache,
-            CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False),
-        ):
+        for used in (cache, CompressedCache(policy, 16, **options)):
             got = _generate(model, ids, used, compile_config=compiled(backend))
             assert torch.equal(got, expected)
             assert backend.graphs == (graphs if policy != "full" else 1)

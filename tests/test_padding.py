@@ -12,7 +12,7 @@ from compressed_cache.ops.masks import real_tokens
 from compressed_cache.policies import SLOT_POLICIES
 from tests.conftest import distinct_tokens, held
 from tests.grids import alternating, slow_but
-from tests.kinds import KINDS
+from tests.kinds import KINDS, SMALL
 
 LENGTHS = (9, 30, 17, 41)
 NEW = 45
@@ -39,6 +39,7 @@ def test_rows_of_a_padded_batch_generate_what_they_generate_alone(
     # tie that float32 noise would break differently in another batch.
     model = make_model().double()
     options = dict(budget=20, interval=interval, sinks=1, recent=8, protect_prompt=False)
+    options |= SMALL.get(policy, {})
     rows = [distinct_tokens(1, length, seed=length) for length in LENGTHS]
     ids, mask = _padded(rows)
     batch = CompressedCache(policy, **options)

@@ -16,6 +16,7 @@ from compressed_cache.policies.capabilities import needs_of
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 from tests.grids import slow_but
+from tests.kinds import SMALL
 
 NEW = 14
 
@@ -211,7 +212,7 @@ def test_what_is_not_a_number_harms_neither_other_rows_nor_what_is_protected(
     model: Any, policy: str, broken: str, interval: int
 ) -> None:
     """One token of the first row goes wrong in the first layer."""
-    options = dict(sinks=2, recent=8, interval=interval)
+    options = dict(sinks=2, recent=8, interval=interval) | SMALL.get(policy, {})
     ids = distinct_tokens(2, 80)
     caches = [CompressedCache(policy, 24, **options, protect_prompt=False) for _ in range(2)]
 

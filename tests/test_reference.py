@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
 from tests.grids import alternating, pairwise, slow_but
-from tests.kinds import KINDS
+from tests.kinds import KINDS, SMALL
 from tests.reference.comparison import (
     NAMES,
     NUM_STEPS,
@@ -107,9 +107,13 @@ def test_greedy_text_is_that_of_the_reference(
 ) -> None:
     prompts = [distinct_tokens(25, seed=3), distinct_tokens(17, seed=4)]
     rules = Rules(20, interval=1, sinks=2, recent=5)
-    tokens, watch = run_library(precise_model, prompts, NUM_STEPS, name=name, rules=rules)
+    options = SMALL.get(name, {})
+    score = partial(POLICIES[name], **options)
+    tokens, watch = run_library(
+        precise_model, prompts, NUM_STEPS, name=name, rules=rules, options=options
+    )
     for row, prompt in enumerate(prompts):
-        trace = reference.generate(prompt, NUM_STEPS, score=POLICIES[name], rules=rules)
+        trace = reference.generate(prompt, NUM_STEPS, score=score, rules=rules)
         assert tokens[row].tolist() == trace.tokens
         assert_same_kept(trace, watch, row)
 

@@ -27,9 +27,8 @@ class LaggedAttention(Policy):
     """
 
     name: ClassVar[str] = "lagged_attention"
-    window: int = 8
-    """Queries that vote, and tokens that are recent to each of them. So few keep little of
-    worth: take 32 where the budget has room for them."""
+    window: int = 32
+    """Queries that vote, and tokens that are recent to each of them. Fewer keep little of worth."""
     fuse: str = "max"
     """How the rows become one score: ``"max"`` or ``"sum"``."""
 

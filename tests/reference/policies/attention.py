@@ -155,7 +155,7 @@ def morphkv(view: View, *, window: int = 3, fuse: str = "max") -> list[float]:
     return fused + [math.inf] * (len(view.held) - len(older))
 
 
-def lagged_attention(view: View, *, window: int = 8, fuse: str = "max") -> list[float]:
+def lagged_attention(view: View, *, window: int = 32, fuse: str = "max") -> list[float]:
     """Attention of the last ``window`` queries, each normalised without what was recent to it.
 
     A query and the ``window`` tokens before it are recent to it. The logits of a group are added
