@@ -17,10 +17,12 @@ class Chunk(Modifier):
     chunks too, but there the question votes in each, also on what is left of those before:
     ``finch+chunk`` is not that.
 
-    Differs from kvpress in four points: the budget is met exactly, by the rank of a token in its
+    Differs from kvpress in five points: the budget is met exactly, by the rank of a token in its
     block divided by the length of the block; queries have the angles of their own positions (there
     those of the end of the prompt); what the cache protects is protected in the text, not in each
-    block; and padding belongs to no block.
+    block; padding belongs to no block; and the first stage of ``criticalkv`` is a share of the
+    whole budget in each block (there of what the block keeps), so that it leaves nothing to the
+    second stage in a prompt of ``1 / first_stage_ratio`` blocks or more.
     """
 
     name: ClassVar[str] = "chunk"
