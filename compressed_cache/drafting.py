@@ -60,10 +60,13 @@ class Drafting(Observer):
             return
         prompt_tokens = min(cache.counter.prompt_tokens, kept)
         cache.hold(before)
-        if kept:
-            cache.begin_call(prompt_tokens, kept - prompt_tokens)
-            for index, read in inputs.items():
-                cache.layers[index].replay(read.split(kept)[0])
+        if not kept:
+            # Of an empty cache the next call reads a prompt again.
+            self.is_first = cache.first_filled() is None
+            return
+        cache.begin_call(prompt_tokens, kept - prompt_tokens)
+        for index, read in inputs.items():
+            cache.layers[index].replay(read.split(kept)[0])
 
 
 class Drafts(Snapshots):

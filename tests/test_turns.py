@@ -341,6 +341,26 @@ def test_a_crop_of_the_first_call_keeps_the_model(
         other(distinct_tokens(1, 1), past_key_values=cache)
 
 
+@pytest.mark.parametrize("shape", [(2, 24), (1, 30), (2, 1)])
+def test_after_a_crop_of_the_whole_first_call_any_prompt_may_come(
+    model: LlamaForCausalLM, shape: tuple[int, int]
+) -> None:
+    used, fresh = CompressedCache("h2o", 16), CompressedCache("h2o", 16)
+    used.activate_past_recording()
+    ids, token = distinct_tokens(*shape), distinct_tokens(shape[0], 1)
+    with torch.no_grad():
+        model(distinct_tokens(2, 20), past_key_values=used)
+        used.crop(-20)
+        assert used.get_seq_length() == 0
+        found, expected = (
+            [model(part, past_key_values=cache).logits for part in (ids, token)]
+            for cache in (used, fresh)
+        )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for layer in range(2):
+        assert held(used, layer) == held(fresh, layer)
+
+
 def test_a_hybrid_comes_back_to_what_it_held() -> None:
     hybrid = next(family for family in FAMILIES if family.name == "Qwen3-Next").make()
     cache, token = CompressedCache("h2o", 16), torch.tensor([[7]])
