@@ -37,6 +37,8 @@ class Needs(NamedTuple):
     """Numbers written down of each token, see :mod:`compressed_cache.policies.capabilities`."""
     recent: int = 0
     """Tokens before the incoming one that :meth:`Policy.scores` itself always keeps."""
+    kept_count: bool = False
+    """Whether it must be known how many tokens each head keeps at a ranking."""
     whole_keys: bool | None = None
     """Whether keys must have all their channels; None: if there are constants, which may be about
     them."""
@@ -58,6 +60,7 @@ class Needs(NamedTuple):
             all_heads=observer.all_heads,
             notes=self.notes + other.notes,
             recent=max(self.recent, other.recent),
+            kept_count=self.kept_count or other.kept_count,
             values=self.values or other.values,
             hidden_states=self.hidden_states or other.hidden_states,
             model=tuple(dict.fromkeys(self.model + other.model)),

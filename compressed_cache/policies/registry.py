@@ -5,6 +5,7 @@ from typing import Any
 from compressed_cache.policies.base import Policy, own_options
 from compressed_cache.policies.capabilities import ReadsTwice
 from compressed_cache.policies.methods.adakv import AdaKV
+from compressed_cache.policies.methods.ams import AMS
 from compressed_cache.policies.methods.caote import CAOTE
 from compressed_cache.policies.methods.chunk import Chunk
 from compressed_cache.policies.methods.chunkkv import ChunkKV
@@ -94,6 +95,7 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "chunkkv": ChunkKV,
     "chunk": Chunk,
     "criticalkv": CriticalKV,
+    "ams": AMS,
     "merging": Merging,
     "adakv": AdaKV,
     "duo_attention": DuoAttention,

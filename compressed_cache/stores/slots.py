@@ -54,6 +54,7 @@ class SlotStore(SlotMemory):
             constants=bound.constants,
             head_budgets=bound.head_budgets,
             floor=bound.floor,
+            interval=bound.eviction.interval,
         )
 
     def grouped(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
