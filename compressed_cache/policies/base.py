@@ -60,7 +60,6 @@ class Needs(NamedTuple):
             all_heads=observer.all_heads,
             notes=self.notes + other.notes,
             recent=max(self.recent, other.recent),
-            kept_count=self.kept_count or other.kept_count,
             values=self.values or other.values,
             hidden_states=self.hidden_states or other.hidden_states,
             model=tuple(dict.fromkeys(self.model + other.model)),

@@ -42,24 +42,26 @@ class AMS(Modifier):
     queries, averaged over the group and pooled over neighbours, is the mass of a token; those of
     the window have the largest of any head. It is mixed with its average over all rankings so far,
     new ones weighing most. A segment ends where the mass of the text reaches the next multiple of
-    ``segment_mass``; then long ones are split, and short ones take in the next. Each has a quota of
-    the slots: ``min_keep_per_segment``, and a share of the rest in proportion to its mass. In its
-    quota are the tokens with the highest scores of the policy before ``+``. They go last; scores
-    decide among them, and among the others.
+    ``segment_mass``, as counted from the start of the text; then long ones are split, and short
+    ones take in the next. Each has a quota of the tokens that are left when ``interval`` more came
+    in: ``min_keep_per_segment``, and a share of the rest in proportion to its mass. In its quota
+    are the tokens with the highest scores of the policy before ``+``. They go last; scores decide
+    among them, and among the others.
 
     Quotas are shared out as if nothing was protected. What the cache protects then stays, and where
     no quota had chosen it the lowest of the chosen go, as with their ``n_sink`` and
-    ``always_keep_last``: their scripts are ``sinks=4, recent=32``. Tokens that stay are counted
-    after ``interval`` steps. It cannot be written behind ``tova``, which decides for all heads at
-    once.
+    ``always_keep_last``: their scripts are ``sinks=4, recent=32``. It cannot be written behind
+    ``tova``, which decides for all heads at once. Of the paper only the abstract could be read; of
+    the two ways to cut in the code this is the one that runs (the other counts from the last cut).
 
-    Differs from the authors' code in six points: prompts are ranked too; slots are overwritten one
-    by one in the order of the ranking (they let the cache grow by 512 tokens and cut it back); each
-    row is cut by its own mass (theirs share the mean, and the largest mass); queries are rotated at
-    their own positions (there all at the newest); where there are more segments than tokens that
-    stay, scores decide among the best of each (their loop does not end); and under tensor
-    parallelism the largest mass is that of the heads in the same process. Mass is counted from the
-    start of the text on, not from the last cut on as in a function that their code does not call.
+    Differs from the authors' code in seven points: prompts are ranked too; slots are overwritten
+    one by one in the order of the ranking (they let the cache grow by 512 tokens and cut it back);
+    each row is cut by its own mass (theirs share the mean, and the largest mass); queries are
+    rotated at their own positions (there all at the newest); the window is the positions of its
+    queries, some of which may be gone (theirs is as many last tokens of the cache: the same with
+    ``recent`` of no less); where there are more segments than tokens that stay, scores decide among
+    the best of each (their loop does not end); and under tensor parallelism the largest mass is
+    that of the heads in the same process.
     """
 
     name: ClassVar[str] = "ams"
