@@ -77,7 +77,7 @@ class AMS(Modifier):
     """Tokens of every segment but the last, at least 1 (the ``min_seg_len`` of their scripts; the
     default of their code is 64)."""
     max_segment_length: int = 1024
-    """Tokens from which on a segment is split before short ones are merged (the ``max_seg_len`` of
+    """Tokens above which a segment is split, before short ones are merged (the ``max_seg_len`` of
     their scripts; the default of their code is 2048)."""
     min_keep_per_segment: int = 8
     """Slots that every segment has, if there are as many, at least 0 (theirs)."""
