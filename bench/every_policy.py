@@ -20,6 +20,7 @@ COMBINATIONS = (
     "snapkv+criticalkv",
     "snapkv+chunkkv",
     "snapkv+chunk",
+    "snapkv+ams",
     "h2o+caote",
     "streaming_llm+key_rerotation",
     "h2o+merging",

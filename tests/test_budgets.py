@@ -336,7 +336,17 @@ def test_the_floor_of_a_head_is_rounded_up_from_what_was_written(
 @pytest.mark.parametrize("interval", [1, 3, 13])
 @pytest.mark.parametrize(
     "name",
-    ["h2o", "keydiff", "snapkv", "expected_attention", "rkv", "gkv", "h2o+caote", "h2o+criticalkv"],
+    [
+        "h2o",
+        "keydiff",
+        "snapkv",
+        "expected_attention",
+        "rkv",
+        "gkv",
+        "h2o+caote",
+        "h2o+criticalkv",
+        "snapkv+ams",
+    ],
 )
 def test_a_list_of_lists_gives_each_head_its_budget(
     precise_model: LlamaForCausalLM,

@@ -25,17 +25,23 @@ NAMES = (
     "snapkv+criticalkv+chunkkv",
     "h2o+merging",
     "snapkv+chunk",
+    "h2o+ams",
+    "gkv+ams",
     "h2o+chunkkv+chunk",
     "snapkv+merging+chunkkv",
+    "snapkv+ams+merging",
     "snapkv+criticalkv+merging+think",
     "tova+chunkkv+key_rerotation",
 )
 NEW = 30
+# Several segments in few slots.
+_SEGMENTS: dict[str, Any] = {"segment_mass": 0.1, "min_segment_length": 3, "mass_window": 4}
 # Where a token with a broken key or value is the first to go.
 _GIVEN_UP = (
     ("rkv+chunkkv", "k_proj"),
     ("snapkv+criticalkv", "v_proj"),
     ("h2o+criticalkv", "v_proj"),
+    ("gkv+ams", "k_proj"),
     ("snapkv+criticalkv+chunkkv", "v_proj"),
 )
 
@@ -48,7 +54,11 @@ def backend() -> Iterator[CountingBackend]:
 
 
 def _cache(name: str, interval: int = 3) -> CompressedCache:
-    return CompressedCache(name, 16, interval=interval, recent=8)
+    return CompressedCache(name, 16, interval=interval, recent=8, **_options(name))
+
+
+def _options(name: str) -> dict[str, Any]:
+    return _SEGMENTS if "+ams" in name else {}
 
 
 def _generate(model: Any, ids: torch.Tensor, cache: object, **more: Any) -> torch.Tensor:
@@ -85,7 +95,7 @@ def test_generate_compiles_once_and_never_again(
 
 # One with each modifier that does something in a step.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES[-4:])
+@pytest.mark.parametrize("name", NAMES[-5:])
 def test_layers_are_compiled_once(
     make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend, name: str
 ) -> None:
@@ -127,7 +137,8 @@ def test_what_is_not_a_number_harms_neither_other_rows_nor_what_is_protected(
 ) -> None:
     """One token in the prompt of the first row goes wrong in the last layer."""
     ids = distinct_tokens(2, 60)
-    caches = [CompressedCache(name, 24, interval=interval, sinks=2, recent=8) for _ in range(2)]
+    rules: dict[str, Any] = dict(budget=24, interval=interval, sinks=2, recent=8)
+    caches = [CompressedCache(name, **rules, **_options(name)) for _ in range(2)]
 
     def spoil(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         # key_rerotation asks the module for a single token to see how it rotates.

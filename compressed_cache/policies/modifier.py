@@ -31,8 +31,8 @@ class Modifier(Policy):
     Raises:
         TypeError: a base that is not a policy, or a field of the wrong type.
         ValueError: a base that evicts nothing, that has the same modifier already, or that decides
-            for all heads at once where this one would not, or parts of which one needs the channels
-            of keys that another leaves out.
+            for all heads at once where this one would not, or parts of which one needs what another
+            leaves out: channels of keys, or a number of tokens to keep.
     """
 
     scores_attention: ClassVar[bool] = True
@@ -62,6 +62,12 @@ class Modifier(Policy):
             raise ValueError(
                 f"{self.label!r} ranks blocks of a prompt on their own, and slots are shared out "
                 "by scores of the whole prompt. Leave one of the two out."
+            )
+        counting = [part.name for part in self.parts if part.needs.kept_count]
+        if counting and (find(self, RanksBlocks) or find(self, SharesSlots)):
+            raise ValueError(
+                f"{counting[0]} must know how many tokens a head keeps, and in {self.label!r} that "
+                "is told by scores or by the length of a block. Leave one of the two out."
             )
         if find(self.base, ReadsTwice) and not isinstance(self, SharesSlots):
             raise ValueError(

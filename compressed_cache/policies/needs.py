@@ -21,6 +21,8 @@ class Needs(NamedTuple):
     """Numbers written down of each token, see :mod:`compressed_cache.policies.capabilities`."""
     recent: int = 0
     """Tokens before the incoming one that ``scores`` itself always keeps."""
+    kept_count: bool = False
+    """Whether it must be known how many tokens each head keeps at a ranking."""
     whole_keys: bool | None = None
     """Whether keys must have all their channels; None: if there are constants, which may be about
     them."""

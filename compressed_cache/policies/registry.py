@@ -6,6 +6,7 @@ from compressed_cache.policies.base import Policy
 from compressed_cache.policies.capabilities import ReadsTwice
 from compressed_cache.policies.fields import own_options
 from compressed_cache.policies.methods.adakv import AdaKV
+from compressed_cache.policies.methods.ams import AMS
 from compressed_cache.policies.methods.caote import CAOTE
 from compressed_cache.policies.methods.chunk import Chunk
 from compressed_cache.policies.methods.chunkkv import ChunkKV
@@ -95,6 +96,7 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "chunkkv": ChunkKV,
     "chunk": Chunk,
     "criticalkv": CriticalKV,
+    "ams": AMS,
     "merging": Merging,
     "adakv": AdaKV,
     "duo_attention": DuoAttention,

@@ -69,6 +69,8 @@ class Slots(NamedTuple):
     floor: int | None = None
     """Where the heads share ``H * budget`` slots, how many tokens each keeps at least; else
     None."""
+    interval: int = 1
+    """Steps from one ranking of a decode step to the next, in each of which one token goes."""
 
     # Names up to 0.1, see CHANGELOG.md.
 

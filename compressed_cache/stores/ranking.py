@@ -41,6 +41,7 @@ class RankedSlots(SlotMemory):
             prompt_length=self.prompt_length,
             protected_prefix=self.protected_prefix,
             recent=bound.eviction.recent,
+            interval=bound.eviction.interval,
             budget=bound.budget,
             is_prompt=is_prompt,
             constants=bound.constants,

@@ -17,6 +17,14 @@ from tests.reference.policies import POLICIES, Rules, Score
 
 VOCABULARY = 160
 NUM_STEPS = 30
+SEGMENTS: dict[str, Any] = {
+    "mass_window": 3,
+    "mass_kernel_size": 3,
+    "segment_mass": 0.15,
+    "min_segment_length": 3,
+    "max_segment_length": 5,
+    "min_keep_per_segment": 2,
+}
 # Small windows, so that they end, wrap and are pooled many times in a short text.
 OPTIONS: dict[str, dict[str, Any]] = {
     "curdkv": {"rank": 6, "local_window": 4, "num_sinks": 1, "seed": 7},
@@ -68,6 +76,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv+think": {"window": 6, "kernel_size": 3, "think_recent": 7, "think_window": 30},
     "h2o+criticalkv": {"score_offset": 0.05},
     "snapkv+criticalkv": {"window": 6, "kernel_size": 3, "first_stage_ratio": 0.3},
+    "gkv+ams": {"window": 4, "kernel_size": 3, "similarity_threshold": 0.3, **SEGMENTS},
+    "h2o+ams": {**SEGMENTS, "mix_beta": 1.0, "max_segment_length": 3, "min_segment_length": 1},
+    "keydiff+ams": {**SEGMENTS, "mix_beta": 0.2, "min_keep_per_segment": 0},
+    "rkv+ams": {"window": 4, "kernel_size": 3, "mix_lambda": 0.4, **SEGMENTS},
+    "snapkv+ams": {"window": 6, "kernel_size": 3, **SEGMENTS},
     "h2o+merging": {"merge_fraction": 0.5},
     "snapkv+merging": {"window": 6, "kernel_size": 3, "merge_threshold": 0.4},
     "h2o+chunk": {"block_length": 5},

@@ -30,7 +30,7 @@ def policies(options: argparse.Namespace) -> int:
 
 
 def presses(options: argparse.Namespace) -> int:
-    """Prints what to type here for the presses of kvpress and its fork, or for one."""
+    """Prints what to type here for the presses of kvpress and its forks, or for one."""
     if options.markdown:
         print(page.presses(PRESSES))
         return 0

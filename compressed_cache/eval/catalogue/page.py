@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from compressed_cache.eval.catalogue.entries import BUDGET, HEAD_DIM, Entry, Option
-from compressed_cache.eval.catalogue.presses import PressEquivalent
+from compressed_cache.eval.catalogue.presses import KVPRESS, PressEquivalent
 from compressed_cache.wording import markdown
 
 _WIDTH = 100
@@ -83,7 +83,7 @@ def presses(rows: Sequence[PressEquivalent]) -> str:
     """The table of presses for the README, and how budgets are told."""
     cells = [
         [
-            f"`{row.name}`{f' ({row.origin})' * (row.origin == 'fork')}",
+            f"`{row.name}`{f' ({row.origin})' * (row.origin != KVPRESS)}",
             f"`{row.arguments}`" if row.arguments else "-",
             f"`{row.here}`" if row.here else "not here",
             row.note or "-",
@@ -100,6 +100,9 @@ def presses(rows: Sequence[PressEquivalent]) -> str:
             "defaults.",
             "",
             _table(["press", "its arguments", "here", "note"], cells),
+            "",
+            "[ReasonAlloc](https://arxiv.org/abs/2606.11164) is out: it has no public code, and "
+            "only its abstract could be read.",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""Presses of kvpress and of its fork for reasoning, and what to type here."""
+"""Presses of kvpress and of its forks for reasoning, and what to type here."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,8 @@ KVPRESS = "kvpress 0.5"
 """https://github.com/NVIDIA/kvpress"""
 FORK = "fork"
 """https://github.com/minghui-liu/kvpress, the code beside https://arxiv.org/abs/2512.12008"""
+AMS_FORK = "AMS"
+"""https://github.com/EIT-NLP/AdaptiveMassSegment, the code of https://arxiv.org/abs/2605.23200"""
 
 
 class PressEquivalent(NamedTuple):
@@ -21,7 +23,7 @@ class PressEquivalent(NamedTuple):
 
 
 # What a user of kvpress types for the budget is told once, beside the table.
-PRESSES: tuple[PressEquivalent, ...] = tuple(
+_MANY: tuple[PressEquivalent, ...] = tuple(
     PressEquivalent(KVPRESS, *row)
     for row in (
         (
@@ -316,4 +318,19 @@ PRESSES: tuple[PressEquivalent, ...] = tuple(
             "quantises, and keeps every token",
         ),
     )
+)
+PRESSES: tuple[PressEquivalent, ...] = (
+    *_MANY,
+    PressEquivalent(
+        AMS_FORK,
+        "AdaptiveMassSegmentWrapperHeadPress",
+        "base_press=None, window_size=32, segment_mass=0.02, min_seg_len=64, max_seg_len=2048, "
+        "min_keep_per_segment=8, n_sink=0, always_keep_last=0, window_kernel_size=5, "
+        "use_credit=True, credit_decay=0.8, mix_beta=0.7",
+        '"keydiff+ams", mass_window=32, segment_mass=0.02, min_segment_length=64, '
+        "max_segment_length=2048, min_keep_per_segment=8, sinks=0, recent=0, "
+        "mass_kernel_size=5, credit_decay=0.8, mix_beta=0.7",
+        "behind any policy that decides for each head on its own; `mix_beta=1` is "
+        "`use_credit=False`",
+    ),
 )

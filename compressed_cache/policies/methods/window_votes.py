@@ -31,12 +31,13 @@ class WindowVotes(Policy):
         return Defaults(interval=usual_interval(budget), recent=min(self.window, budget // 2))
 
 
-def check_window(window: int, kernel_size: int) -> None:
-    """Raises ``ValueError`` for a window or a pooling width that cannot work."""
+def check_window(window: int, kernel_size: int, *, prefix: str = "") -> None:
+    """Raises ``ValueError`` for a window or a pooling width that cannot work; options may have
+    names that begin otherwise."""
     if window < 1:
-        raise ValueError(f"window must be >= 1, got {window}")
+        raise ValueError(f"{prefix}window must be >= 1, got {window}")
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd and >= 1, got {kernel_size}")
+        raise ValueError(f"{prefix}kernel_size must be odd and >= 1, got {kernel_size}")
 
 
 def check_choice(name: str, value: str, *choices: str) -> None:

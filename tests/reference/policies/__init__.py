@@ -29,6 +29,7 @@ from tests.reference.policies.modifiers import (
     without_criticalkv,
 )
 from tests.reference.policies.redundancy import gkv, rkv, rkv_lsh
+from tests.reference.policies.segments import ams
 from tests.reference.policies.statistics import (
     expected_attention,
     made_up,
@@ -119,6 +120,11 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "expected_attention+criticalkv": partial(criticalkv, base=expected_attention),
     "h2o+criticalkv": partial(criticalkv, base=h2o),
     "snapkv+criticalkv": partial(criticalkv, base=snapkv),
+    "gkv+ams": partial(ams, base=gkv),
+    "h2o+ams": partial(ams, base=h2o),
+    "keydiff+ams": partial(ams, base=keydiff),
+    "rkv+ams": partial(ams, base=rkv),
+    "snapkv+ams": partial(ams, base=snapkv),
     "h2o+merging": partial(merging, base=h2o),
     "snapkv+merging": partial(merging, base=snapkv),
     "expected_attention+chunk": partial(chunk, base=expected_attention),
