@@ -13,9 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from compressed_cache.eval.results.row import FILE, Result, read
+from compressed_cache.eval.results.row import FILE, Result, from_json, read
 from compressed_cache.eval.sweep.cell import take
 from compressed_cache.eval.sweep.folder import RESULT, Folder
+from compressed_cache.eval.sweep.group import Group
 from compressed_cache.eval.sweep.plan import Plan
 
 PLAN = Plan(
@@ -95,8 +96,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     rows = []
     for cell in PLAN.cells():
         folder = tmp_path_factory.mktemp(cell.policy)
-        assert take(PLAN, cell, folder)
-        rows += [Result.from_json((folder / RESULT).read_text())]
+        assert take(PLAN, Group((cell,)), [folder])
+        rows += [from_json((folder / RESULT).read_text())]
     return essence(rows)
 
 
