@@ -110,8 +110,10 @@ def _agree(options: argparse.Namespace, rest: list[str]) -> int:
     if options.text:
         # No task has such a name, and no file of a folder begins with a dot.
         options.tasks = [f"text-{Path(options.text).name}"]
-    if limit := options.max_new_tokens or (256 if options.text else None):
-        options.gen_kwargs = f"max_gen_toks={limit}"
+        if options.max_new_tokens is None:
+            options.max_new_tokens = 256
+    if options.max_new_tokens is not None:
+        options.gen_kwargs = f"max_gen_toks={options.max_new_tokens}"
     return _sweep(options, rest)
 
 
@@ -203,7 +205,7 @@ def _add_sweep_options(sweep: argparse.ArgumentParser) -> None:
     add("--gen-kwargs", default="", help="e.g. do_sample=true,max_gen_toks=16384")
     add("--limit", type=int, help="documents per task at most")
     _add_options_of_cells(sweep)
-    sweep.set_defaults(text=None)
+    sweep.set_defaults(text=None, max_new_tokens=None)
 
 
 def _add_agree_options(agree: argparse.ArgumentParser) -> None:

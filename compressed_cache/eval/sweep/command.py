@@ -188,7 +188,7 @@ def _agreement(row: Agreement) -> str:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    for name in ("seeds", "limit", "batch_size", "processes"):
+    for name in ("seeds", "limit", "batch_size", "processes", "max_new_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
@@ -231,8 +231,15 @@ def _plan(options: argparse.Namespace) -> Plan:
         chat=options.apply_chat_template,
         metadata=metadata,
         measure=options.measure,
-        prompts=prompts.of_file(Path(options.text)) if options.text else [],
+        prompts=_paragraphs(options.text) if options.text else [],
     )
+
+
+def _paragraphs(file: str) -> list[str]:
+    try:
+        return prompts.of_file(Path(file))
+    except OSError as error:
+        raise ValueError(f"--text {file}: {error.strerror}") from None
 
 
 def _policy_options(texts: list[str]) -> dict[str, dict[str, Option]]:

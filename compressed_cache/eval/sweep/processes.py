@@ -47,7 +47,7 @@ def run(
                 for pipe in wait(list(busy)):
                     assert isinstance(pipe, Connection)
                     cells, again = busy.pop(pipe).end()
-                    waiting.extendleft(again)
+                    waiting.extend(again)
                     yield from cells
     finally:
         for worker in workers:
