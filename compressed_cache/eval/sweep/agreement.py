@@ -78,6 +78,7 @@ def _written(plan: Plan, task: str, lm: Any, weights: str) -> Iterator[Text]:
         for name, prompt, answer in zip(part, rows, answers, strict=True):
             words = lm.tokenizer.decode(answer)
             yield Text(document=name, prompt=prompt, answer=answer, words=words, weights=weights)
+        print(f"wrote {len(part)} of {len(names)} texts", flush=True)
 
 
 def _read(
@@ -109,6 +110,7 @@ def _read(
                 Document.of(text, one, row, cell.budget) for row, text in enumerate(part)
             ]
         made.clear()
+        print(f"read {len(part)} of {len(texts)} texts", flush=True)
     return {
         name: failed[name] if name in failed else (own, held[name] / len(texts))
         for name, own in documents.items()
