@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
         "sweep", help="lm_eval for many tasks, policies, budgets and seeds; goes on where it was"
     )
     _add_sweep_options(sweep)
+    agree = commands.add_parser(
+        "agree",
+        help="how often policies would say what the full cache says; needs no right answers",
+    )
+    _add_agree_options(agree)
     compare = commands.add_parser("compare", help="two policies of a sweep on the same documents")
     compare.add_argument("results", help="a sweep's folder, or its results.jsonl")
     compare.add_argument("--policies", type=_names, required=True, help="e.g. h2o,snapkv")
@@ -46,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         "eval": _eval,
         "calibrate": _calibrate,
         "sweep": _sweep,
+        "agree": _agree,
         "compare": _compare,
         "report": _report,
         "model": _model,
@@ -96,6 +103,18 @@ def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
     except ModuleNotFoundError as error:
         return _missing(error, "eval")
     return run(options)
+
+
+def _agree(options: argparse.Namespace, rest: list[str]) -> int:
+    options.measure, options.gen_kwargs = "agreement", ""
+    if options.text:
+        # No task has such a name, and no file of a folder begins with a dot.
+        options.tasks = [f"text-{Path(options.text).name}"]
+        if options.max_new_tokens is None:
+            options.max_new_tokens = 256
+    if options.max_new_tokens is not None:
+        options.gen_kwargs = f"max_gen_toks={options.max_new_tokens}"
+    return _sweep(options, rest)
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
@@ -174,12 +193,55 @@ def _numbers(text: str) -> list[int]:
 
 def _add_sweep_options(sweep: argparse.ArgumentParser) -> None:
     add = sweep.add_argument
-    add("--model", required=True, help="a hub or local model, or shipped")
     add("--tasks", type=_names, required=True, help="e.g. reasoning_gsm8k,reasoning_logic")
+    add("--out", required=True, help="the folder of the sweep")
+    add(
+        "--measure",
+        choices=["accuracy", "agreement"],
+        default="accuracy",
+        help="of answers, or of each token with the full cache, see agree (default: accuracy)",
+    )
+    add("--batch-size", type=int, default=1)
+    add("--gen-kwargs", default="", help="e.g. do_sample=true,max_gen_toks=16384")
+    add("--limit", type=int, help="documents per task at most")
+    _add_options_of_cells(sweep)
+    sweep.set_defaults(text=None, max_new_tokens=None)
+
+
+def _add_agree_options(agree: argparse.ArgumentParser) -> None:
+    agree.description = (
+        "The full cache writes the most likely token again and again behind each prompt, once. "
+        "Then each policy reads these texts token by token, and what it would have said next is "
+        "compared with what the full cache says there. Late positions are those where prompt and "
+        "text so far are longer than the budget. The folder is that of a sweep: killed, it goes "
+        "on where it was, and compare and report read it."
+    )
+    add = agree.add_argument
+    what = agree.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", "--tasks", dest="tasks", type=_names, help="e.g. reasoning_gsm8k")
+    what.add_argument(
+        "--text",
+        metavar="FILE",
+        help="a text file instead: each paragraph, divided from the next by a blank line, is a "
+        "prompt that the model goes on with",
+    )
+    add("--out", default="agreement_results", help="the folder (default: agreement_results)")
+    add("--batch-size", type=int, default=8, help="texts read at a time (default: 8)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        help="of each text (default: the task's own limit; 256 with --text)",
+    )
+    add("--limit", type=int, help="prompts per task at most")
+    _add_options_of_cells(agree)
+
+
+def _add_options_of_cells(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="a hub or local model, or shipped")
     add("--policies", type=_names, required=True, help="e.g. full,h2o,snapkv+caote")
     add("--budgets", type=_numbers, default=[], help="e.g. 128,256; full needs none")
     add("--seeds", type=int, default=1, help="how many: 3 means 0, 1 and 2")
-    add("--out", required=True, help="the folder of the sweep")
     add(
         "--policy-args",
         action="append",
@@ -187,16 +249,13 @@ def _add_sweep_options(sweep: argparse.ArgumentParser) -> None:
         help="of all policies but full: interval=8,protect_prompt=true; of one: h2o:recent=16; "
         "may be repeated",
     )
-    add("--limit", type=int, help="documents per task at most")
-    add("--batch-size", type=int, default=1)
-    add("--gen-kwargs", default="", help="e.g. do_sample=true,max_gen_toks=16384")
     add("--model-args", default="", help="further ones of lm_eval's hf, e.g. max_length=32768")
     add("--dtype", help="of the weights, e.g. bfloat16")
-    add("--apply-chat-template", action="store_true")
+    add("--apply-chat-template", "--chat", action="store_true")
     add("--metadata", default="{}", help="of tasks, as JSON, e.g. '{\"repeats\": 16}'")
     add("--retry-failed", action="store_true", help="also run cells again that have an error")
     add("--dry-run", action="store_true", help="print the plan and an estimate, and do nothing")
-    where = sweep.add_mutually_exclusive_group()
+    where = parser.add_mutually_exclusive_group()
     where.add_argument("--processes", type=int, help="one per GPU unless given, or else one")
     where.add_argument("--ray", metavar="ADDRESS", help="of a Ray cluster; auto for this one")
     add("--gpus-per-cell", type=float, help="with --ray, e.g. 0.5; 1 unless given, if it has any")

@@ -1853,6 +1853,27 @@ MUTANTS = (
         "for budget in self.budgets",
         "test_sweep.py -k full_runs_once",
     ),
+    Mutant(
+        "the first token of a long prompt counts as late",
+        "eval/agreement/statistics.py",
+        "min(max(1, budget + 1 - prompt), length)",
+        "min(max(0, budget + 1 - prompt), length)",
+        "test_agree.py -k late_positions",
+    ),
+    Mutant(
+        "the divergence is the other way round",
+        "eval/agreement/reading.py",
+        "share = reference.exp()",
+        "share = own.exp()",
+        "test_agree.py -k slow_loop",
+    ),
+    Mutant(
+        "a text read in a batch has the positions of its columns",
+        "eval/agreement/reader.py",
+        "self._position = mask.sum(dim=1, keepdim=True)",
+        "self._position = mask.sum(dim=1, keepdim=True) * 0 + self._seen",
+        "test_agree.py -k slow_loop",
+    ),
 )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from compressed_cache.eval.results.row import Result
+from compressed_cache.eval.results.row import Agreement, Result
 
 
 def make_result(**changes: Any) -> Result:
@@ -30,3 +30,39 @@ def make_result(**changes: Any) -> Result:
         machine={"device": "cpu", "threads": 1},
     )
     return Result(**values | changes)
+
+
+def make_agreement(**changes: Any) -> Agreement:
+    """A row of h2o at 64 slots."""
+    values: dict[str, Any] = dict(
+        model="shipped",
+        task="reasoning_shipped_easy",
+        policy="h2o",
+        options={"interval": 1, "sinks": 0, "recent": 32, "protect_prompt": False},
+        budget=64,
+        seed=0,
+        documents=2,
+        cache_bytes=137440.0,
+        seconds=2.0,
+        versions={"python": "3.11"},
+        machine={"device": "cpu", "threads": 1},
+        weights="0123456789abcdef",
+        prompt_tokens=40.0,
+        text_tokens=80.0,
+        late_documents=2,
+        late_positions=110,
+        agreement=0.85,
+        agreement_se=0.05,
+        divergence=0.5,
+        divergence_se=0.1,
+        lost=0.5,
+        lost_se=0.1,
+        early_agreement=1.0,
+        early_divergence=0.0,
+        early_lost=0.0,
+        first_difference=30.0,
+        first_difference_se=2.0,
+        identical=0.0,
+        agreements={"0-aa": 0.9, "1-bb": 0.8},
+    )
+    return Agreement(**values | changes)

@@ -79,7 +79,7 @@ def test_a_combination_is_the_same_in_python_and_in_arguments() -> None:
 def test_the_plan_of_a_sweep_is_what_the_command_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    section = TEXT[TEXT.index("## Sweeps") : TEXT.index("## Report")]
+    section = TEXT[TEXT.index("## Sweeps") : TEXT.index("## Agreement")]
     command, printed, _ = re.findall(r"```\n(.*?)```", section, re.S)
     monkeypatch.chdir(tmp_path)
     assert main([*command.split()[3:], "--dry-run"]) == 0

@@ -146,6 +146,7 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     interval = values.pop("difference [95%]")
     assert interval.startswith("+50 [+")
     assert values == {
+        "measure": "accuracy",
         "model": "m",
         "task": "t",
         "budget": "64",

@@ -13,9 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from compressed_cache.eval.results.row import FILE, Result, read
+from compressed_cache.eval.results.row import FILE, from_json, read
 from compressed_cache.eval.sweep.cell import take
 from compressed_cache.eval.sweep.folder import RESULT, Folder
+from compressed_cache.eval.sweep.group import Group
 from compressed_cache.eval.sweep.plan import Plan
 
 PLAN = Plan(
@@ -78,7 +79,7 @@ def num_rows(out: Path) -> int:
     return (out / FILE).read_bytes().count(b"\n") if (out / FILE).exists() else 0
 
 
-def essence(rows: list[Result]) -> dict[Any, Any]:
+def essence(rows: list[Any]) -> dict[Any, Any]:
     """What must not depend on when, where and how often a sweep was killed."""
     return {
         (row.policy, row.budget): (row.accuracy, row.correct, row.tokens, row.evicted_tokens)
@@ -92,11 +93,11 @@ pytestmark = pytest.mark.xdist_group("sweeps")
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """The rows of all cells, each run in this process."""
-    rows = []
+    rows: list[Any] = []
     for cell in PLAN.cells():
         folder = tmp_path_factory.mktemp(cell.policy)
-        assert take(PLAN, cell, folder)
-        rows += [Result.from_json((folder / RESULT).read_text())]
+        assert take(PLAN, Group((cell,)), [folder])
+        rows += [from_json((folder / RESULT).read_text())]
     return essence(rows)
 
 
@@ -141,6 +142,24 @@ def test_a_killed_process_is_the_error_of_its_cell_and_none_outlives_the_sweep(
     assert outcome == "its process was ended by SIGKILL, as the system does when memory runs out"
     finished(tmp_path, "--retry-failed")
     assert essence(read(tmp_path)) == unbroken
+
+
+@pytest.mark.slow
+def test_a_killed_process_costs_cells_that_read_together_nothing_but_time(tmp_path: Path) -> None:
+    def reader() -> psutil.Process | None:
+        # Both cells have begun.
+        if len(list(tmp_path.glob("cells/.*h2o*"))) < 2:
+            return None
+        children = psutil.Process(process.pid).children()
+        return next((c for c in children if "spawn_main" in " ".join(c.cmdline())), None)
+
+    with started(tmp_path, "--measure=agreement") as process:
+        wait_for(reader, process).kill()
+        _, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, errors
+    rows = read(tmp_path)
+    assert [(row.policy, row.budget) for row in rows] == [("full", None), ("h2o", 64), ("h2o", 80)]
+    assert sorted(os.listdir(tmp_path / "cells")) == sorted(NAMES)
 
 
 @pytest.mark.slow

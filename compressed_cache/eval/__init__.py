@@ -1,1 +1,1 @@
-"""Evaluation: sweeps, their results, reports, the demo and the catalogue of policies."""
+"""Evaluation: sweeps, agreement, their results, reports, the demo and the catalogue of policies."""

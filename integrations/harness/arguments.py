@@ -43,6 +43,11 @@ class PressArguments:
             **policy.options,
         }
 
+    def options(self) -> dict[str, Any]:
+        """The same without policy and budget."""
+        described = self.describe()
+        return {name: described[name] for name in described if name not in ("policy", "budget")}
+
 
 def take_press(arguments: dict[str, Any]) -> PressArguments | None:
     """Removes the ``kv_`` arguments from a model's arguments and checks them.

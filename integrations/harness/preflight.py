@@ -1,7 +1,7 @@
 """Faults of tasks and data, found before the weights are loaded."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def check_tasks(lm: Any, arguments: Mapping[str, Any], run: Mapping[str, Any] | 
     ours = [name for name in run["tasks"] if isinstance(name, str) and _is_ours(manager, name)]
     if not ours:
         return
-    limit = arguments.get("max_length") or _model_limit(lm)
+    limit = arguments.get("max_length") or model_limit(lm)
     for task in manager.load(ours)["tasks"].values():
         _check_prompts(lm, task, run, limit, _template_arguments(arguments))
 
@@ -56,7 +56,8 @@ def _is_ours(manager: Any, name: str) -> bool:
     return PATH in Path(entry.yaml_path).resolve().parents
 
 
-def _model_limit(lm: Any) -> int:
+def model_limit(lm: Any) -> int:
+    """How many tokens the model can read."""
     from lm_eval.models.utils import resolve_max_length
 
     return resolve_max_length(lm.config, lm.tokenizer, default=lm._DEFAULT_MAX_LENGTH)
@@ -77,16 +78,8 @@ def _check_prompts(
     arguments = dict(task.config.generation_kwargs) | dict(run["gen_kwargs"] or {})
     normal: dict[str, Any] = {**normalize_gen_kwargs(arguments, lm.max_gen_toks)}
     reply = normal["max_gen_toks"]
-    chat = bool(run["apply_chat_template"])
-    for number in _chosen(task, run):
-        prompt = task.fewshot_context(
-            task.eval_docs[number],
-            num_fewshot=0,
-            system_instruction=run["system_instruction"],
-            apply_chat_template=chat,
-            fewshot_as_multiturn=run["fewshot_as_multiturn"],
-            chat_template=partial(lm.tokenizer.apply_chat_template, tokenize=False, **template),
-        )
+    apply = partial(lm.tokenizer.apply_chat_template, tokenize=False, **template)
+    for number, prompt in prompts(task, run, apply):
         tokens = len(lm.tokenizer(prompt).input_ids)
         if tokens + reply > limit:
             raise ValueError(
@@ -95,6 +88,30 @@ def _check_prompts(
                 f"replies (--gen_kwargs max_gen_toks={max(1, limit - tokens)}) or, if the model "
                 "can read more, raise max_length in --model_args."
             )
+
+
+def prompts(
+    task: Any, run: Mapping[str, Any], template: Callable[..., Any]
+) -> Iterator[tuple[int, str]]:
+    """The prompts of a run of a task, each with the number of its document.
+
+    Args:
+        task: a loaded task.
+        run: what ``simple_evaluate`` is given.
+        template: makes text of a conversation, if the run asks for that.
+    """
+    for number in _chosen(task, run):
+        yield (
+            number,
+            task.fewshot_context(
+                task.eval_docs[number],
+                num_fewshot=0,
+                system_instruction=run["system_instruction"],
+                apply_chat_template=bool(run["apply_chat_template"]),
+                fewshot_as_multiturn=run["fewshot_as_multiturn"],
+                chat_template=template,
+            ),
+        )
 
 
 def _chosen(task: Any, run: Mapping[str, Any]) -> Iterable[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from compressed_cache.eval.report.parts import Part, told
 from compressed_cache.eval.report.tables import Column, table
 from compressed_cache.eval.results.comparison import Comparison, compare
-from compressed_cache.eval.results.row import Option, Result
+from compressed_cache.eval.results.row import Measured, Option
 
 PROTECT = "protect_prompt"
 
@@ -22,11 +22,13 @@ class Beside:
     found: Comparison
 
 
-def comparison(results: Sequence[Result]) -> list[Part]:
-    """All that can be compared, and why the rest cannot."""
+def comparison(
+    results: Sequence[Measured], title: str = "Policies beside full and random"
+) -> list[Part]:
+    """All that can be compared, of rows of one measure, and why the rest cannot."""
     found: list[Beside] = []
     refused: list[str] = []
-    of_setting: dict[tuple[str, str], list[Result]] = {}
+    of_setting: dict[tuple[str, str], list[Measured]] = {}
     for row in results:
         setting = row.policy, json.dumps(row.options, sort_keys=True)
         of_setting.setdefault(setting, []).append(row)
@@ -39,19 +41,18 @@ def comparison(results: Sequence[Result]) -> list[Part]:
                 refused.append(str(error))
                 continue
             found += [Beside(policy, options, against, one) for one in compared]
-    title = "Policies beside full and random"
     text = f"Not compared: {'; '.join(dict.fromkeys(refused))}" if refused else ""
     tables = [table(title, _COLUMNS, found)] if found else []
     return [Part(title, text, tables=tables)] if found or refused else []
 
 
 def _others(
-    policy: str, options: dict[str, Option], results: Sequence[Result]
-) -> dict[str, list[Result]]:
+    policy: str, options: dict[str, Option], results: Sequence[Measured]
+) -> dict[str, list[Measured]]:
     """Rows of the full cache, and of `random` with the prompt as protected, if there are any."""
     if policy == "full":
         return {}
-    found = {"full": [row for row in results if row.policy == "full"]}
+    found = {"full": [row for row in results if row.policy == "full" and row.scores]}
     if policy != "random":
         found["random"] = [
             row

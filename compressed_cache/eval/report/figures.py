@@ -29,6 +29,7 @@ from compressed_cache.eval.report.style import (
     SERIES,
     WIDTH,
 )
+from compressed_cache.eval.results.row import Agreement
 
 MOST = len(SERIES)
 """Lines that a figure tells apart, those of :data:`BESIDE` not counted."""
@@ -88,6 +89,25 @@ def tokens(lines: Series) -> Figure:
     _against_budget(axes, lines, lambda row: row.tokens, intervals=False)
     axes.set_ylabel("tokens to answer")
     axes.set_ylim(bottom=0)
+    _legend(figure, axes)
+    return figure
+
+
+@matplotlib.rc_context(RC)
+def agreement(lines: Mapping[str, Sequence[Agreement]]) -> Figure:
+    """Agreement against budget with standard errors; rows that evicted something, by name."""
+    figure, axes = _figure(lines)
+    looks = _looks(lines)
+    budgets = sorted({row.budget for rows in lines.values() for row in rows if row.budget})
+    for name, rows in lines.items():
+        at = [row.budget or 0 for row in rows]
+        means = [row.agreement or 0.0 for row in rows]
+        errors = [row.agreement_se or 0.0 for row in rows]
+        axes.errorbar(at, means, errors, label=name, elinewidth=1, **looks[name])
+    axes.set_xlabel("budget (slots per head)")
+    axes.set_ylabel("agreement")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _scale(axes, budgets, log=bool(budgets) and budgets[-1] > 4 * budgets[0])
     _legend(figure, axes)
     return figure
 

@@ -16,7 +16,7 @@ from compressed_cache.eval.report.benches import Bench
 from compressed_cache.eval.report.rows import Row
 from compressed_cache.eval.report.traces import Losses, TraceFile
 from compressed_cache.eval.results import row as results
-from compressed_cache.eval.results.row import Result
+from compressed_cache.eval.results.row import Agreement, Result
 from compressed_cache.telemetry.trace import KEY, LOSSES, TOKENS
 
 FORMAT = 1
@@ -56,6 +56,7 @@ class Inputs:
     rows: list[Row] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     """Those of the rows that come from sweeps, with the score of each document."""
+    agreements: list[Agreement] = field(default_factory=list)
     benches: list[Bench] = field(default_factory=list)
     timings: list[TimingFile] = field(default_factory=list)
     traces: list[TraceFile] = field(default_factory=list)
@@ -95,7 +96,7 @@ def _read(inputs: Inputs, path: Path, name: str, layers: list[int] | None) -> No
     if start == b"PAR1":
         return _read_parquet(inputs, path, name, layers)
     document = _document(path)
-    if document is None or {"policy", "accuracy"} <= document.keys():
+    if document is None or {"policy", "seed"} <= document.keys():
         return _read_sweep(inputs, path, name)
     _check_format(path, document.get("format", FORMAT))
     if document.keys() >= _DEMO:
@@ -130,8 +131,10 @@ def _read_sweep(inputs: Inputs, path: Path, name: str) -> None:
     machine = _all(result.machine for result in found)
     versions = _all(result.versions for result in found)
     inputs.sources.append(Source(name, "sweep", machine, versions))
-    inputs.results += found
-    inputs.rows += [rows.of_result(result, name) for result in found]
+    accuracies = [row for row in found if isinstance(row, Result)]
+    inputs.results += accuracies
+    inputs.rows += [rows.of_result(result, name) for result in accuracies]
+    inputs.agreements += [row for row in found if isinstance(row, Agreement)]
 
 
 def _read_parquet(inputs: Inputs, path: Path, name: str, layers: list[int] | None) -> None:

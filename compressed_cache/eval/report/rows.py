@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
-from compressed_cache.eval.results.row import Option, Result
+from compressed_cache.eval.results.row import Agreement, Option, Result
 
 _HARNESS = (
     *("task", "policy", "budget", "documents", "accuracy", "accuracy_low", "accuracy_high"),
@@ -13,6 +13,7 @@ _HARNESS = (
 )
 _RESULT = (*_HARNESS, "model", "seed", "evicted_tokens", "tokens_per_s")
 SHIPPED = "shipped model"
+T = TypeVar("T", "Row", Agreement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +105,12 @@ def groups(rows: Iterable[Row]) -> list[list[Row]]:
     return list(found.values())
 
 
-def series(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def series(rows: Iterable[T]) -> dict[str, list[T]]:
     """Rows of each policy by budget, under its name and those options that tell them apart."""
-    of_policy: dict[str, list[Row]] = {}
+    of_policy: dict[str, list[T]] = {}
     for row in rows:
         of_policy.setdefault(row.policy, []).append(row)
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[T]] = {}
     for policy, own in of_policy.items():
         differing = list(_differing([row.options for row in own]))
         for row in sorted(own, key=lambda row: row.budget or 0):

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from compressed_cache.eval.report import attention, costs, quality
+from compressed_cache.eval.report.agreement import agreement
 from compressed_cache.eval.report.comparison import comparison
 from compressed_cache.eval.report.inputs import Inputs
 from compressed_cache.eval.report.parts import Part
@@ -32,11 +33,23 @@ def sections(inputs: Inputs) -> list[Section]:
             [quality.accuracy(group) for group in tasks],
         ),
         Section(
+            "agreement",
+            "Agreement with the full cache",
+            "Policies read texts of the full cache: the share of late positions (prompt and text "
+            "so far are longer than the budget) at which their most likely token is the full "
+            "cache's. Means and standard errors are over documents.",
+            agreement(inputs.agreements),
+        ),
+        Section(
             "comparison",
             "Paired comparison",
             "The same documents under two policies. The interval is a bootstrap over documents, p "
-            "is McNemar's exact test, not corrected for the number of comparisons.",
-            comparison(inputs.results),
+            "is McNemar's exact test (with agreement a sign test over documents), not corrected "
+            "for the number of comparisons.",
+            [
+                *comparison(inputs.results),
+                *comparison(inputs.agreements, "Agreement of policies beside random"),
+            ],
         ),
         Section(
             "tokens",
@@ -79,14 +92,14 @@ def sections(inputs: Inputs) -> list[Section]:
 
 def summary(inputs: Inputs) -> list[tuple[str, str]]:
     """What was measured, in a few words each."""
-    rows = inputs.rows
+    rows = [*inputs.rows, *inputs.agreements]
     about = [each.about for each in (*inputs.traces, *inputs.losses)]
     measured = [
         row for bench in inputs.benches for name in bench.tables for row in bench.rows(name)
     ]
     models = [*(row.model for row in rows), *(a.get("model") for a in about)]
     policies = [*(row.policy for row in rows), *(a.get("policy") for a in about)]
-    found = (to_random(row, group) for group in groups(rows) for row in group)
+    found = (to_random(row, group) for group in groups(inputs.rows) for row in group)
     differences = [difference for difference in found if difference is not None]
     below = sum(difference < 0 for difference in differences)
     facts = [

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from compressed_cache.eval.results import comparison
-from compressed_cache.eval.results.row import read
+from compressed_cache.eval.results.row import Result, read
 from compressed_cache.wording import markdown
 
 
@@ -24,7 +24,7 @@ def compare(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"{options.results}: {error}", file=sys.stderr)
         return 2
-    header = ["model", "task", "budget", "documents", "seeds", first, second]
+    header = ["measure", "model", "task", "budget", "documents", "seeds", first, second]
     header += ["difference [95%]", f"only {first}", f"only {second}", "p"]
     print(markdown(header, [_cells(one) for one in found]))
     return 0
@@ -32,14 +32,17 @@ def compare(options: argparse.Namespace) -> int:
 
 def _cells(one: comparison.Comparison) -> list[str]:
     low, high = one.difference_low, one.difference_high
+    # A document has one answer and hundreds of tokens.
+    digits = 0 if one.measure == Result.measure else 1
     return [
+        one.measure,
         one.model,
         one.task,
         "-" if one.budget is None else str(one.budget),
         str(one.documents),
         str(one.seeds),
-        *(f"{accuracy:.0%}" for accuracy in one.accuracies),
-        f"{one.difference * 100:+.0f} [{low * 100:+.0f}, {high * 100:+.0f}]",
+        *(f"{score:.{digits}%}" for score in one.accuracies),
+        f"{one.difference * 100:+.{digits}f} [{low * 100:+.{digits}f}, {high * 100:+.{digits}f}]",
         *map(str, one.better),
         f"{one.p:.2g}",
     ]

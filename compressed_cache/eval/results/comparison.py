@@ -1,12 +1,13 @@
 """Two policies on the same documents, which tells more than their two intervals."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import binomtest, bootstrap
 
-from compressed_cache.eval.results.row import Result
+from compressed_cache.eval.results.row import Measured, Result
 from compressed_cache.wording import listing, nearest
 
 _SEED = 0
@@ -16,6 +17,8 @@ _SEED = 0
 class Comparison:
     """A first and a second policy on one task."""
 
+    measure: str
+    """Which the accuracies below are of."""
     model: str
     task: str
     budget: int | None
@@ -35,7 +38,7 @@ class Comparison:
     """Exact McNemar test: how often so uneven a split, or a worse one, comes by chance."""
 
 
-def compare(results: list[Result], first: str, second: str) -> list[Comparison]:
+def compare(results: Sequence[Measured], first: str, second: str) -> list[Comparison]:
     """Every pair of rows that differ in the policy, seeds together.
 
     Args:
@@ -51,8 +54,8 @@ def compare(results: list[Result], first: str, second: str) -> list[Comparison]:
     found = []
     for key, rows in ours.items():
         for other, rows_ in theirs.items():
-            if key[:2] == other[:2] and (key[2] == other[2] or None in (key[2], other[2])):
-                budget = other[2] if key[2] is None else key[2]
+            if key[:3] == other[:3] and (key[3] == other[3] or None in (key[3], other[3])):
+                budget = other[3] if key[3] is None else key[3]
                 found.append(_compared(rows, rows_, budget))
     if not found:
         raise ValueError(
@@ -63,14 +66,14 @@ def compare(results: list[Result], first: str, second: str) -> list[Comparison]:
 
 
 def _by_cell(
-    results: list[Result], policy: str
-) -> dict[tuple[str, str, int | None], dict[int, Result]]:
-    """Rows by model, task and budget, then by seed."""
-    found: dict[tuple[str, str, int | None], dict[int, Result]] = defaultdict(dict)
+    results: Sequence[Measured], policy: str
+) -> dict[tuple[str, str, str, int | None], dict[int, Measured]]:
+    """Rows by measure, model, task and budget, then by seed."""
+    found: dict[tuple[str, str, str, int | None], dict[int, Measured]] = defaultdict(dict)
     for row in results:
         if row.policy != policy:
             continue
-        rows = found[row.model, row.task, row.budget]
+        rows = found[row.measure, row.model, row.task, row.budget]
         if row.seed in rows:
             raise ValueError(
                 f"{policy!r} must have one row of {row.task}, budget {row.budget} and seed "
@@ -82,15 +85,26 @@ def _by_cell(
         raise ValueError(
             f"there are no rows of {policy!r}, only of {listing(names)}{nearest(policy, names)}"
         )
-    return found
+    # Where nothing was evicted, there is no agreement to compare.
+    scored = {
+        key: rows
+        for key, rows in found.items()
+        if key[0] == Result.measure or all(row.scores for row in rows.values())
+    }
+    if not scored:
+        raise ValueError(
+            f"the rows of {policy!r} must have evicted something to be compared, none has. Use "
+            "smaller budgets, or longer texts; the full cache is what all are compared with"
+        )
+    return scored
 
 
 def _compared(
-    first: dict[int, Result], second: dict[int, Result], budget: int | None
+    first: dict[int, Measured], second: dict[int, Measured], budget: int | None
 ) -> Comparison:
     row = next(iter(first.values()))
     seeds = sorted(first.keys() & second.keys())
-    each = [first[seed].correct.keys() & second[seed].correct.keys() for seed in seeds]
+    each = [first[seed].scores.keys() & second[seed].scores.keys() for seed in seeds]
     documents = sorted(set.intersection(*map(set, each))) if each else []
     if not documents:
         raise ValueError(
@@ -98,13 +112,14 @@ def _compared(
             "Sweep both policies with the same seeds and limit over the same data."
         )
     scores = [
-        np.array([[rows[seed].correct[name] for seed in seeds] for name in documents]).mean(axis=1)
+        np.array([[rows[seed].scores[name] for seed in seeds] for name in documents]).mean(axis=1)
         for rows in (first, second)
     ]
     differences = scores[0] - scores[1]
     better = int((differences > 0).sum()), int((differences < 0).sum())
     low, high = _interval(differences)
     return Comparison(
+        measure=row.measure,
         model=row.model,
         task=row.task,
         budget=budget,

@@ -6,7 +6,9 @@ import typing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import Any, ClassVar, Self
+
+from compressed_cache.wording import listing
 
 FORMAT = 1
 FILE = "results.jsonl"
@@ -16,8 +18,11 @@ Option = int | float | bool | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """What one policy did on one task."""
+class Measured:
+    """What every row has, whatever was measured."""
+
+    measure: ClassVar[str]
+    """What a sweep calls it."""
 
     model: str
     task: str
@@ -29,6 +34,45 @@ class Result:
     """Slots per head; None for the full cache."""
     seed: int
     documents: int
+    cache_bytes: float
+    """Per reply, the policy's state included."""
+    seconds: float
+    """For all of it."""
+    versions: dict[str, str]
+    """Of Python and the packages."""
+    machine: dict[str, str | int]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What two policies are compared by, 0 to 1, of each document by what identifies it."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """One line of JSON, without its end."""
+        return json.dumps({"format": FORMAT, "measure": self.measure} | asdict(self))
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """The row with these values of its fields.
+
+        Raises:
+            ValueError: fields that are missing, unknown or of another type.
+        """
+        names = {field.name for field in fields(cls)}
+        if names != set(values):
+            raise ValueError(f"must have the fields of a row, differs in {names ^ set(values)}")
+        for field in fields(cls):
+            if not _fits(values[field.name], field.type):
+                raise ValueError(f"{field.name} is of another type, got {values[field.name]!r}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Measured):
+    """What one policy reached on one task."""
+
+    measure: ClassVar[str] = "accuracy"
+
     accuracy: float
     accuracy_low: float
     """Lower end of the 95% interval."""
@@ -41,50 +85,100 @@ class Result:
     """Per reply and head."""
     held_tokens: float
     """Per reply and head, when the reply ended."""
-    cache_bytes: float
-    """Per reply, the policy's state included."""
     tokens_per_s: float
     """Generated tokens of all replies, by the seconds that took, prefill included."""
-    seconds: float
-    """For all of it."""
     correct: dict[str, float]
     """Score of each document, 0 to 1, by what identifies it."""
-    versions: dict[str, str]
-    """Of Python and the packages."""
-    machine: dict[str, str | int]
 
-    def to_json(self) -> str:
-        """One line of JSON, without its end."""
-        return json.dumps({"format": FORMAT} | asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> "Result":
-        """The row in one line.
-
-        Raises:
-            ValueError: no row, half a row, or one of a newer format.
-        """
-        try:
-            values = json.loads(line)
-        except ValueError:
-            raise ValueError("must be a JSON object, got half of one or something else") from None
-        if not isinstance(values, dict) or "format" not in values:
-            raise ValueError("must be a JSON object with a format, this is a file of another kind")
-        found = values.pop("format")
-        if found != FORMAT:
-            raise ValueError(
-                f"format must be {FORMAT}, got {found!r}. A newer compressed-cache wrote it: update"
-            )
-        names = {field.name for field in fields(cls)}
-        if names != set(values):
-            raise ValueError(f"must have the fields of a row, differs in {names ^ set(values)}")
-        for field in fields(cls):
-            if not _fits(values[field.name], field.type):
-                raise ValueError(f"{field.name} is of another type, got {values[field.name]!r}")
-        return cls(**values)
+    @property
+    def scores(self) -> dict[str, float]:
+        """The score of each reply."""
+        return self.correct
 
 
-def read(path: str | os.PathLike[str]) -> list[Result]:
+@dataclass(frozen=True, kw_only=True)
+class Agreement(Measured):
+    """What one policy would have said at each token of the full cache's texts.
+
+    A position is late if prompt and text up to it are longer than the budget. Means are over
+    documents, each of which counts the same, and so are their standard errors (``_se``; None for a
+    single document). A mean over no position is None.
+    """
+
+    measure: ClassVar[str] = "agreement"
+
+    weights: str
+    """Of the model's weights: a digest."""
+    prompt_tokens: float
+    """Per document."""
+    text_tokens: float
+    """Per document: positions that were compared."""
+    late_documents: int
+    """Those that have late positions."""
+    late_positions: int
+    """Of all documents together."""
+    agreement: float | None
+    """Share of the late positions whose most likely token is that of the full cache."""
+    agreement_se: float | None
+    divergence: float | None
+    """Kullback-Leibler divergence of the full cache's distribution from the policy's, in nats."""
+    divergence_se: float | None
+    lost: float | None
+    """Log-probability that the full cache's most likely token has lost, in nats."""
+    lost_se: float | None
+    early_agreement: float | None
+    """The same over the positions that are not late, where only rounding differs unless a policy
+    gives some layers or heads less than the budget."""
+    early_divergence: float | None
+    early_lost: float | None
+    first_difference: float
+    """Tokens before the first other most likely token; all of them where there is none."""
+    first_difference_se: float | None
+    identical: float
+    """Share of the documents without any difference."""
+    agreements: dict[str, float]
+    """``agreement`` of each document that has late positions, by what identifies it."""
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The agreement over late positions."""
+        return self.agreements
+
+
+Row = Result | Agreement
+_KINDS: dict[str, type[Result] | type[Agreement]] = {
+    kind.measure: kind for kind in (Result, Agreement)
+}
+
+
+def from_json(line: str) -> Row:
+    """The row in one line.
+
+    Raises:
+        ValueError: no row, half a row, or one of a newer format.
+    """
+    try:
+        values = json.loads(line)
+    except ValueError:
+        raise ValueError("must be a JSON object, got half of one or something else") from None
+    if not isinstance(values, dict) or "format" not in values:
+        raise ValueError("must be a JSON object with a format, this is a file of another kind")
+    found = values.pop("format")
+    if found != FORMAT:
+        raise ValueError(
+            f"format must be {FORMAT}, got {found!r}. A newer compressed-cache wrote it: update"
+        )
+    # Rows of before there were others are of accuracy.
+    measure = values.pop("measure", Result.measure)
+    if measure not in _KINDS:
+        raise ValueError(
+            f"measure must be one of {listing(_KINDS)}, got {measure!r}. A newer compressed-cache "
+            "wrote it: update"
+        )
+    return _KINDS[measure].of(values)
+
+
+def read(path: str | os.PathLike[str]) -> list[Row]:
     """The rows of a file, or of the folder of a sweep, in their order.
 
     Raises:
@@ -102,7 +196,7 @@ def read(path: str | os.PathLike[str]) -> list[Result]:
         if not line:
             continue
         try:
-            rows.append(Result.from_json(line.decode()))
+            rows.append(from_json(line.decode()))
         except ValueError as error:
             raise ValueError(
                 f"{path}, line {number}: {error}. If a sweep was cut off while it wrote this line, "
@@ -111,7 +205,7 @@ def read(path: str | os.PathLike[str]) -> list[Result]:
     return rows
 
 
-def append(path: str | os.PathLike[str], row: Result) -> None:
+def append(path: str | os.PathLike[str], row: Measured) -> None:
     """Adds a row to a file, which holds it when this returns."""
     with Path(path).open("a") as file:
         file.write(row.to_json() + "\n")

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
-from compressed_cache.eval.results.row import FILE, Option, Result
-from compressed_cache.eval.sweep import estimate, plan, processes, tasks
+from compressed_cache.eval.agreement import text as texts
+from compressed_cache.eval.results.row import FILE, Agreement, Measured, Option, Result, Row
+from compressed_cache.eval.sweep import estimate, plan, processes, prompts, tasks
 from compressed_cache.eval.sweep.folder import ERROR, Folder
+from compressed_cache.eval.sweep.group import Group, together
 from compressed_cache.eval.sweep.plan import SHIPPED, Cell, Plan
 from compressed_cache.reasoner import MODEL_PATH
 
@@ -65,8 +67,9 @@ def _work(asked: Plan, folder: Folder, options: argparse.Namespace, count: int) 
     if repeating := asked.repeating():
         print(f"greedy: seeds after the first repeat the rows of {', '.join(repeating)}")
     cells = asked.cells()
+    phases = _phases(asked, todo, folder, count)
     bar: Any = tqdm(
-        _run(asked, todo, folder, options, min(count, len(todo))),
+        _run(asked, phases, folder, options, min(count, len(todo))),
         total=len(cells),
         initial=len(cells) - len(todo),
         unit="cell",
@@ -79,26 +82,61 @@ def _work(asked: Plan, folder: Folder, options: argparse.Namespace, count: int) 
         bar.close()
         print("stopped. The same command goes on from here.", file=sys.stderr)
         return 130
-    failed = [name for name, found in _outcomes(asked, folder).items() if isinstance(found, str)]
-    print(f"{len(cells) - len(failed)} rows: {folder.path / FILE}")
+    outcomes = _outcomes(asked, folder)
+    failed = [name for name, found in outcomes.items() if isinstance(found, str)]
+    waiting = [name for name, found in outcomes.items() if found is None]
+    print(f"{len(cells) - len(failed) - len(waiting)} rows: {folder.path / FILE}")
     if failed:
         print(
             f"{len(failed)} of {len(cells)} cells failed, --retry-failed runs them again: "
             f"{', '.join(str(folder.cells / name / ERROR) for name in failed)}",
             file=sys.stderr,
         )
-    return 1 if failed else 0
+    if waiting:
+        print(
+            f"{len(waiting)} cells wait for the texts of the full cache, which failed",
+            file=sys.stderr,
+        )
+    rows = [found for found in outcomes.values() if isinstance(found, Agreement)]
+    if idle := [row for row in rows if row.budget is not None and not row.late_documents]:
+        which = ", ".join(dict.fromkeys(f"{row.task} at {row.budget}" for row in idle))
+        print(
+            f"nothing was evicted in {len(idle)} of {len(rows)} rows, whose agreement is empty: "
+            f"prompt and text fit the budget ({which}). Use smaller --budgets, or longer texts",
+            file=sys.stderr,
+        )
+    return 1 if failed or waiting else 0
+
+
+def _phases(asked: Plan, todo: list[Cell], folder: Folder, count: int) -> Iterator[list[Group]]:
+    """What runs together, the writers of texts before those who read them."""
+    if not asked.is_agreement:
+        yield [Group((cell,)) for cell in todo]
+        return
+    writers = {task: asked.writer(task) for task in asked.tasks}
+    yield [Group((cell,)) for cell in todo if cell in writers.values()]
+    readers: list[Group] = []
+    for task, writer in writers.items():
+        own = [cell for cell in todo if cell.task == task and cell != writer]
+        if own and isinstance(folder.outcome(writer), Measured):
+            written = texts.read(folder.cells / writer.name)
+            readers += together(own, written, processes=count)
+    yield readers
 
 
 def _run(
-    asked: Plan, todo: list[Cell], folder: Folder, options: argparse.Namespace, count: int
+    asked: Plan,
+    phases: Iterable[Iterable[Group]],
+    folder: Folder,
+    options: argparse.Namespace,
+    count: int,
 ) -> Iterator[Cell]:
-    if options.ray and todo:
+    if options.ray and count:
         from compressed_cache.eval.sweep import cluster
 
         gpus = options.gpus_per_cell
-        return cluster.run(asked, todo, folder, address=options.ray, gpus=gpus)
-    return processes.run(asked, todo, folder, processes=count)
+        return cluster.run(asked, phases, folder, address=options.ray, gpus=gpus)
+    return processes.run(asked, phases, folder, processes=count)
 
 
 def _has_ray() -> bool:
@@ -110,18 +148,20 @@ def _has_ray() -> bool:
     return True
 
 
-def _outcomes(asked: Plan, folder: Folder) -> dict[str, Result | str | None]:
+def _outcomes(asked: Plan, folder: Folder) -> dict[str, Row | str | None]:
     return {cell.name: folder.outcome(cell) for cell in asked.cells()}
 
 
 def _todo(asked: Plan, outcomes: estimate.Outcomes, retry_failed: bool) -> list[Cell]:
-    def is_open(found: Result | str | None) -> bool:
+    def is_open(found: Row | str | None) -> bool:
         return found is None or (retry_failed and isinstance(found, str))
 
     return [cell for cell in asked.cells() if is_open(outcomes[cell.name])]
 
 
-def _told(cell: Cell, outcome: Result | str | None) -> str:
+def _told(cell: Cell, outcome: Row | str | None) -> str:
+    if isinstance(outcome, Agreement):
+        return f"{cell.name}: {_agreement(outcome)}, {outcome.seconds:.1f} s"
     if not isinstance(outcome, Result):
         return f"{cell.name}: failed, {outcome}"
     low, high = outcome.accuracy_low, outcome.accuracy_high
@@ -131,8 +171,24 @@ def _told(cell: Cell, outcome: Result | str | None) -> str:
     )
 
 
+def _agreement(row: Agreement) -> str:
+    if row.budget is None:
+        return (
+            f"{row.documents} texts of {row.text_tokens:.0f} tokens behind prompts of "
+            f"{row.prompt_tokens:.0f}, {row.early_agreement:.1%} agree when read again"
+        )
+    if row.agreement is None:
+        return f"NOTHING WAS EVICTED, no prompt and text is longer than the budget of {row.budget}"
+    error = "" if row.agreement_se is None else f" ± {100 * row.agreement_se:.1f}"
+    return (
+        f"{row.agreement:.1%}{error} of {row.late_positions:,} late positions agree "
+        f"({row.late_documents} of {row.documents} texts), divergence {row.divergence:.3f}, first "
+        f"difference after {row.first_difference:.0f} tokens"
+    )
+
+
 def _plan(options: argparse.Namespace) -> Plan:
-    for name in ("seeds", "limit", "batch_size", "processes"):
+    for name in ("seeds", "limit", "batch_size", "processes", "max_new_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
@@ -150,21 +206,40 @@ def _plan(options: argparse.Namespace) -> Plan:
             f"--model-args must not have {', '.join(taken)}: a sweep fills that in. Use --model, "
             "--policies, --budgets and --policy-args."
         )
+    is_agreement = options.measure == Agreement.measure
+    gen_kwargs = _pairs("--gen-kwargs", options.gen_kwargs)
+    if is_agreement and (others := [name for name in gen_kwargs if name != "max_gen_toks"]):
+        raise ValueError(
+            f"--gen-kwargs must have max_gen_toks alone with --measure agreement, got "
+            f"{', '.join(others)}: the full cache writes the most likely token each time"
+        )
+    policies = list(dict.fromkeys(options.policies))
+    if is_agreement and "full" not in policies:
+        policies = ["full", *policies]
     is_shipped = Path(options.model).resolve() == MODEL_PATH.resolve()
     return Plan(
         model=SHIPPED if is_shipped else options.model,
         tasks=options.tasks,
-        policies=list(dict.fromkeys(options.policies)),
+        policies=policies,
         budgets=list(dict.fromkeys(options.budgets)),
         seeds=options.seeds,
         options=_policy_options(options.policy_args),
         limit=options.limit,
         batch_size=options.batch_size,
-        gen_kwargs=_pairs("--gen-kwargs", options.gen_kwargs),
+        gen_kwargs=gen_kwargs,
         model_args=model_args | ({"dtype": options.dtype} if options.dtype else {}),
         chat=options.apply_chat_template,
         metadata=metadata,
+        measure=options.measure,
+        prompts=_paragraphs(options.text) if options.text else [],
     )
+
+
+def _paragraphs(file: str) -> list[str]:
+    try:
+        return prompts.of_file(Path(file))
+    except OSError as error:
+        raise ValueError(f"--text {file}: {error.strerror}") from None
 
 
 def _policy_options(texts: list[str]) -> dict[str, dict[str, Option]]:
@@ -183,11 +258,18 @@ def _pairs(option: str, text: str) -> dict[str, Any]:
 
 def _expanded(asked: Plan) -> tuple[Plan, list[str]]:
     """The plan with its tasks one by one, and everything that is wrong with what was asked."""
-    names, problems = tasks.expanded(asked.tasks)
+    names, problems = (asked.tasks, []) if asked.prompts else tasks.expanded(asked.tasks)
     config = None
     known = {k: v for k, v in asked.model_args.items() if k in ("revision", "trust_remote_code")}
     try:
         config = AutoConfig.from_pretrained(asked.pretrained, **known)
+        if asked.chat:
+            path = asked.model_args.get("tokenizer", asked.pretrained)
+            if not AutoTokenizer.from_pretrained(path, **known).chat_template:
+                problems.append(
+                    f"--apply-chat-template: the tokenizer of {path} has no chat template. Leave "
+                    "it out, or take a model that was trained to chat"
+                )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         problems.append(f"--model {asked.model}: {first_line}")

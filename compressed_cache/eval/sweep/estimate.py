@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from compressed_cache.eval.results.row import Result
+from compressed_cache.eval.results.row import Measured, Row
 from compressed_cache.eval.sweep.plan import Cell, Plan
 from compressed_cache.eval.sweep.tasks import Size
 from compressed_cache.wording import markdown
 
-Outcomes = Mapping[str, Result | str | None]
+Outcomes = Mapping[str, Row | str | None]
 """By the name of the cell: its row, its error, or None."""
 
 
@@ -17,7 +17,7 @@ def seconds(cells: list[Cell], outcomes: Outcomes, sizes: Mapping[str, Size]) ->
     A cell takes what those of its task took on average; where none is done, the average per token
     that could have been generated. None if no cell is done.
     """
-    done = [row for row in outcomes.values() if isinstance(row, Result)]
+    done = [row for row in outcomes.values() if isinstance(row, Measured)]
     if not done:
         return None
     per_token = sum(row.seconds for row in done) / sum(sizes[row.task].tokens for row in done)
@@ -69,8 +69,8 @@ def page(
     return "\n".join(lines)
 
 
-def _counts(outcomes: list[Result | str | None]) -> list[str]:
-    kinds = (object, Result, str)
+def _counts(outcomes: list[Row | str | None]) -> list[str]:
+    kinds = (object, Measured, str)
     return [str(sum(isinstance(outcome, kind) for outcome in outcomes)) for kind in kinds]
 
 

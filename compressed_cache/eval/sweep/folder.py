@@ -2,7 +2,8 @@
 
     sweep.json      the plan
     results.jsonl   one row for each finished cell, in the order in which they finished
-    cells/NAME/     log.txt, and result.json with samples.jsonl, or error.json
+    cells/NAME/     log.txt, and result.json with samples.jsonl, or error.json; with agreement the
+                    full cache's has texts.jsonl
 
 A cell is written under a name that begins with a dot, and renamed when it is complete.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from compressed_cache.eval.results import row as rows
-from compressed_cache.eval.results.row import Result
+from compressed_cache.eval.results.row import Measured, Result, Row
 from compressed_cache.eval.sweep.plan import FORMAT, Cell, Plan
 
 LOG, SAMPLES, RESULT, ERROR = "log.txt", "samples.jsonl", "result.json", "error.json"
@@ -71,13 +72,15 @@ class Folder:
                 f"{path}: format must be {FORMAT}, got {version!r}. A newer compressed-cache wrote "
                 "it: update, or use another --out"
             )
+        # Sweeps of before there was a choice.
+        found = {"measure": Result.measure, "prompts": None} | found
         wanted = json.loads(json.dumps(plan.to_json()))
         names = [name for name in wanted | found if wanted.get(name) != found.get(name)]
         if names:
             differing = "; ".join(f"{n} {found.get(n)} there, {wanted.get(n)} here" for n in names)
             raise ValueError(f"{self.path} holds another plan: {differing}. Use another --out")
 
-    def outcome(self, cell: Cell) -> Result | str | None:
+    def outcome(self, cell: Cell) -> Row | str | None:
         """The cell's row, or its error, or None if it is still to do.
 
         Raises:
@@ -89,7 +92,7 @@ class Folder:
         path = folder / (ERROR if (folder / ERROR).exists() else RESULT)
         try:
             text = path.read_text()
-            return json.loads(text)["error"] if path.name == ERROR else Result.from_json(text)
+            return json.loads(text)["error"] if path.name == ERROR else rows.from_json(text)
         except (FileNotFoundError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: {error}. Remove {folder} to run this cell again") from None
 
@@ -103,7 +106,7 @@ class Folder:
         """The cell is done, with a result or an error, and the rows have its result."""
         folder.rename(self.cells / cell.name)
         result = self.outcome(cell)
-        if isinstance(result, Result):
+        if isinstance(result, Measured):
             rows.append(self.path / rows.FILE, result)
 
     def forget(self, cell: Cell) -> None:
@@ -128,8 +131,8 @@ class Folder:
         _write(path, "".join(line + "\n" for line in kept))
 
 
-def _line(outcome: Result | str | None) -> str | None:
-    return outcome.to_json() if isinstance(outcome, Result) else None
+def _line(outcome: Row | str | None) -> str | None:
+    return outcome.to_json() if isinstance(outcome, Measured) else None
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,11 +1,13 @@
 """Which cells a sweep has."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from compressed_cache.cache import CompressedCache
-from compressed_cache.eval.results.row import Option
+from compressed_cache.eval.results.row import Agreement, Option, Result
 from compressed_cache.policies import option_names
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.wording import listing
@@ -17,7 +19,7 @@ SHIPPED = "shipped"
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run of the harness."""
+    """One policy at one budget on one task: a row."""
 
     task: str
     policy: str
@@ -56,6 +58,14 @@ class Plan:
     model_args: dict[str, Any] = field(default_factory=dict)
     chat: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
+    measure: str = Result.measure
+    prompts: list[str] = field(default_factory=list)
+    """Those of the only task where it is a file of the user's; none: tasks of this package."""
+
+    @property
+    def is_agreement(self) -> bool:
+        """Whether policies read what the full cache wrote, which its cell must have done before."""
+        return self.measure == Agreement.measure
 
     @property
     def pretrained(self) -> str:
@@ -76,7 +86,12 @@ class Plan:
             for task in self.tasks
             for policy in self.policies
             for budget in ([None] if policy == "full" else self.budgets)
+            if not (self.is_agreement and policy == "full" and seed)
         ]
+
+    def writer(self, task: str) -> Cell:
+        """With agreement the cell that writes the texts which the others of the task read."""
+        return next(cell for cell in self.cells() if (cell.task, cell.policy) == (task, "full"))
 
     def repeating(self) -> list[str]:
         """The policies whose rows are the same under every seed: decoding is greedy."""
@@ -86,7 +101,9 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """What the folder keeps."""
-        return {"format": FORMAT} | asdict(self)
+        prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+        text = {"prompts": prompts} if self.prompts else {"prompts": None}
+        return {"format": FORMAT} | asdict(self) | text
 
     def _options(self, policy: str, seed: int) -> dict[str, Option]:
         shared = {} if policy == "full" else self.options.get("", {})

@@ -6,53 +6,67 @@ that is the error of one cell, and a new process takes the next.
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from compressed_cache.eval.sweep.folder import Folder, write_error
+from compressed_cache.eval.sweep.group import Group
 from compressed_cache.eval.sweep.plan import Cell, Plan
 
 # A forked process cannot use the GPU.
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
-def run(plan: Plan, cells: Iterable[Cell], folder: Folder, *, processes: int) -> Iterator[Cell]:
-    """Runs cells, each of which is published in the folder when it is yielded."""
-    waiting = deque(cells)
+def run(
+    plan: Plan, phases: Iterable[Iterable[Group]], folder: Folder, *, processes: int
+) -> Iterator[Cell]:
+    """Runs groups of cells, each of which is published in the folder when it is yielded.
+
+    Args:
+        plan: theirs.
+        phases: groups, of which those of a phase begin when all of the phase before have ended.
+        folder: open.
+        processes: how many groups run at a time.
+    """
     workers = [_Worker(plan, folder, number, processes) for number in range(processes)]
     busy: dict[Connection, _Worker] = {}
     try:
-        while waiting or busy:
-            for worker in workers:
-                if waiting and worker not in busy.values():
-                    busy[worker.begin(waiting.popleft())] = worker
-            for pipe in wait(list(busy)):
-                assert isinstance(pipe, Connection)
-                yield busy.pop(pipe).end()
+        for phase in phases:
+            waiting = deque(phase)
+            while waiting or busy:
+                for worker in workers:
+                    if waiting and worker not in busy.values():
+                        busy[worker.begin(waiting.popleft())] = worker
+                for pipe in wait(list(busy)):
+                    assert isinstance(pipe, Connection)
+                    cells, again = busy.pop(pipe).end()
+                    waiting.extend(again)
+                    yield from cells
     finally:
         for worker in workers:
             worker.stop()
 
 
 class _Worker:
-    """A process that is started when it is needed and keeps its model from cell to cell."""
+    """A process that is started when it is needed and keeps its model from group to group."""
 
     def __init__(self, plan: Plan, folder: Folder, number: int, processes: int) -> None:
         self._plan, self._folder = plan, folder
         self._number, self._processes = number, processes
         self._process: Any = None
         self._pipe: Any = None
-        self._cell: Any = None
-        self._partial: Any = None
+        self._group: Any = None
+        self._partials: list[Path] = []
 
-    def begin(self, cell: Cell) -> Connection:
-        """Starts a cell and returns what becomes readable at its end."""
+    def begin(self, group: Group) -> Connection:
+        """Starts a group and returns what becomes readable at its end."""
         if self._process is not None and not self._process.is_alive():
             self.stop()
         if self._process is None:
@@ -62,24 +76,34 @@ class _Worker:
             self._process.start()
             # Else the pipe would not end with the process.
             theirs.close()
-        self._cell, self._partial = cell, self._folder.begin(cell)
+        self._group = group
+        self._partials = [self._folder.begin(cell) for cell in group.cells]
         # If it ends just now, the pipe ends too.
         with suppress(BrokenPipeError):
-            self._pipe.send((cell, self._partial))
+            self._pipe.send((group, self._partials))
         return self._pipe
 
-    def end(self) -> Cell:
-        """The cell, published."""
+    def end(self) -> tuple[Sequence[Cell], Iterable[Group]]:
+        """The cells, published, and what is to run again.
+
+        That is each cell of a group alone whose process was ended, to find out whose fault it was.
+        """
         try:
             is_well = self._pipe.recv()
         except (EOFError, ConnectionResetError):
             self._process.join()
-            write_error(self._partial, _cause(self._process.exitcode))
+            if len(self._group.cells) > 1:
+                self.stop()
+                for partial in self._partials:
+                    shutil.rmtree(partial)
+                return (), self._group.singly()
+            write_error(self._partials[0], _cause(self._process.exitcode))
             is_well = False
-        self._folder.publish(self._cell, self._partial)
+        for cell, partial in zip(self._group.cells, self._partials, strict=True):
+            self._folder.publish(cell, partial)
         if not is_well:
             self.stop()
-        return self._cell
+        return self._group.cells, ()
 
     def stop(self) -> None:
         """Ends the process, whatever it does."""
@@ -114,10 +138,10 @@ def _serve(pipe: Connection, plan: Plan, number: int, processes: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     while True:
         try:
-            cell, partial = pipe.recv()
+            group, partials = pipe.recv()
         except EOFError:
             return
-        pipe.send(take(plan, cell, Path(partial)))
+        pipe.send(take(plan, group, partials))
 
 
 def _end_with_parent() -> None:

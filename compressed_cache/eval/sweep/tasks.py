@@ -42,6 +42,10 @@ def expanded(names: list[str]) -> tuple[list[str], list[str]]:
 def sizes(plan: Plan) -> tuple[dict[str, Size], list[str]]:
     """The size of each task, and why some cannot be loaded."""
     found, problems = {}, []
+    if plan.prompts:
+        documents = min(len(plan.prompts), plan.limit or len(plan.prompts))
+        size = Size(documents, documents * plan.gen_kwargs["max_gen_toks"])
+        return dict.fromkeys(plan.tasks, size), []
     for name in plan.tasks:
         try:
             task: Any = manager(plan.metadata).load([name])["tasks"][name]
@@ -49,10 +53,31 @@ def sizes(plan: Plan) -> tuple[dict[str, Size], list[str]]:
             problems.append(str(error))
             continue
         documents = min(len(task.eval_docs), plan.limit or len(task.eval_docs))
-        arguments = dict(task.config.generation_kwargs) | plan.gen_kwargs
-        limit = dict(normalize_gen_kwargs(arguments))["max_gen_toks"]
-        found[name] = Size(documents, documents * task.config.repeats * limit)
+        # Greedy texts are written once.
+        repeats = 1 if plan.is_agreement else task.config.repeats
+        found[name] = Size(documents, documents * repeats * reply_limit(plan, task))
     return found, problems
+
+
+def reply_limit(plan: Plan, task: Any) -> int:
+    """How many tokens a reply to a loaded task may have."""
+    arguments = dict(task.config.generation_kwargs) | plan.gen_kwargs
+    normal: dict[str, Any] = {**normalize_gen_kwargs(arguments)}
+    return normal["max_gen_toks"]
+
+
+def evaluation(plan: Plan, task: str) -> dict[str, Any]:
+    """What the harness's ``simple_evaluate`` is given for a task."""
+    return dict(
+        tasks=[task],
+        task_manager=manager(plan.metadata),
+        limit=plan.limit,
+        samples=None,
+        gen_kwargs=plan.gen_kwargs or None,
+        apply_chat_template=plan.chat,
+        system_instruction=None,
+        fewshot_as_multiturn=True,
+    )
 
 
 def _members(index: Any, name: str) -> Iterator[str]:
