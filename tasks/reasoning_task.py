@@ -19,7 +19,8 @@ class ReasoningTask(ConfigurableTask):
 
     Beside the harness's own keys, ``metadata`` knows: ``benchmark`` (which entry of
     :data:`BENCHMARKS`), ``hint`` (what to do if the hub refuses), ``steps`` (of the shipped model's
-    problems). Users may give ``--metadata`` ``data_dir`` (a folder of local rows, NAME.jsonl) and
+    problems). Users may give ``--metadata`` ``data_dir`` (a folder of local rows, NAME.jsonl),
+    ``rows`` (which of the documents in their order: ``"50:100"`` are those behind the first 50) and
     ``repeats`` (replies per document, for avg@k and pass@k).
     """
 
@@ -38,7 +39,9 @@ class ReasoningTask(ConfigurableTask):
         """Loads, checks and shuffles the rows; called by the harness."""
         split = self.config.test_split
         table = datasets.Dataset.from_list(self._rows(split, dataset_kwargs or {}))
-        self.dataset = datasets.DatasetDict({split: table.shuffle(seed=_SHUFFLE_SEED)})
+        table = table.shuffle(seed=_SHUFFLE_SEED)
+        table = table.select(_range(self.config.metadata.get("rows", ":"), len(table)))
+        self.dataset = datasets.DatasetDict({split: table})
 
     def _rows(self, split: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         metadata = self.config.metadata
@@ -113,3 +116,16 @@ def _repeats(value: Any) -> int:
     if type(value) is not int or value < 1:
         raise ValueError(f"repeats must be a whole number from 1, got {value!r}")
     return value
+
+
+def _range(value: Any, count: int) -> range:
+    """The documents that ``rows`` names, of so many."""
+    start, colon, stop = str(value).partition(":")
+    if colon and all(not part or part.isdecimal() for part in (start, stop)):
+        chosen = range(count)[int(start or 0) : int(stop or count)]
+        if chosen:
+            return chosen
+    raise ValueError(
+        f'rows must be FIRST:END, such as "50:100", with some of {count} documents between them, '
+        f"got {value!r}"
+    )

@@ -219,6 +219,25 @@ def test_local_rows_may_hold_any_text(tmp_path: Path) -> None:
         local_rows(path, BENCHMARKS["gsm8k"])
 
 
+def _documents(data: str, **metadata: str) -> list[str]:
+    tasks: Any = manager(data_dir=data, **metadata).load(["reasoning_gsm8k"])["tasks"]
+    return [doc["question"] for doc in tasks["reasoning_gsm8k"].eval_docs]
+
+
+def test_some_of_the_rows_are_those_of_the_usual_order(data: str) -> None:
+    all_of_them = _documents(data)
+    assert len(all_of_them) > 3
+    assert _documents(data, rows="1:3") == all_of_them[1:3]
+    assert _documents(data, rows=":2") == all_of_them[:2]
+    assert _documents(data, rows="2:") == all_of_them[2:]
+
+
+@pytest.mark.parametrize("rows", ["50", "a:b", "3:2", "10000:", "-2:"])
+def test_rows_that_are_none_are_refused(data: str, rows: str) -> None:
+    with pytest.raises(ValueError, match='rows must be FIRST:END, such as "50:100"'):
+        _documents(data, rows=rows)
+
+
 def test_an_environment_variable_names_the_folder_too(
     data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
