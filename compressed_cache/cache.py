@@ -54,7 +54,9 @@ class CompressedCache(Drafts, AnnouncedCalls):
         sinks: positions below it are never evicted. None: the policy's default.
         recent: how many tokens before the incoming one are never evicted. None: the policy's
             default.
-        protect_prompt: never evict a token of the prompt. None: the policy's default.
+        protect_prompt: never evict a token of the prompt, and refuse one that leaves no room. None:
+            the policy's default; where that is True, of a prompt that does not fit the first
+            ``budget // 2`` tokens are protected.
         config: the model's config, to refuse a model that cannot work before any work is done
             (otherwise the first forward does).
         telemetry: whether :meth:`timing` can tell what a run took.
@@ -271,7 +273,7 @@ class CompressedCache(Drafts, AnnouncedCalls):
         return self._timer.timing(self)
 
     def __repr__(self) -> str:
-        eviction = ", ".join(f"{name}={value!r}" for name, value in vars(self.eviction).items())
+        eviction = ", ".join(f"{name}={value!r}" for name, value in self.eviction.arguments.items())
         seen = self.get_seq_length()
         return f"CompressedCache(policy={self.policy.label!r}, {eviction}, tokens_seen={seen})"
 

@@ -211,7 +211,7 @@ class Snapshots(LinearLayers, Observed):
         """
         snapshot = Snapshot.load(path, policy=policy, device=device)
         make: Any = cls
-        cache = make(snapshot.policy, **vars(snapshot.eviction))
+        cache = make(snapshot.policy, **snapshot.eviction.arguments)
         cache.hold(snapshot)
         return cache
 

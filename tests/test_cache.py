@@ -91,6 +91,49 @@ def test_sinks_and_recent_tokens_are_never_evicted(
             assert set(range(token - 6, token + 1)) <= set(head)
 
 
+@pytest.mark.parametrize("policy", ["raas", "random_prompt"])
+def test_a_prompt_protected_by_default_yields_where_it_does_not_fit(
+    model: LlamaForCausalLM, policy: str
+) -> None:
+    # One row fits with recent tokens and the incoming one, one is a token too long for that.
+    ids = distinct_tokens(2, 26)
+    ids[0, 0] = 0
+    cache = CompressedCache(policy, 32, recent=6, interval=1)
+    output = model.generate(
+        ids,
+        attention_mask=(ids != 0).long(),
+        past_key_values=cache,
+        max_new_tokens=60,
+        do_sample=False,
+    )
+    assert output.shape == (2, 86)
+    for layer in range(2):
+        fits, too_long = held(cache, layer, 0), held(cache, layer, 1)
+        for one, other in zip(fits, too_long, strict=True):
+            assert set(range(25)) <= set(one)
+            assert set(range(16)) <= set(other)
+            assert set(range(79, 85)) <= set(other)
+    assert not all(set(range(26)) <= set(head) for head in held(cache, 1, 1))
+    again = CompressedCache(policy, 32, recent=6, interval=1)
+    alone = model.generate(ids[1:], past_key_values=again, max_new_tokens=60, do_sample=False)
+    assert torch.equal(alone[0, 26:], output[1, 26:])
+    asked = CompressedCache(policy, 32, recent=6, protect_prompt=True)
+    with pytest.raises(ValueError, match=r"prompt \+ recent \+ 1 with protect_prompt=True \(26"):
+        model.generate(ids[1:], past_key_values=asked, max_new_tokens=2)
+
+
+def test_protection_by_default_is_still_one_in_a_restored_cache(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    cache = CompressedCache("raas", 16, recent=2)
+    model.generate(distinct_tokens(1, 30), past_key_values=cache, max_new_tokens=4)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = CompressedCache.load(tmp_path / "cache.safetensors")
+    assert loaded.eviction == cache.eviction
+    assert "protect_prompt=None" in repr(loaded)
+    assert torch.equal(loaded.layers[0].store.protected_prefix, torch.tensor([8]))
+
+
 @pytest.mark.parametrize("policy", EVICTING)
 def test_a_protected_prompt_is_never_evicted(model: LlamaForCausalLM, policy: str) -> None:
     options = {"window": 4} if policy == "rkv" else {}

@@ -139,7 +139,7 @@ def hidden_states(layer: int, shown: Any, module: Any, query: Tensor) -> Tensor:
 
 def check_prompt(lengths: Tensor, eviction: EvictionConfig, budget: int) -> None:
     """Raises ``ValueError`` if protected prompts of these ``lengths`` ``[B]`` leave no room."""
-    if not eviction.protect_prompt:
+    if not eviction.protect_prompt or eviction.prompt_yields:
         return
     longest = int(lengths.max())
     least = longest + eviction.recent + 1

@@ -1,7 +1,10 @@
 """The arguments of a cache once checked and resolved."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from compressed_cache.policies.base import Policy
 from compressed_cache.policies.budgets import (
@@ -34,6 +37,33 @@ class EvictionConfig:
     sinks: int
     recent: int
     protect_prompt: bool
+    prompt_yields: bool = False
+    """Whether a prompt that does not fit is protected as far as :meth:`protected` says, and not
+    refused: where protection is the policy's default."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of ``CompressedCache`` that stand for this."""
+        own = vars(self).copy()
+        return own | {"protect_prompt": None} if own.pop("prompt_yields") else own
+
+    def described(self) -> dict[str, Any]:
+        """The same by what they mean, for readers."""
+        own = asdict(self)
+        return own if self.prompt_yields else {k: v for k, v in own.items() if k != "prompt_yields"}
+
+    def protected(self, prompts: Tensor, budget: int) -> Tensor:
+        """How many positions of prompts of these lengths ``[B]`` are never evicted, ``[B]``.
+
+        Args:
+            prompts: int64.
+            budget: slots of a head.
+        """
+        if not self.protect_prompt:
+            return torch.full_like(prompts, self.sinks)
+        fits = prompts + self.recent < budget
+        half = min(budget // 2, budget - self.recent - 1)
+        return torch.where(fits, prompts, half).clamp(min=self.sinks)
 
 
 def resolve_eviction(
@@ -73,6 +103,7 @@ def resolve_eviction(
     recent = max(recent, kept)
     if interval is None:
         interval = defaults.interval
+    prompt_yields = protect_prompt is None and defaults.protect_prompt
     if protect_prompt is None:
         protect_prompt = defaults.protect_prompt
 
@@ -108,7 +139,7 @@ def resolve_eviction(
             f"{policy.label!r} treats all heads of a layer alike, so they cannot have budgets of "
             "their own. Use another policy, or one budget for each layer."
         )
-    config = EvictionConfig(budget, interval, sinks, recent, protect_prompt)
+    config = EvictionConfig(budget, interval, sinks, recent, protect_prompt, prompt_yields)
     if store == "offloaded" and config != EvictionConfig(budget, 1, 0, 0, False):
         raise ValueError(
             f"interval, sinks, recent and protect_prompt must be left alone with {policy.name!r}, "

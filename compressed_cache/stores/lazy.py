@@ -96,8 +96,7 @@ class LazyStore(SlotStore):
         share = bound.shard.mean(mass) / lengths.clamp(min=1, max=lazy.queries)
         # Rounding may make more than 1 of it.
         is_lazy = (share.clamp(max=1.0) > lazy.threshold) & (lengths > lazy.slots)
-        sinks = torch.full_like(lengths, bound.eviction.sinks)
-        protected = lengths if bound.eviction.protect_prompt else sinks
+        protected = bound.eviction.protected(lengths, bound.budget)
         few = (protected + bound.eviction.recent + 1).clamp(min=lazy.slots)
         return torch.where(is_lazy, few, bound.budget).clamp(max=bound.budget)
 

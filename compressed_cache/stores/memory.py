@@ -253,9 +253,10 @@ class SlotMemory:
 
     def protect_prefix(self, length: Tensor | None) -> None:
         """Protects the sinks, and a prompt of this length ``[B]`` if prompts are to be."""
-        self.protected_prefix.fill_(self.bound.eviction.sinks)
-        if self.bound.eviction.protect_prompt and length is not None:
-            self.protected_prefix.clamp_(min=length)
+        eviction = self.bound.eviction
+        self.protected_prefix.fill_(eviction.sinks)
+        if length is not None:
+            self.protected_prefix.copy_(eviction.protected(length, self.bound.budget))
 
 
 def power_of_two(tokens: int) -> int:

@@ -1,6 +1,5 @@
 """Watches a cache and keeps what it evicts."""
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -96,7 +95,7 @@ class Recorder:
             "format": FORMAT,
             "policy": policy.label,
             "options": policy.options,
-            "rules": asdict(self._cache.eviction),
+            "rules": self._cache.eviction.described(),
             **named,
             "versions": {package.__name__: str(package.__version__) for package in packages},
             "steps": self._notes.step,

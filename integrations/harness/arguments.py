@@ -1,7 +1,7 @@
 """The ``kv_`` arguments of one run."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressed_cache.wording import listing, nearest
@@ -39,7 +39,7 @@ class PressArguments:
         policy = cache.policy
         return {
             "policy": policy.label,
-            **asdict(cache.eviction),
+            **cache.eviction.described(),
             **policy.options,
         }
 
