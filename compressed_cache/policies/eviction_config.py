@@ -1,6 +1,6 @@
 """The arguments of a cache once checked and resolved."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class EvictionConfig:
     sinks: int
     recent: int
     protect_prompt: bool
-    prompt_yields: bool = False
+    prompt_yields: bool = field(default=False, repr=False)
     """Whether a prompt that does not fit is protected as far as :meth:`protected` says, and not
     refused: where protection is the policy's default."""
 
