@@ -65,9 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
     try:
         from compressed_cache.eval.demo.command import run
+
+        return run(options)
     except ModuleNotFoundError as error:
-        return _missing(error, "demo")
-    return run(options)
+        return _missing(error, "eval" if error.name == "lm_eval" else "demo")
 
 
 def _eval(options: argparse.Namespace, rest: list[str]) -> int:
@@ -273,8 +274,10 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     )
     demo.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     demo.add_argument("--out", default="demo_results", help="folder for demo.json and demo.png")
-    demo.add_argument("--model", help="a hub or local model to generate with instead")
-    demo.add_argument("--prompt", help="the text it continues")
+    demo.add_argument(
+        "--model", help="a hub or local model instead: how often policies say what it would say"
+    )
+    demo.add_argument("--prompt", help="with --model: a text it continues instead")
     demo.add_argument("--max-new-tokens", type=int, default=256, help="with --model")
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache.__main__ import main
 from compressed_cache.eval.demo.measure import CORE, STEPS, Exam, Setting, settings
+from compressed_cache.eval.results.row import Agreement, read
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import extract_answer, make_problem, split_of
 
@@ -121,13 +122,32 @@ def test_the_command_generates_with_another_model(capsys: pytest.CaptureFixture[
     assert "h2o" in capsys.readouterr().out
 
 
+def test_with_another_model_the_demo_is_agreement_and_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--policies", "h2o,random", "--budgets", "32", "--max-new-tokens", "40"]
+    command = ["demo", "--model", "shipped", *options, "--out", str(tmp_path)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    rows = {row.policy: row for row in read(tmp_path / "shipped") if isinstance(row, Agreement)}
+    assert rows.keys() == {"full", "h2o", "random"}
+    for policy in ("h2o", "random"):
+        agreement = rows[policy].agreement
+        assert agreement is not None and 0.5 < agreement < 1
+        assert f"{100 * agreement:.1f} %" in printed
+    before = (tmp_path / "shipped" / "results.jsonl").read_bytes()
+    assert main(command) == 0
+    assert (tmp_path / "shipped" / "results.jsonl").read_bytes() == before
+    assert "h2o" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--policies", "h3o"], "--policies: unknown policy 'h3o'"),
         (["--problems", "0"], "must be >= 1"),
         (["--budgets", "64,0"], "must be >= 1"),
-        (["--model", "x"], "--model and --prompt must be given together"),
+        (["--prompt", "x"], "--prompt must come with --model"),
     ],
 )
 def test_bad_options_are_named(

@@ -12,9 +12,12 @@ from compressed_cache.eval.demo import report, text
 from compressed_cache.eval.demo.measure import BUDGETS, CORE, Exam, rows, settings
 from compressed_cache.policies import make_policy
 
+# What the prompts and their answers exceed.
+_OF_MODELS: tuple[int, ...] = (96, 160)
+
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the demo, or generates with a model of the user's."""
+    """Runs the demo, on the shipped model or on one of the user's."""
     policies = options.policies or list(CORE)
     budgets = options.budgets or list(BUDGETS)
     try:
@@ -30,10 +33,15 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    if bool(options.model) != bool(options.prompt):
-        print("--model and --prompt must be given together", file=sys.stderr)
+    if options.prompt and not options.model:
+        print("--prompt must come with --model", file=sys.stderr)
         return 2
     console = Console()
+    if options.model and not options.prompt:
+        from compressed_cache.eval.demo import agreement
+
+        budgets = options.budgets or [*_OF_MODELS]
+        return agreement.run(console, options, policies, budgets)
     if options.model:
         text.generate(console, options.model, options.prompt, policies, budgets, options)
         return 0

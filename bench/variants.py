@@ -1,0 +1,107 @@
+"""Agreement of one policy under other options, on texts that ``agree`` has written.
+
+    python -m compressed_cache agree --model MODEL --dtype bfloat16 --chat --task reasoning_gsm8k \\
+        --metadata '{"rows": "0:50"}' --policies random --budgets 96 --batch-size 50 --out FOLDER
+    python -m bench.variants --model MODEL --texts FOLDER/cells/reasoning_gsm8k.full.0
+
+Defaults are chosen by it, so on rows that no table reports.
+"""
+
+import argparse
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from compressed_cache import CompressedCache
+from compressed_cache.eval.agreement import text
+from compressed_cache.eval.agreement.reading import read
+from compressed_cache.eval.agreement.statistics import Document, summary
+
+RESULTS = Path(__file__).resolve().parent / "results" / "variants.json"
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"interval": 1},
+    {"interval": 8},
+    {"interval": 32},
+    {"recent": 4},
+    {"recent": 16},
+    {"recent": 48},
+    {"window": 8},
+    {"window": 16, "recent": 32},
+    {"window": 8, "recent": 32},
+    {"window": 8, "recent": 32, "interval": 8},
+    {"sinks": 4},
+    {"pool": "max"},
+    {"kernel_size": 1},
+    {"protect_prompt": True},
+    {"protect_prompt": True, "interval": 8},
+    {"protect_prompt": True, "recent": 16},
+    {"protect_prompt": True, "recent": 16, "interval": 8},
+)
+"""What is changed, beside the defaults."""
+_KEPT = (
+    "documents",
+    "late_positions",
+    *(f"{name}{end}" for name in ("agreement", "divergence", "lost") for end in ("", "_se")),
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Reads the texts once beside all variants of a budget, and writes a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--texts", type=Path, required=True, help="the folder of the cell of full")
+    parser.add_argument("--policy", default="snapkv")
+    parser.add_argument("--budgets", default="96,128,176")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    texts = text.read(options.texts)
+    rows = []
+    for budget in tqdm([int(part) for part in options.budgets.split(",")], unit="budget"):
+        found = _read(model, texts, options.policy, budget)
+        for number, row in found.items():
+            rows.append({"budget": budget, "options": VARIANTS[int(number)], **row})
+        document = {
+            "model": Path(options.model).name,
+            "weights": texts[0].weights,
+            "policy": options.policy,
+            "torch": torch.__version__,
+            "rows": rows,
+        }
+        options.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _cache(policy: str, budget: int, options: dict[str, Any]) -> CompressedCache:
+    cache = CompressedCache(policy, budget, **options)
+    # As if it were the default, which yields to prompts that do not fit.
+    cache.eviction = replace(cache.eviction, prompt_yields=cache.eviction.protect_prompt)
+    return cache
+
+
+def _read(model: Any, texts: list[text.Text], policy: str, budget: int) -> dict[str, Any]:
+    """A row of each variant that the budget has room for, by its number."""
+    caches = {
+        str(number): functools.partial(_cache, policy, budget, options)
+        for number, options in enumerate(VARIANTS)
+    }
+    found = read(model, text.batch(texts, "cpu"), caches)
+    rows = {}
+    for name, one in found.items():
+        if isinstance(one, Exception):
+            rows[name] = {"error": str(one)}
+            continue
+        documents = [Document.of(own, one, row, budget) for row, own in enumerate(texts)]
+        means = summary(documents)
+        rows[name] = {key: means[key] for key in _KEPT}
+    return rows
+
+
+if __name__ == "__main__":
+    main()
