@@ -3,6 +3,9 @@
 import os
 from collections.abc import Callable
 
+# Tests run side by side, and so do the processes that they start: a thread for each is enough.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Triton reads this when it is imported, which transformers may do.
@@ -24,9 +27,11 @@ from tests.reference.policies import Rules, full
 VOCABULARY = 400
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    torch.set_num_threads(1)
+    """For each test anew, because commands that are tested ask for more."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
