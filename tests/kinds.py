@@ -24,3 +24,6 @@ KINDS = (
     "learned_gate",  # is shown hidden states
     "pyramidkv",  # shares out the budget among layers
 )
+
+QUICK = ("full", "random", "h2o", "snapkv", "rkv", "gkv", "learned_gate")
+"""What a quick test needs of these: slots that grow, and each thing that a cache can remember."""

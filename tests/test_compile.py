@@ -38,7 +38,9 @@ INTERVALS = {
 }
 
 
-@pytest.mark.parametrize(("policy", "steps"), slow_but(("h2o",), sorted(INTERVALS)), ids=str)
+@pytest.mark.parametrize(
+    ("policy", "steps"), slow_but([("h2o", (4, 2))], sorted(INTERVALS)), ids=str
+)
 def test_generate_compiles_once_and_never_again(
     make_model: Callable[..., LlamaForCausalLM],
     backend: CountingBackend,
@@ -88,6 +90,7 @@ def test_padding_needs_no_other_graph(
     assert backend.graphs == 1
 
 
+@pytest.mark.slow
 def test_another_batch_size_is_one_more_graph(
     make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
 ) -> None:
@@ -102,6 +105,7 @@ def test_another_batch_size_is_one_more_graph(
     assert backend.graphs <= 2
 
 
+@pytest.mark.slow
 def test_full_compiles_once_more_each_time_it_doubles(
     make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
 ) -> None:
@@ -113,7 +117,8 @@ def test_full_compiles_once_more_each_time_it_doubles(
     assert backend.graphs == 2
 
 
-@pytest.mark.parametrize(("interval", "most"), slow_but((4,), [(1, 3), (4, 5)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("interval", "most"), [(1, 3), (4, 5)])
 def test_a_model_compiled_by_hand_gives_the_same_positions(
     make_model: Callable[..., LlamaForCausalLM],
     backend: CountingBackend,
@@ -197,7 +202,7 @@ def test_a_prompt_compiled_as_one_graph_is_refused_in_words_that_help(
 @pytest.mark.parametrize(
     ("policy", "steps"),
     slow_but(
-        ["h2o"],
+        [("h2o", (4, 2))],
         [
             # The gates that are made up for tests are not of one kind in all layers.
             *product([kind for kind in KINDS if kind != "learned_gate"], [(1, 1)]),

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
 from tests.grids import alternating, pairwise, slow_but
-from tests.kinds import KINDS
+from tests.kinds import KINDS, QUICK
 from tests.reference.comparison import (
     NAMES,
     NUM_STEPS,
@@ -75,7 +75,7 @@ def test_library_keeps_the_tokens_of_the_reference(
 
 @pytest.mark.parametrize(
     ("name", "protection"),
-    slow_but(OF_EACH_KIND, alternating(NAMES, [(12, False), (22, True)])),
+    slow_but(QUICK, alternating(NAMES, [(12, False), (22, True)])),
     ids=str,
 )
 def test_an_interval_longer_than_what_is_unprotected_goes_on_with_the_oldest(
@@ -98,7 +98,7 @@ def test_an_interval_longer_than_what_is_unprotected_goes_on_with_the_oldest(
 @pytest.mark.parametrize(
     "name",
     slow_but(
-        OF_EACH_KIND,
+        QUICK,
         (name for name in NAMES if name not in ("knorm", "learned_gate")),
     ),
 )
@@ -114,7 +114,7 @@ def test_greedy_text_is_that_of_the_reference(
         assert_same_kept(trace, watch, row)
 
 
-@pytest.mark.parametrize("name", OF_EACH_KIND)
+@pytest.mark.parametrize("name", slow_but(QUICK, OF_EACH_KIND))
 def test_float32_model_keeps_the_tokens_of_the_reference(
     reference: ReferenceLlama, tolerance: float, name: str
 ) -> None:
@@ -125,7 +125,7 @@ def test_float32_model_keeps_the_tokens_of_the_reference(
 
 
 @pytest.mark.parametrize(
-    ("name", "num_key_value_heads"), slow_but(OF_EACH_KIND, alternating(NAMES, [1, 4]))
+    ("name", "num_key_value_heads"), slow_but(QUICK, alternating(NAMES, [1, 4]))
 )
 def test_any_grouping_of_query_heads_keeps_the_tokens_of_the_reference(
     name: str, num_key_value_heads: int, tolerance: float
@@ -180,7 +180,7 @@ def test_of_equal_scores_the_older_token_is_evicted(name: str, interval: int) ->
         assert watch.kept(step, 0) == [[expected] * 2] * 2
 
 
-@pytest.mark.parametrize("name", OF_EACH_KIND)
+@pytest.mark.parametrize("name", slow_but(QUICK, OF_EACH_KIND))
 def test_forward_calls_without_generate_keep_the_same_tokens(
     precise_model: LlamaForCausalLM, reference: ReferenceLlama, tolerance: float, name: str
 ) -> None:
@@ -199,7 +199,7 @@ def test_forward_calls_without_generate_keep_the_same_tokens(
     assert_same_logits(trace, watch, 0, tolerance)
 
 
-@pytest.mark.parametrize("name", slow_but(KINDS, (*NAMES, "full", "random")))
+@pytest.mark.parametrize("name", slow_but(QUICK, (*NAMES, "full", "random")))
 def test_budget_that_is_never_reached_gives_the_logits_of_the_full_cache(
     precise_model: LlamaForCausalLM, reference: ReferenceLlama, tolerance: float, name: str
 ) -> None:
