@@ -23,7 +23,7 @@ from tests.reference.comparison import (
     make_model,
     run_library,
 )
-from tests.reference.llama import ReferenceLlama
+from tests.reference.llama import ReferenceLlama, Trace
 from tests.reference.policies import POLICIES, Rules, View, full, snapkv
 
 # And one with each modifier.
@@ -199,15 +199,22 @@ def test_forward_calls_without_generate_keep_the_same_tokens(
     assert_same_logits(trace, watch, 0, tolerance)
 
 
+UNREACHED = Rules(64, sinks=0, recent=0)
+SHORT = [distinct_tokens(12, seed=7), distinct_tokens(8, seed=8)]
+
+
+@pytest.fixture(scope="session")
+def full_traces(reference: ReferenceLlama) -> list[Trace]:
+    """Of each short prompt, once for all policies."""
+    return [reference.generate(prompt, 20, score=full, rules=UNREACHED) for prompt in SHORT]
+
+
 @pytest.mark.parametrize("name", slow_but(QUICK, (*NAMES, "full", "random")))
 def test_budget_that_is_never_reached_gives_the_logits_of_the_full_cache(
-    precise_model: LlamaForCausalLM, reference: ReferenceLlama, tolerance: float, name: str
+    precise_model: LlamaForCausalLM, full_traces: list[Trace], tolerance: float, name: str
 ) -> None:
-    prompts = [distinct_tokens(12, seed=7), distinct_tokens(8, seed=8)]
-    rules = Rules(64, sinks=0, recent=0)
-    tokens, watch = run_library(precise_model, prompts, 20, name=name, rules=rules)
-    for row, prompt in enumerate(prompts):
-        trace = reference.generate(prompt, 20, score=full, rules=rules)
+    tokens, watch = run_library(precise_model, SHORT, 20, name=name, rules=UNREACHED)
+    for row, trace in enumerate(full_traces):
         assert tokens[row].tolist() == trace.tokens
         assert_same_kept(trace, watch, row)
         assert_same_logits(trace, watch, row, tolerance)
