@@ -43,7 +43,7 @@ def _generate(model: object, cache: object, *, sample: bool = False, **more: obj
     return model.generate(ids, past_key_values=cache, **arguments)
 
 
-@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sample", slow_but((False,), (False, True)), ids=["greedy", "sampled"])
 def test_a_budget_for_everything_gives_the_tokens_of_the_own_cache(
     model: object, sample: bool
 ) -> None:
@@ -54,7 +54,9 @@ def test_a_budget_for_everything_gives_the_tokens_of_the_own_cache(
 
 
 @pytest.mark.parametrize(
-    ("policy", "budget"), [("h2o", 16), ("snapkv", 40)], ids=["prompt above", "prompt below"]
+    ("policy", "budget"),
+    slow_but(("h2o",), [("h2o", 16), ("snapkv", 40)]),
+    ids=["prompt above", "prompt below"],
 )
 def test_rows_of_a_padded_batch_are_what_they_are_alone(
     model: object, family: Family, policy: str, budget: int

@@ -70,7 +70,7 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.usefixtures("_no_collection")
-@pytest.mark.parametrize("way", slow_but(("generate", "turns"), WAYS))
+@pytest.mark.parametrize("way", slow_but(("generate",), WAYS))
 @pytest.mark.parametrize("policy", LAYOUTS)
 def test_memory_is_given_back_with_the_last_reference(
     model: LlamaForCausalLM, policy: str, way: str

@@ -27,7 +27,7 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(
     ("policy", "interval"),
     slow_but(
-        ("streaming_llm", "keydiff", "h2o", "snapkv", "rkv", "gkv"),
+        ("keydiff", "h2o", "snapkv", "rkv"),
         alternating(SLOT_POLICIES, [1, 4]),
     ),
 )

@@ -199,7 +199,7 @@ def test_two_threads_with_two_models_do_not_mix(
 @pytest.mark.parametrize(
     ("policy", "broken", "interval"),
     slow_but(
-        ("streaming_llm", "keydiff", "h2o", "snapkv", "rkv"),
+        ("keydiff", "h2o", "rkv"),
         (
             (policy, broken, (1, 4)[(number + own) % 2])
             for number, policy in enumerate(name for name in SLOT_POLICIES if name != "full")

@@ -43,7 +43,8 @@ def cases() -> list[Any]:
             rules = Rules(budget, interval, sinks, recent, protect_prompt)
             label = f"{name}-b{budget}-s{sinks}-r{recent}-i{interval}"
             label += "-prompt" * protect_prompt
-            marks = [] if name in OF_EACH_KIND and number < 2 else pytest.mark.slow
+            is_quick = number < (2 if name in QUICK else 1) and name in OF_EACH_KIND
+            marks = [] if is_quick else pytest.mark.slow
             parameters.append(pytest.param(name, rules, id=label, marks=marks))
     return parameters
 
@@ -285,7 +286,7 @@ def test_random_evicts_at_will_but_never_protected_tokens(
         ("vase", {"window": 20, "large_share": 1.0}),
     ],
 )
-@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("interval", slow_but((3,), (1, 3)))
 def test_other_options_keep_the_tokens_of_the_reference(
     precise_model: LlamaForCausalLM,
     reference: ReferenceLlama,
