@@ -178,6 +178,7 @@ def test_random_leaves_the_global_generator_alone_and_follows_its_seed(
     assert kept[0] == kept[1] != kept[2]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(("redraw", "low", "high"), [(True, 0.0, 0.15), (False, 0.35, 0.65)])
 def test_random_redraw_forgets_with_age_and_a_fixed_draw_samples_the_past(
     model: LlamaForCausalLM, redraw: bool, low: float, high: float

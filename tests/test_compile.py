@@ -199,16 +199,14 @@ def test_a_prompt_compiled_as_one_graph_is_refused_in_words_that_help(
             _generate(model, ids, cache, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "steps"),
-    slow_but(
-        [("h2o", (4, 2))],
-        [
-            # The gates that are made up for tests are not of one kind in all layers.
-            *product([kind for kind in KINDS if kind != "learned_gate"], [(1, 1)]),
-            *product(("h2o", "snapkv", "random"), [(4, 2)]),
-        ],
-    ),
+    [
+        # The gates that are made up for tests are not of one kind in all layers.
+        *product([kind for kind in KINDS if kind != "learned_gate"], [(1, 1)]),
+        *product(("h2o", "snapkv", "random"), [(4, 2)]),
+    ],
     ids=str,
 )
 def test_one_layer_is_compiled_for_all(

@@ -27,7 +27,6 @@ from compressed_cache.policies.methods.snapkv import SnapKV
 from compressed_cache.policies.methods.think import ThinK
 from tests.compiling import CountingBackend, compiled
 from tests.families import VOCABULARY, Family
-from tests.grids import slow_but
 from tests.reference.comparison import (
     assert_same_kept,
     assert_same_logits,
@@ -407,7 +406,8 @@ def test_what_cannot_work_is_refused(make: Callable[[], Policy], message: str) -
         make()
 
 
-@pytest.mark.parametrize("name", slow_but(("snapkv+think",), BOTH))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOTH)
 def test_a_step_is_one_graph(precise_model: LlamaForCausalLM, name: str) -> None:
     torch._dynamo.reset()
     backend = CountingBackend()

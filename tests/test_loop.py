@@ -164,7 +164,7 @@ def test_a_conversation_goes_on(model: Any) -> None:
 @pytest.mark.parametrize(
     ("steps", "compiles", "attention"),
     slow_but(
-        [(("snapkv", 4),)],
+        [(("snapkv", 4), False)],
         pairwise([("h2o", 1), ("snapkv", 4), ("full", 1)], [False, True], ["sdpa", "eager"]),
     ),
     ids=str,

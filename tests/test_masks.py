@@ -399,7 +399,7 @@ def _options(policy: str, interval: int) -> tuple[str, dict[str, Any]]:
     return policy, dict(options, protect_prompt=False)
 
 
-@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("interval", slow_but((4,), (1, 4)))
 @pytest.mark.parametrize("policy", slow_but((*QUICK, *LAYOUTS_OF_ROWS), POLICIES_OF_ROWS))
 def test_rows_that_end_early_are_what_they_are_alone(
     model: Any, policy: str, interval: int

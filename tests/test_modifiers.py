@@ -63,11 +63,8 @@ def _padded(length: int) -> torch.Tensor:
     return ids
 
 
-@pytest.mark.parametrize(
-    ("name", "steps"),
-    slow_but(["h2o+merging"], alternating(NAMES, [(1, 1), (4, 2)])),
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "steps"), alternating(NAMES, [(1, 1), (4, 2)]), ids=str)
 def test_generate_compiles_once_and_never_again(
     model: LlamaForCausalLM, backend: CountingBackend, name: str, steps: tuple[int, int]
 ) -> None:

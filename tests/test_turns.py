@@ -228,6 +228,7 @@ def test_one_context_answers_many_questions(model: Any, policy: str) -> None:
     assert [tensor.data_ptr() for tensor in cache.layers[0].tensors()] == addresses
 
 
+@pytest.mark.slow
 def test_a_restored_cache_needs_no_other_graph(
     make_model: Callable[..., LlamaForCausalLM],
 ) -> None:
