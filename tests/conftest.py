@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 # Tests run side by side, and so do the processes that they start: a thread for each is enough.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +26,22 @@ from tests.reference.llama import ReferenceLlama
 from tests.reference.policies import Rules, full
 
 VOCABULARY = 400
+
+# Each of these is for one process, because its tests share what takes long to make.
+_FILES_OF_ONE_PROCESS = ("test_autoload.py", "test_report_page.py", "test_sweep_kills.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives any other test to whoever is free. Marked groups have no effect under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(_FILES_OF_ONE_PROCESS) else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

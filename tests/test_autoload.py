@@ -198,20 +198,17 @@ def outcomes() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("autoload")
 @pytest.mark.parametrize("first", ORDERS)
 def test_called_from_python_in_any_order_of_imports(outcomes: dict[str, Any], first: str) -> None:
     assert outcomes[first] == [[80, True]]
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("autoload")
 def test_inert_without_kv_arguments_and_ready_for_them(outcomes: dict[str, Any]) -> None:
     assert outcomes["no arguments"] == [[None, False], [80, True]]
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("autoload")
 @pytest.mark.parametrize("variable", SWITCHES)
 def test_can_be_switched_off(outcomes: dict[str, Any], variable: str) -> None:
     assert "unexpected keyword argument 'kv_press'" in outcomes[variable]
