@@ -50,7 +50,7 @@ def test_generate_compiles_once_and_never_again(
     """Steps: the interval, and how many graphs it needs."""
     (interval, graphs), model = steps, make_model()
     cache = CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False)
-    for prompt in (33, 33, 12, 50):
+    for prompt in (33, 12, 50):
         ids = distinct_tokens(2, prompt)
         eager = CompressedCache(policy, 16, interval=interval, recent=8, protect_prompt=False)
         expected = _generate(model, ids, eager)

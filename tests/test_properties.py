@@ -148,7 +148,7 @@ def test_the_budget_holds_and_protected_tokens_stay(
 
 
 @pytest.mark.slow
-@every(12)
+@every(8)
 @given(make=caches(), lengths=lengths, seed=seeds)
 def test_compiled_is_eager(
     model: Any, make: Callable[[], CompressedCache], lengths: list[int], seed: int
