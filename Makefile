@@ -12,11 +12,11 @@ demo: $(VENV)/installed
 	$(BIN)/python -m compressed_cache demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup
+	$(BIN)/python -m pytest -q -n auto
 
 # What a change is tested with while it is made; `make test` is for what is to be merged.
 quick: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -2,6 +2,10 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
+
+# Tests run side by side, and so do the processes that they start: a thread for each is enough.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -23,10 +27,28 @@ from tests.reference.policies import Rules, full
 
 VOCABULARY = 400
 
+# Each of these is for one process, because its tests share what takes long to make.
+_FILES_OF_ONE_PROCESS = ("test_autoload.py", "test_report_page.py", "test_sweep_kills.py")
 
-@pytest.fixture(autouse=True, scope="session")
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives any other test to whoever is free. Marked groups have no effect under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(_FILES_OF_ONE_PROCESS) else nodeid
+
+    return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    torch.set_num_threads(1)
+    """For each test anew, because commands that are tested ask for more."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -27,13 +27,18 @@ def alternating(names: Iterable[Any], values: Sequence[Any]) -> list[tuple[Any, 
     return [(name, values[number % len(values)]) for number, name in enumerate(names)]
 
 
-def slow_but(quick: Iterable[str], cases: Iterable[Any]) -> list[Any]:
-    """Cases, all of them slow but those that begin with one of these names."""
-    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
-    names = set(quick)
-    return [
-        pytest.param(*case, marks=[] if case[0] in names else pytest.mark.slow) for case in cases
-    ]
+def slow_but(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Cases, all of them slow but those that begin with one of these values, or tuples of them."""
+    starts = [_tuple(start) for start in quick]
+    marked = []
+    for case in map(_tuple, cases):
+        is_quick = any(case[: len(start)] == start for start in starts)
+        marked.append(pytest.param(*case, marks=[] if is_quick else pytest.mark.slow))
+    return marked
+
+
+def _tuple(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)
 
 
 def _pairs(point: tuple[int, ...]) -> set[Any]:

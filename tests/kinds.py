@@ -27,3 +27,6 @@ KINDS = (
 
 SMALL: dict[str, dict[str, int]] = {"lagged_attention": {"window": 8}}
 """Options of the policies whose own defaults do not fit into the small budgets of tests."""
+
+QUICK = ("full", "random", "h2o", "snapkv", "rkv", "gkv", "learned_gate")
+"""What a quick test needs of these: slots that grow, and each thing that a cache can remember."""

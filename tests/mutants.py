@@ -771,8 +771,22 @@ MUTANTS = (
     Mutant(
         "prompts are not protected",
         "stores/memory.py",
-        "            self.protected_prefix.clamp_(min=length)\n",
+        "            self.protected_prefix.copy_(eviction.protected(length, self.bound.budget))\n",
         "            pass\n",
+        "test_cache.py -k 'protected_prompt and h2o'",
+    ),
+    Mutant(
+        "of a prompt that does not fit all but the recent is protected",
+        "policies/eviction_config.py",
+        "half = min(budget // 2, budget - self.recent - 1)",
+        "half = budget - self.recent - 1",
+        "test_cache.py -k yields",
+    ),
+    Mutant(
+        "a prompt that fits is protected by half",
+        "policies/eviction_config.py",
+        "fits = prompts + self.recent < budget",
+        "fits = prompts + self.recent < 0",
         "test_cache.py -k 'protected_prompt and h2o'",
     ),
     Mutant(

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compressed_cache import POLICIES, CompressedCache
 from tests.conftest import distinct_tokens, held
+from tests.grids import slow_but
 from tests.kinds import KINDS
 
 EVICTING = [name for name in KINDS if name != "full"]
@@ -67,7 +68,7 @@ def _generate(model: Any, cache: Any, **more: Any) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("options", [{}, dict(prefill_chunk_size=8)], ids=["whole", "chunks"])
 @pytest.mark.parametrize("implementation", ["eager", "flash_attention_2", "flex_attention"])
-@pytest.mark.parametrize("policy", ["h2o", "snapkv", "knorm"])
+@pytest.mark.parametrize("policy", slow_but(("h2o",), ("h2o", "snapkv", "knorm")))
 def test_back_ends_keep_and_say_the_same(
     make_model: Callable[..., LlamaForCausalLM],
     flash_attention: None,

@@ -14,7 +14,7 @@ from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralF
 from compressed_cache import POLICIES, CompressedCache
 from tests.conftest import distinct_tokens, held
 from tests.grids import alternating, slow_but
-from tests.kinds import KINDS
+from tests.kinds import KINDS, QUICK
 from tests.reference.comparison import OPTIONS
 
 # Those that give every layer the budget; tests/test_budgets.py has the others.
@@ -26,7 +26,7 @@ def _generate(model: LlamaForCausalLM, ids: torch.Tensor, cache: object, new: in
     return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **more)
 
 
-@pytest.mark.parametrize("policy", UNIFORM)
+@pytest.mark.parametrize("policy", slow_but(QUICK, UNIFORM))
 def test_a_budget_for_everything_gives_the_tokens_of_the_dynamic_cache(
     model: LlamaForCausalLM, policy: str
 ) -> None:
@@ -49,7 +49,7 @@ def test_a_budget_for_everything_gives_the_logits_of_the_dynamic_cache(
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize(("policy", "prompt"), alternating(EVICTING, [9, 40]))
+@pytest.mark.parametrize(("policy", "prompt"), slow_but(QUICK, alternating(EVICTING, [9, 40])))
 def test_the_budget_is_never_exceeded_and_allocated_once(
     model: LlamaForCausalLM, policy: str, prompt: int
 ) -> None:
@@ -74,7 +74,7 @@ def test_the_budget_is_never_exceeded_and_allocated_once(
     assert cache.evicted_tokens == prompt + 60 - 16
 
 
-@pytest.mark.parametrize(("policy", "interval"), alternating(EVICTING, [1, 5]))
+@pytest.mark.parametrize(("policy", "interval"), slow_but(QUICK, alternating(EVICTING, [1, 5])))
 def test_sinks_and_recent_tokens_are_never_evicted(
     model: LlamaForCausalLM, policy: str, interval: int
 ) -> None:
@@ -134,7 +134,7 @@ def test_protection_by_default_is_still_one_in_a_restored_cache(
     assert torch.equal(loaded.layers[0].store.protected_prefix, torch.tensor([8]))
 
 
-@pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.parametrize("policy", slow_but(QUICK, EVICTING))
 def test_a_protected_prompt_is_never_evicted(model: LlamaForCausalLM, policy: str) -> None:
     options = {"window": 4} if policy == "rkv" else {}
     cache = CompressedCache(policy, 32, recent=6, protect_prompt=True, **options)
@@ -145,7 +145,7 @@ def test_a_protected_prompt_is_never_evicted(model: LlamaForCausalLM, policy: st
                 assert set(range(20)) <= set(head)
 
 
-@pytest.mark.parametrize("policy", [*KINDS, "shadowkv"])
+@pytest.mark.parametrize("policy", slow_but((*QUICK, "shadowkv"), (*KINDS, "shadowkv")))
 def test_reset_makes_a_cache_as_new_in_the_same_memory(
     model: LlamaForCausalLM, policy: str
 ) -> None:
@@ -172,7 +172,7 @@ def test_a_model_with_fewer_layers_may_come_after_one_with_more(make_model: obje
         assert torch.equal(got, _generate(model, ids, CompressedCache("h2o", 16), 20))
 
 
-@pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.parametrize("policy", slow_but(QUICK, EVICTING))
 def test_layers_share_no_state(model: LlamaForCausalLM, policy: str) -> None:
     # At their defaults some keep the newest tokens of so short a text, in all layers alike, and rpc
     # keeps a prompt that fills the budget.
@@ -221,6 +221,7 @@ def test_random_leaves_the_global_generator_alone_and_follows_its_seed(
     assert kept[0] == kept[1] != kept[2]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(("redraw", "low", "high"), [(True, 0.0, 0.15), (False, 0.35, 0.65)])
 def test_random_redraw_forgets_with_age_and_a_fixed_draw_samples_the_past(
     model: LlamaForCausalLM, redraw: bool, low: float, high: float
@@ -236,7 +237,8 @@ def test_random_redraw_forgets_with_age_and_a_fixed_draw_samples_the_past(
 
 
 # Which keep attention, queries and notes.
-@pytest.mark.parametrize("policy", slow_but(("h2o",), ("h2o", "rkv", "gkv")))
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["h2o", "rkv", "gkv"])
 def test_memory_is_the_same_after_300_and_after_2000_tokens(
     make_model: object, policy: str
 ) -> None:
@@ -301,7 +303,7 @@ def test_other_caches_are_not_affected_by_the_hook(model: LlamaForCausalLM) -> N
     model.set_attn_implementation("sdpa")
 
 
-@pytest.mark.parametrize("policy", KINDS)
+@pytest.mark.parametrize("policy", slow_but(QUICK, KINDS))
 def test_eager_attention_gives_the_same_tokens_and_positions(
     model: LlamaForCausalLM, policy: str
 ) -> None:

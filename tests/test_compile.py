@@ -38,7 +38,9 @@ INTERVALS = {
 }
 
 
-@pytest.mark.parametrize(("policy", "steps"), slow_but(("h2o",), sorted(INTERVALS)), ids=str)
+@pytest.mark.parametrize(
+    ("policy", "steps"), slow_but([("h2o", (4, 2))], sorted(INTERVALS)), ids=str
+)
 def test_generate_compiles_once_and_never_again(
     make_model: Callable[..., LlamaForCausalLM],
     backend: CountingBackend,
@@ -49,7 +51,7 @@ def test_generate_compiles_once_and_never_again(
     (interval, graphs), model = steps, make_model()
     options = dict(interval=interval, recent=8, protect_prompt=False) | SMALL.get(policy, {})
     cache = CompressedCache(policy, 16, **options)
-    for prompt in (33, 33, 12, 50):
+    for prompt in (33, 12, 50):
         ids = distinct_tokens(2, prompt)
         eager = CompressedCache(policy, 16, **options)
         expected = _generate(model, ids, eager)
@@ -86,6 +88,7 @@ def test_padding_needs_no_other_graph(
     assert backend.graphs == 1
 
 
+@pytest.mark.slow
 def test_another_batch_size_is_one_more_graph(
     make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
 ) -> None:
@@ -100,6 +103,7 @@ def test_another_batch_size_is_one_more_graph(
     assert backend.graphs <= 2
 
 
+@pytest.mark.slow
 def test_full_compiles_once_more_each_time_it_doubles(
     make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
 ) -> None:
@@ -111,7 +115,8 @@ def test_full_compiles_once_more_each_time_it_doubles(
     assert backend.graphs == 2
 
 
-@pytest.mark.parametrize(("interval", "most"), slow_but((4,), [(1, 3), (4, 5)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("interval", "most"), [(1, 3), (4, 5)])
 def test_a_model_compiled_by_hand_gives_the_same_positions(
     make_model: Callable[..., LlamaForCausalLM],
     backend: CountingBackend,
@@ -192,16 +197,14 @@ def test_a_prompt_compiled_as_one_graph_is_refused_in_words_that_help(
             _generate(model, ids, cache, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "steps"),
-    slow_but(
-        ["h2o"],
-        [
-            # The gates that are made up for tests are not of one kind in all layers.
-            *product([kind for kind in KINDS if kind != "learned_gate"], [(1, 1)]),
-            *product(("h2o", "snapkv", "random"), [(4, 2)]),
-        ],
-    ),
+    [
+        # The gates that are made up for tests are not of one kind in all layers.
+        *((kind, (1, 1)) for kind in KINDS if kind not in ("h2o", "snapkv", "learned_gate")),
+        *product(("h2o", "snapkv", "random"), [(4, 2)]),
+    ],
     ids=str,
 )
 def test_one_layer_is_compiled_for_all(
@@ -284,8 +287,9 @@ def test_a_model_without_decoder_layers_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("once", [False, True], ids=["every layer", "one layer"])
-@pytest.mark.parametrize("policy", ["h2o", "rkv"])
+@pytest.mark.parametrize(
+    ("policy", "once"), [("rkv", False), ("h2o", True)], ids=["every layer", "one layer"]
+)
 def test_inductor_gives_the_tokens_of_eager(
     make_model: Callable[..., LlamaForCausalLM], policy: str, once: bool
 ) -> None:

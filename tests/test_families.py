@@ -13,7 +13,11 @@ from tests.families import EACH_FAMILY, FAMILIES, VOCABULARY, Family, table
 from tests.grids import slow_but
 
 PADDING = (9, 2, 0)
-_OF_EACH_KIND = [one for one in FAMILIES if one.name in ("Llama 3", "Gemma 3", "Qwen3-Next")]
+_OF_EACH_KIND = [
+    pytest.param(one, id=one.name, marks=[] if one.name == "Gemma 3" else pytest.mark.slow)
+    for one in FAMILIES
+    if one.name in ("Llama 3", "Gemma 3", "Qwen3-Next")
+]
 NEW = 30
 
 
@@ -43,7 +47,7 @@ def _generate(model: object, cache: object, *, sample: bool = False, **more: obj
     return model.generate(ids, past_key_values=cache, **arguments)
 
 
-@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sample", slow_but((False,), (False, True)), ids=["greedy", "sampled"])
 def test_a_budget_for_everything_gives_the_tokens_of_the_own_cache(
     model: object, sample: bool
 ) -> None:
@@ -54,7 +58,9 @@ def test_a_budget_for_everything_gives_the_tokens_of_the_own_cache(
 
 
 @pytest.mark.parametrize(
-    ("policy", "budget"), [("h2o", 16), ("snapkv", 40)], ids=["prompt above", "prompt below"]
+    ("policy", "budget"),
+    slow_but(("h2o",), [("h2o", 16), ("snapkv", 40)]),
+    ids=["prompt above", "prompt below"],
 )
 def test_rows_of_a_padded_batch_are_what_they_are_alone(
     model: object, family: Family, policy: str, budget: int
@@ -84,7 +90,7 @@ def test_compiled_gives_the_tokens_of_eager_in_one_graph(model: object, family: 
 
 
 @pytest.mark.parametrize("budget", slow_but((16,), (16, 40)))
-@pytest.mark.parametrize("family", _OF_EACH_KIND, ids=lambda one: one.name, indirect=True)
+@pytest.mark.parametrize("family", _OF_EACH_KIND, indirect=True)
 def test_compiled_gives_what_eager_samples(model: object, family: Family, budget: int) -> None:
     _check_compiled(model, budget=budget, sample=True)
 

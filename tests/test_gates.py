@@ -175,6 +175,7 @@ def test_a_cache_that_is_not_given_by_name_is_refused(model: LlamaForCausalLM) -
         model.model(distinct_tokens(1, 20), None, None, cache)
 
 
+@pytest.mark.slow
 def test_new_caches_need_no_new_graph(make_model: Callable[..., LlamaForCausalLM]) -> None:
     torch._dynamo.reset()
     model, ids, backend = make_model(), distinct_tokens(2, 30), CountingBackend()

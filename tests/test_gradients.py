@@ -99,6 +99,7 @@ def test_a_reset_cache_has_no_past(model: Any) -> None:
         cache.reset()
 
 
+@pytest.mark.slow
 def test_compiled_steps_refuse_too(model: Any) -> None:
     torch._dynamo.reset()
     cache = _cache("h2o")

@@ -406,6 +406,7 @@ def test_what_cannot_work_is_refused(make: Callable[[], Policy], message: str) -
         make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_a_step_is_one_graph(precise_model: LlamaForCausalLM, name: str) -> None:
     torch._dynamo.reset()

@@ -70,8 +70,8 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.usefixtures("_no_collection")
-@pytest.mark.parametrize("way", slow_but(("generate", "turns"), WAYS))
-@pytest.mark.parametrize("policy", LAYOUTS)
+@pytest.mark.parametrize("way", slow_but(("generate",), WAYS))
+@pytest.mark.parametrize("policy", slow_but(("full", "h2o", "snapkv", "shadowkv"), LAYOUTS))
 def test_memory_is_given_back_with_the_last_reference(
     model: LlamaForCausalLM, policy: str, way: str
 ) -> None:

@@ -115,7 +115,7 @@ def test_rows_end_at_different_steps(model: Any) -> None:
 @pytest.mark.parametrize(
     ("policy", "interval", "graphs", "mode"),
     [
-        ("h2o", 1, 1, "greedy"),
+        pytest.param("h2o", 1, 1, "greedy", marks=pytest.mark.slow),
         pytest.param("h2o", 1, 1, "ends", marks=pytest.mark.slow),
         pytest.param("snapkv", 4, 2, "sampling", marks=pytest.mark.slow),
         ("snapkv", 4, 2, "repetition penalty"),
@@ -164,7 +164,7 @@ def test_a_conversation_goes_on(model: Any) -> None:
 @pytest.mark.parametrize(
     ("steps", "compiles", "attention"),
     slow_but(
-        [("snapkv", 4)],
+        [(("snapkv", 4), False)],
         pairwise([("h2o", 1), ("snapkv", 4), ("full", 1)], [False, True], ["sdpa", "eager"]),
     ),
     ids=str,

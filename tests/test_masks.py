@@ -17,7 +17,7 @@ from compressed_cache.versions import cache_argument
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES
 from tests.grids import slow_but
-from tests.kinds import KINDS
+from tests.kinds import QUICK
 from tests.reference.comparison import OPTIONS
 from tests.test_properties import every
 
@@ -399,8 +399,8 @@ def _options(policy: str, interval: int) -> tuple[str, dict[str, Any]]:
     return policy, dict(options, protect_prompt=False)
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("policy", slow_but((*KINDS, *LAYOUTS_OF_ROWS), POLICIES_OF_ROWS))
+@pytest.mark.parametrize("interval", slow_but((4,), (1, 4)))
+@pytest.mark.parametrize("policy", slow_but((*QUICK, *LAYOUTS_OF_ROWS), POLICIES_OF_ROWS))
 def test_rows_that_end_early_are_what_they_are_alone(
     model: Any, policy: str, interval: int
 ) -> None:

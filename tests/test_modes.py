@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from compressed_cache import CompressedCache
 from tests.conftest import distinct_tokens, held
 from tests.grids import alternating, pairwise, slow_but
-from tests.kinds import KINDS
+from tests.kinds import KINDS, QUICK
 
 NEW = 24
 MODES: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def test_modes_give_the_tokens_of_the_dynamic_cache(model: Any, policy: str, mod
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(("policy", "interval"), alternating(KINDS, [1, 4]))
+@pytest.mark.parametrize(("policy", "interval"), slow_but(QUICK, alternating(KINDS, [1, 4])))
 def test_each_beam_has_the_cache_of_its_own_text(model: Any, policy: str, interval: int) -> None:
     """The score of a beam is that of its text read alone, evictions included."""
     ids = distinct_tokens(1, 30)
@@ -142,7 +142,7 @@ def _eager_to_draft(model: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("policy", "budget", "interval"),
-    slow_but(["full", "h2o", "snapkv", "gkv"], pairwise(KINDS, [16, 40], [1, 4])),
+    slow_but(["h2o", "snapkv", "gkv"], pairwise(KINDS, [16, 40], [1, 4])),
 )
 def test_drafts_change_nothing(
     model: Any, drafter: Any, policy: str, budget: int, interval: int
@@ -163,7 +163,7 @@ def test_drafts_change_nothing(
             assert held(cache, layer) == held(plain, layer)
 
 
-@pytest.mark.parametrize("policy", KINDS)
+@pytest.mark.parametrize("policy", slow_but(QUICK, KINDS))
 def test_drafts_that_are_all_wrong_change_nothing(
     make_model: Callable[..., LlamaForCausalLM], policy: str
 ) -> None:
@@ -210,11 +210,14 @@ def test_a_plain_call_after_drafting_compresses_as_ever(model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "prompt", "taken"),
-    [
-        (policy, *_CROPS[(2 * number + own) % len(_CROPS)])
-        for number, policy in enumerate(KINDS)
-        for own in range(2)
-    ],
+    slow_but(
+        QUICK,
+        (
+            (policy, *_CROPS[(2 * number + own) % len(_CROPS)])
+            for number, policy in enumerate(KINDS)
+            for own in range(2)
+        ),
+    ),
 )
 def test_crop_takes_back_what_was_evicted(model: Any, policy: str, prompt: int, taken: int) -> None:
     ids = distinct_tokens(1, prompt + 5)

@@ -73,11 +73,8 @@ def _padded(length: int) -> torch.Tensor:
     return ids
 
 
-@pytest.mark.parametrize(
-    ("name", "steps"),
-    slow_but(["h2o+merging", "rkv+chunkkv"], alternating(NAMES, [(1, 1), (4, 2)])),
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "steps"), alternating(NAMES, [(1, 1), (4, 2)]), ids=str)
 def test_generate_compiles_once_and_never_again(
     model: LlamaForCausalLM, backend: CountingBackend, name: str, steps: tuple[int, int]
 ) -> None:
@@ -126,11 +123,14 @@ def test_further_prompts_and_chunked_ones_stay_within_the_budget(
 
 @pytest.mark.parametrize(
     ("name", "broken", "interval"),
-    [
-        (name, broken, (1, 4)[(number + own) % 2])
-        for number, name in enumerate(NAMES)
-        for own, broken in enumerate(("k_proj", "v_proj"))
-    ],
+    slow_but(
+        ("h2o+chunkkv", "h2o+merging", "snapkv+chunk", "snapkv+criticalkv+merging+think"),
+        (
+            (name, broken, (1, 4)[(number + own) % 2])
+            for number, name in enumerate(NAMES)
+            for own, broken in enumerate(("k_proj", "v_proj"))
+        ),
+    ),
 )
 def test_what_is_not_a_number_harms_neither_other_rows_nor_what_is_protected(
     model: LlamaForCausalLM, name: str, broken: str, interval: int

@@ -12,7 +12,7 @@ from compressed_cache.ops.masks import real_tokens
 from compressed_cache.policies import SLOT_POLICIES
 from tests.conftest import distinct_tokens, held
 from tests.grids import alternating, slow_but
-from tests.kinds import KINDS, SMALL
+from tests.kinds import KINDS, QUICK, SMALL
 
 LENGTHS = (9, 30, 17, 41)
 NEW = 45
@@ -27,7 +27,7 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(
     ("policy", "interval"),
     slow_but(
-        ("streaming_llm", "keydiff", "h2o", "snapkv", "rkv", "gkv"),
+        ("keydiff", "h2o", "snapkv", "rkv"),
         alternating(SLOT_POLICIES, [1, 4]),
     ),
 )
@@ -56,7 +56,9 @@ def test_rows_of_a_padded_batch_generate_what_they_generate_alone(
     assert batch.evicted_tokens == max(evicted)
 
 
-@pytest.mark.parametrize(("policy", "implementation"), alternating(KINDS, ["sdpa", "eager"]))
+@pytest.mark.parametrize(
+    ("policy", "implementation"), slow_but(QUICK, alternating(KINDS, ["sdpa", "eager"]))
+)
 def test_masks_of_all_implementations_are_understood(
     make_model: Callable[..., LlamaForCausalLM], policy: str, implementation: str
 ) -> None:

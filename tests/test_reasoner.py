@@ -1,6 +1,7 @@
 """The shipped model, its problems, and what the demo claims about them."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -95,8 +96,10 @@ def test_numbers_of_the_demo_are_found_again(number: int) -> None:
 
 @pytest.mark.slow
 def test_the_command_writes_table_picture_and_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The command takes a thread for each core, and other tests run on these.
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     options = [
         "--problems",
         "4",

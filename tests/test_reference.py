@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
 from tests.grids import alternating, pairwise, slow_but
-from tests.kinds import KINDS, SMALL
+from tests.kinds import KINDS, QUICK, SMALL
 from tests.reference.comparison import (
     NAMES,
     NUM_STEPS,
@@ -23,7 +23,7 @@ from tests.reference.comparison import (
     make_model,
     run_library,
 )
-from tests.reference.llama import ReferenceLlama
+from tests.reference.llama import ReferenceLlama, Trace
 from tests.reference.policies import POLICIES, Rules, View, full, snapkv
 
 # And one with each modifier.
@@ -43,7 +43,8 @@ def cases() -> list[Any]:
             rules = Rules(budget, interval, sinks, recent, protect_prompt)
             label = f"{name}-b{budget}-s{sinks}-r{recent}-i{interval}"
             label += "-prompt" * protect_prompt
-            marks = [] if name in OF_EACH_KIND and number < 2 else pytest.mark.slow
+            is_quick = number < (2 if name in QUICK else 1) and name in OF_EACH_KIND
+            marks = [] if is_quick else pytest.mark.slow
             parameters.append(pytest.param(name, rules, id=label, marks=marks))
     return parameters
 
@@ -75,7 +76,7 @@ def test_library_keeps_the_tokens_of_the_reference(
 
 @pytest.mark.parametrize(
     ("name", "protection"),
-    slow_but(OF_EACH_KIND, alternating(NAMES, [(12, False), (22, True)])),
+    slow_but(QUICK, alternating(NAMES, [(12, False), (22, True)])),
     ids=str,
 )
 def test_an_interval_longer_than_what_is_unprotected_goes_on_with_the_oldest(
@@ -98,7 +99,7 @@ def test_an_interval_longer_than_what_is_unprotected_goes_on_with_the_oldest(
 @pytest.mark.parametrize(
     "name",
     slow_but(
-        OF_EACH_KIND,
+        QUICK,
         (name for name in NAMES if name not in ("knorm", "learned_gate")),
     ),
 )
@@ -118,7 +119,7 @@ def test_greedy_text_is_that_of_the_reference(
         assert_same_kept(trace, watch, row)
 
 
-@pytest.mark.parametrize("name", OF_EACH_KIND)
+@pytest.mark.parametrize("name", slow_but(QUICK, OF_EACH_KIND))
 def test_float32_model_keeps_the_tokens_of_the_reference(
     reference: ReferenceLlama, tolerance: float, name: str
 ) -> None:
@@ -129,7 +130,7 @@ def test_float32_model_keeps_the_tokens_of_the_reference(
 
 
 @pytest.mark.parametrize(
-    ("name", "num_key_value_heads"), slow_but(OF_EACH_KIND, alternating(NAMES, [1, 4]))
+    ("name", "num_key_value_heads"), slow_but(QUICK, alternating(NAMES, [1, 4]))
 )
 def test_any_grouping_of_query_heads_keeps_the_tokens_of_the_reference(
     name: str, num_key_value_heads: int, tolerance: float
@@ -184,7 +185,7 @@ def test_of_equal_scores_the_older_token_is_evicted(name: str, interval: int) ->
         assert watch.kept(step, 0) == [[expected] * 2] * 2
 
 
-@pytest.mark.parametrize("name", OF_EACH_KIND)
+@pytest.mark.parametrize("name", slow_but(QUICK, OF_EACH_KIND))
 def test_forward_calls_without_generate_keep_the_same_tokens(
     precise_model: LlamaForCausalLM, reference: ReferenceLlama, tolerance: float, name: str
 ) -> None:
@@ -203,15 +204,22 @@ def test_forward_calls_without_generate_keep_the_same_tokens(
     assert_same_logits(trace, watch, 0, tolerance)
 
 
-@pytest.mark.parametrize("name", slow_but(KINDS, (*NAMES, "full", "random")))
+UNREACHED = Rules(64, sinks=0, recent=0)
+SHORT = [distinct_tokens(12, seed=7), distinct_tokens(8, seed=8)]
+
+
+@pytest.fixture(scope="session")
+def full_traces(reference: ReferenceLlama) -> list[Trace]:
+    """Of each short prompt, once for all policies."""
+    return [reference.generate(prompt, 20, score=full, rules=UNREACHED) for prompt in SHORT]
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, (*NAMES, "full", "random")))
 def test_budget_that_is_never_reached_gives_the_logits_of_the_full_cache(
-    precise_model: LlamaForCausalLM, reference: ReferenceLlama, tolerance: float, name: str
+    precise_model: LlamaForCausalLM, full_traces: list[Trace], tolerance: float, name: str
 ) -> None:
-    prompts = [distinct_tokens(12, seed=7), distinct_tokens(8, seed=8)]
-    rules = Rules(64, sinks=0, recent=0)
-    tokens, watch = run_library(precise_model, prompts, 20, name=name, rules=rules)
-    for row, prompt in enumerate(prompts):
-        trace = reference.generate(prompt, 20, score=full, rules=rules)
+    tokens, watch = run_library(precise_model, SHORT, 20, name=name, rules=UNREACHED)
+    for row, trace in enumerate(full_traces):
         assert tokens[row].tolist() == trace.tokens
         assert_same_kept(trace, watch, row)
         assert_same_logits(trace, watch, row, tolerance)
@@ -282,7 +290,7 @@ def test_random_evicts_at_will_but_never_protected_tokens(
         ("vase", {"window": 20, "large_share": 1.0}),
     ],
 )
-@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("interval", slow_but((3,), (1, 3)))
 def test_other_options_keep_the_tokens_of_the_reference(
     precise_model: LlamaForCausalLM,
     reference: ReferenceLlama,

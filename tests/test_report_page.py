@@ -22,7 +22,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH"),
     pytest.mark.slow,
-    pytest.mark.xdist_group("browser"),
 ]
 playwright = pytest.importorskip("playwright.sync_api")
 

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 from compressed_cache import CompressedCache
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import held
+from tests.grids import slow_but
 from tests.reference.comparison import (
     NUM_STEPS,
     assert_same_kept,
@@ -28,7 +29,9 @@ OPTIONS: dict[str, Any] = {"window": 4, "kernel_size": 3, "compression": 3}
     ("name", "score"), [("rpc", rpc), ("rpc+merging", partial(merging, base=rpc))]
 )
 @pytest.mark.parametrize("protect_prompt", [False, True])
-@pytest.mark.parametrize(("budget", "interval"), [(40, 6), (40, 1), (22, 6), (22, 1)])
+@pytest.mark.parametrize(
+    ("budget", "interval"), slow_but([(40, 6), (22, 1)], [(40, 6), (40, 1), (22, 6), (22, 1)])
+)
 def test_growing_cache_keeps_the_tokens_of_the_reference(
     precise_model: LlamaForCausalLM,
     reference: ReferenceLlama,

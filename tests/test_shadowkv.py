@@ -15,7 +15,6 @@ from compressed_cache.versions import CACHE
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import held
 from tests.families import EACH_FAMILY, FULL, LINEAR, SLIDING, Family
-from tests.grids import slow_but
 from tests.reference.comparison import Watch, distinct_tokens, make_model
 from tests.reference.llama import ReferenceLlama
 from tests.reference.shadowkv import Numbers, ShadowText
@@ -206,7 +205,8 @@ def test_every_family_can_be_held_off_the_device(family: Family) -> None:
         torch.testing.assert_close(other, found[0], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("rank", slow_but((12,), (None, 12)))
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 12])
 def test_one_graph_for_all_lengths_that_share_a_power_of_two(
     precise_model: LlamaForCausalLM, rank: int | None
 ) -> None:

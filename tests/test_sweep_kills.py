@@ -87,9 +87,6 @@ def essence(rows: list[Any]) -> dict[Any, Any]:
     }
 
 
-pytestmark = pytest.mark.xdist_group("sweeps")
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """The rows of all cells, each run in this process."""

@@ -109,6 +109,7 @@ def test_another_text_is_timed_anew(
         assert cache.timing().tokens_in == ROWS * 4
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_timed_and_is_the_same(make_model: Callable[..., Any]) -> None:
     model, ids = make_model(num_hidden_layers=1), distinct_tokens(ROWS, PROMPT)
     texts = []

@@ -172,6 +172,7 @@ def test_chunks_are_one_step_and_a_further_prompt_is_another(model: LlamaForCaus
     assert sorted(set(trace.losses["step"].tolist())) == list(range(2 * NEW))
 
 
+@pytest.mark.slow
 def test_steps_compile_as_they_do_unwatched(make_model: Callable[..., LlamaForCausalLM]) -> None:
     model, ids = make_model(num_hidden_layers=1), distinct_tokens(2, PROMPT)
     graphs, texts, traces = [], [], []

@@ -16,8 +16,8 @@ from compressed_cache import POLICIES, CompressedCache
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES
-from tests.grids import alternating
-from tests.kinds import KINDS
+from tests.grids import alternating, slow_but
+from tests.kinds import KINDS, QUICK
 
 # Those that give every layer the budget; tests/test_budgets.py has the others.
 UNIFORM = [name for name in KINDS if not hasattr(POLICIES[name], "budgets")]
@@ -44,7 +44,7 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 # Turns.
 
 
-@pytest.mark.parametrize(("policy", "second"), alternating(UNIFORM, [1, 9, 40]))
+@pytest.mark.parametrize(("policy", "second"), slow_but(QUICK, alternating(UNIFORM, [1, 9, 40])))
 def test_turns_with_a_budget_for_everything_are_those_of_the_dynamic_cache(
     model: Any, policy: str, second: int
 ) -> None:
@@ -58,7 +58,7 @@ def test_turns_with_a_budget_for_everything_are_those_of_the_dynamic_cache(
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize(("policy", "interval"), alternating(EVICTING, [1, 4]))
+@pytest.mark.parametrize(("policy", "interval"), slow_but(QUICK, alternating(EVICTING, [1, 4])))
 def test_a_long_second_prompt_sees_what_is_held_and_all_of_itself(
     model: Any, policy: str, interval: int
 ) -> None:
@@ -97,7 +97,7 @@ def _masked(mask: torch.Tensor) -> Any:
     return hook
 
 
-@pytest.mark.parametrize(("policy", "interval"), alternating(KINDS, [1, 4]))
+@pytest.mark.parametrize(("policy", "interval"), slow_but(QUICK, alternating(KINDS, [1, 4])))
 def test_padded_second_prompts_are_what_they_are_alone(
     model: Any, policy: str, interval: int
 ) -> None:
@@ -132,7 +132,7 @@ def test_only_the_first_prompt_is_protected(model: Any) -> None:
 # Chunks.
 
 
-@pytest.mark.parametrize("policy", [*KINDS, "shadowkv"])
+@pytest.mark.parametrize("policy", slow_but((*QUICK, "shadowkv"), (*KINDS, "shadowkv")))
 def test_a_chunk_for_everything_is_no_chunk(model: Any, policy: str) -> None:
     ids = distinct_tokens(2, 30)
     cache, whole = (
@@ -144,7 +144,7 @@ def test_a_chunk_for_everything_is_no_chunk(model: Any, policy: str) -> None:
     assert [held(cache, layer) for layer in range(2)] == [held(whole, layer) for layer in range(2)]
 
 
-@pytest.mark.parametrize(("policy", "chunk"), alternating(UNIFORM, [2, 7, 29]))
+@pytest.mark.parametrize(("policy", "chunk"), slow_but(QUICK, alternating(UNIFORM, [2, 7, 29])))
 def test_chunks_with_a_budget_for_everything_give_the_tokens_of_the_dynamic_cache(
     model: Any, policy: str, chunk: int
 ) -> None:
@@ -206,7 +206,7 @@ def test_chunks_may_be_compiled_with_graph_breaks(
 # Snapshots, rows and files.
 
 
-@pytest.mark.parametrize("policy", KINDS)
+@pytest.mark.parametrize("policy", slow_but(QUICK, KINDS))
 def test_one_context_answers_many_questions(model: Any, policy: str) -> None:
     context = distinct_tokens(1, 40)
     cache = CompressedCache(policy, 24, interval=3, recent=8, protect_prompt=False)
@@ -228,6 +228,7 @@ def test_one_context_answers_many_questions(model: Any, policy: str) -> None:
     assert [tensor.data_ptr() for tensor in cache.layers[0].tensors()] == addresses
 
 
+@pytest.mark.slow
 def test_a_restored_cache_needs_no_other_graph(
     make_model: Callable[..., LlamaForCausalLM],
 ) -> None:
@@ -244,7 +245,7 @@ def test_a_restored_cache_needs_no_other_graph(
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("policy", [*KINDS, "shadowkv"])
+@pytest.mark.parametrize("policy", slow_but((*QUICK, "shadowkv"), (*KINDS, "shadowkv")))
 def test_rows_can_be_repeated_and_chosen(model: Any, policy: str) -> None:
     ids = distinct_tokens(2, 30)
     repeated, chosen, plain = (CompressedCache(policy, 16, protect_prompt=False) for _ in range(3))

@@ -278,10 +278,11 @@ class _Row:
         """
         turn = step % rules.interval
         for layer in range(self.model.num_layers):
-            for head, view in enumerate(self.views(layer, rules)):
+            views = self.views(layer, rules) if turn == 0 else []
+            for head in range(self.model.num_heads):
                 if turn == 0:
                     # Also where nothing has to go: a policy may write down what it saw.
-                    ranking = rank(view, score, rules, prompt_length=self.prompt_length)
+                    ranking = rank(views[head], score, rules, prompt_length=self.prompt_length)
                     num_dropped = ranking.scores.count(-math.inf)
                     self.drop(layer, head, ranking.positions[:num_dropped], score)
                     del ranking.positions[:num_dropped], ranking.scores[:num_dropped]
@@ -425,6 +426,8 @@ class _SharingRow(_Row):
 
 def without(vector: Vector, lost: Sequence[int]) -> Vector:
     """``[..., D]`` with zeros in these channels."""
+    if not lost:
+        return vector
     kept = vector.copy()
     kept[..., list(lost)] = 0.0
     return kept
