@@ -308,11 +308,11 @@ class CompressedCache(Drafts, AnnouncedCalls):
 
     def takes_step(self, tokens: int) -> bool:
         """Whether a call with ``tokens`` tokens is a decode step."""
-        return tokens == 1 and self._is_filled
+        return tokens == 1 and self._is_filled and not self.counter.in_parts
 
     def begin_call(self, prompt_tokens: int, steps: int) -> None:
         """Counts a call that begins: tokens read as a prompt, then tokens read one by one."""
-        if self._is_filled and (self.counter.running or prompt_tokens + steps > 1):
+        if self._is_filled and (self.counter.running or prompt_tokens or steps > 1):
             self._end_step(prompt_tokens + steps)
         self.counter.begin(prompt_tokens, steps)
 
