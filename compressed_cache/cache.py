@@ -258,6 +258,8 @@ class CompressedCache(Drafts, AnnouncedCalls):
     def timing(self) -> "Timing":
         """What it took so far, or since :meth:`reset` or :meth:`restore`, with ``telemetry=True``.
 
+        A context that :func:`compressed_cache.compress` has read is counted, both passes over it.
+
         A cache sees steps begin. So the last step of a text counts as one of ``tokens_out`` but
         not in seconds, and the last token, which it is never given, not at all;
         :func:`compressed_cache.telemetry.measure` sees the end too.
