@@ -260,6 +260,8 @@ class CompressedCache(Drafts, AnnouncedCalls):
     def timing(self) -> "Timing":
         """What it took so far, or since :meth:`reset` or :meth:`restore`, with ``telemetry=True``.
 
+        A context that :func:`compressed_cache.compress` has read is counted, both passes over it.
+
         A cache sees steps begin. So the last step of a text counts as one of ``tokens_out`` but
         not in seconds, and the last token, which it is never given, not at all;
         :func:`compressed_cache.telemetry.measure` sees the end too.
@@ -310,11 +312,11 @@ class CompressedCache(Drafts, AnnouncedCalls):
 
     def takes_step(self, tokens: int) -> bool:
         """Whether a call with ``tokens`` tokens is a decode step."""
-        return tokens == 1 and self._is_filled
+        return tokens == 1 and self._is_filled and not self.counter.in_parts
 
     def begin_call(self, prompt_tokens: int, steps: int) -> None:
         """Counts a call that begins: tokens read as a prompt, then tokens read one by one."""
-        if self._is_filled and (self.counter.running or prompt_tokens + steps > 1):
+        if self._is_filled and (self.counter.running or prompt_tokens or steps > 1):
             self._end_step(prompt_tokens + steps)
         self.counter.begin(prompt_tokens, steps)
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from transformers.cache_utils import LinearAttentionLayer
-
 from compressed_cache.observers import Observer
 from compressed_cache.snapshot import Snapshot, Snapshots
 from compressed_cache.stores.inputs import AttentionInputs
@@ -105,7 +103,7 @@ class Drafts(Snapshots):
                 "tokens_to_remove must be <= 0, the number of tokens to take back as transformers "
                 f"counts it, got {tokens_to_remove}"
             )
-        if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+        if self.is_recurrent:
             raise NotImplementedError(
                 "CompressedCache cannot take tokens back from linear-attention layers. Generate "
                 "without assisted decoding or prompt lookup."

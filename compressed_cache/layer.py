@@ -169,8 +169,8 @@ class CompressedLayer(CacheLayerMixin):
             (handed,), self.handed = self.handed or (None,), ()
             are_own = value is handed
             checks.check_handed(self.index, awaits=self.awaits_attention, values_are_own=are_own)
-        is_step = self.is_filled and query.shape[2] == 1 and not masks.is_wide(attention_mask)
-        if not is_step:
+        is_single = self.is_filled and query.shape[2] == 1 and not self.counter.in_parts
+        if not is_single or masks.is_wide(attention_mask):
             return self._read(function, module, query, key, value, attention_mask, scaling, kwargs)
         if is_eager:
             self.awaits_attention = False

@@ -1,5 +1,6 @@
 """A context that is read twice: whole, and then once more to see what of it is looked at."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -20,6 +21,9 @@ from compressed_cache.snapshot import LayerState, Snapshot
 from compressed_cache.stores import store_for
 from compressed_cache.stores.bound_policy import BoundPolicy
 from compressed_cache.stores.inputs import AttentionInputs
+from compressed_cache.telemetry import peaks
+from compressed_cache.telemetry.timer import Timer
+from compressed_cache.telemetry.timestamps import Timestamp
 from compressed_cache.versions import cache_argument
 
 
@@ -52,25 +56,20 @@ def compress(
         attention_mask: ``[B, L]``, padded on the left; None: no row is padded.
         suffix: what a chat template puts between a question and the answer, which stands between
             each instruction and what is repeated.
-        prefill_chunk_size: tokens of the context that are read at a time; None: all.
+        prefill_chunk_size: tokens of the context that are read at a time, at least two; None: all.
 
     Raises:
-        ValueError: a policy that reads once, a cache that holds something, padding elsewhere, a
-            context whose repetition is more than the model can see, or a budget too small for what
-            is protected.
+        ValueError: a policy that reads once, a cache that holds something, ids or a mask of another
+            shape, padding elsewhere, a context whose repetition is more than the model can see, or
+            a budget too small for what is protected.
+        TypeError: an argument of the wrong type.
         NotImplementedError: a model that cannot be served.
     """
-    policy = find(cache.policy, ReadsTwice)
-    if policy is None:
-        raise ValueError(
-            f"compress is for a policy that reads a prompt twice, such as 'kvzip', got "
-            f"{cache.policy.label!r}. Give the cache to generate as it is."
-        )
-    if cache.get_seq_length():
-        raise ValueError(
-            f"cache must be empty, got one that has read {cache.get_seq_length()} tokens. Use a "
-            "new one or reset it."
-        )
+    # What torch.compile returns is no model of transformers; the second pass is read eagerly.
+    model = getattr(model, "_orig_mod", model)
+    began = Timestamp()
+    policy = _checked_policy(cache)
+    _check_input(input_ids, attention_mask, tokenizer, suffix)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     mask = mask.to(input_ids.device, torch.int64)
     check_left(mask.bool())
@@ -85,6 +84,9 @@ def compress(
     ]
     _check_length(model, lengths.tolist(), repetitions)
 
+    timers = [observer for observer in cache.observers if isinstance(observer, Timer)]
+    if timers:
+        peaks.restart()
     whole, second = CompressedCache("full"), _SecondPass(cache, lengths)
     whole.expect_model(model)
     whole.add_observer(second)
@@ -92,14 +94,21 @@ def compress(
     before = whole.snapshot()
     second.begin(before)
     for parts in zip_longest(*repetitions):
-        ids, real = _padded([[] if part is None else part.tokens for part in parts], input_ids)
         # A part begins at the same position in all rows that have it.
         second.start = next(part.start for part in parts if part is not None)
         second.length = max(part.stop for part in parts if part is not None) - second.start
-        read(model, ids, torch.cat([mask, real], dim=1), whole)
-        whole.restore(before)
+        tokens = [[] if part is None else part.tokens for part in parts]
+        for rows in alike(tokens) if whole.is_recurrent else [list(range(len(tokens)))]:
+            ids, real = _padded([tokens[row] for row in rows], input_ids)
+            second.rows = torch.tensor(rows, device=mask.device)
+            if len(rows) < len(tokens):
+                whole.batch_select_indices(second.rows)
+            read(model, ids, torch.cat([mask[rows], real], dim=1), whole)
+            whole.restore(before)
     layers = tuple(second.cut(index, state) for index, state in enumerate(before.layers))
     cache.restore(Snapshot(cache.policy, cache.eviction, before.counter, before.columns, layers))
+    for timer in timers:
+        timer.add_prompt(began, input_ids.shape[1])
     for own, other in zip(cache.layers, whole.layers, strict=True):
         if isinstance(own, CompressedLayer) and own.is_filled:
             own.module.bind(other.module.module)
@@ -115,20 +124,48 @@ def read(
         ids: ``[B, L]`` int64.
         mask: ``[B, T + L]``, also of what the cache has read.
         cache: a compressed one.
-        chunk: how many tokens are read at a time; None: all.
+        chunk: how many tokens are read at a time, at least two; None: all.
+
+    Raises:
+        ValueError: a chunk without a token.
     """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"prefill_chunk_size must be >= 1, got {chunk}")
+    # Recurrent layers take padding for text where it is read alone. The last token is none.
+    width = ids.shape[1] if chunk is None else max(2, chunk)
     end = mask.shape[1] - ids.shape[1]
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    for part in ids.split(chunk or ids.shape[1], dim=1):
-        start, end = end, end + part.shape[1]
-        model(
-            input_ids=part,
-            attention_mask=mask[:, :end],
-            position_ids=positions[:, start:end],
-            use_cache=True,
-            logits_to_keep=1,
-            **cache_argument(cache),
-        )
+    if not cache.get_seq_length():
+        _forget_images(model)
+    with cache.reading(ids.shape[1]):
+        for part in ids.split(width, dim=1):
+            start, end = end, end + part.shape[1]
+            model(
+                input_ids=part,
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                use_cache=True,
+                logits_to_keep=1,
+                **cache_argument(cache),
+            )
+
+
+def alike(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Which rows are equally long, without those that are empty: recurrent layers would read the
+    padding between a context and what follows it."""
+    found: defaultdict[int, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        if row:
+            found[len(row)].append(index)
+    return list(found.values())
+
+
+def _forget_images(model: Any) -> None:
+    """Takes back by how much images of an earlier text moved positions, which a model keeps until
+    it computes positions itself."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
 
 
 class _SecondPass(Observer):
@@ -137,12 +174,14 @@ class _SecondPass(Observer):
     Attributes:
         start: position where what is repeated begins.
         length: how many tokens that are.
+        rows: ``[R]`` int64, those of the batch that repeat it.
     """
 
     reads_layers = True
 
     def __init__(self, cache: CompressedCache, lengths: Tensor) -> None:
         self.start = self.length = 0
+        self.rows = torch.arange(len(lengths), device=lengths.device)
         self._cache = cache
         self._lengths = lengths
         """``[B]`` int64, of the contexts."""
@@ -164,7 +203,8 @@ class _SecondPass(Observer):
             return
         if layer.index in self._scores:
             scores = self._scores[layer.index]
-            self._scores[layer.index] = self._scored(scores, layer, inputs)
+            rows = self.rows.to(scores.device)
+            scores[rows] = self._scored(scores[rows], layer, inputs)
         elif layer.index not in self._bound:
             transform = layer.store.bound.transform
             arguments = {
@@ -183,7 +223,7 @@ class _SecondPass(Observer):
         """Scores with those of the tokens that were just repeated."""
         held, columns = layer.held(), scores.shape[2]
         device = scores.device
-        lengths = self._lengths.to(device)[:, None]
+        lengths = self._lengths[self.rows].to(device)[:, None]
         sinks = torch.arange(self._cache.eviction.sinks, device=device)
         part = torch.arange(self.start, self.start + self.length, device=device)
         asked = torch.cat([sinks, part])
@@ -226,6 +266,58 @@ class _SecondPass(Observer):
 
 def _untagged(keys: Tensor) -> None:
     """Keys of a store that no layer has."""
+
+
+def _checked_policy(cache: Any) -> ReadsTwice:
+    """The policy of an empty cache that is filled by a second pass."""
+    if not isinstance(cache, CompressedCache):
+        raise TypeError(
+            f"cache must be a CompressedCache, got {type(cache).__name__}. Pass e.g. "
+            "CompressedCache('kvzip', budget=512)."
+        )
+    policy = find(cache.policy, ReadsTwice)
+    if policy is None:
+        raise ValueError(
+            f"compress is for a policy that reads a prompt twice, such as 'kvzip', got "
+            f"{cache.policy.label!r}. Give the cache to generate as it is."
+        )
+    if cache.get_seq_length():
+        raise ValueError(
+            f"cache must be empty, got one that has read {cache.get_seq_length()} tokens. Use a "
+            "new one or reset it."
+        )
+    return policy
+
+
+def _check_input(ids: Any, mask: Any, tokenizer: Any, suffix: Any) -> None:
+    """Raises ``TypeError`` or ``ValueError`` for what is not of a batch of contexts."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(
+            f"input_ids must be a tensor [B, L], got {type(ids).__name__}. Pass what the tokenizer "
+            "returns with return_tensors='pt'."
+        )
+    if ids.dim() != 2 or not ids.numel():
+        raise ValueError(
+            "input_ids must be [B, L], of at least one row and one token, got "
+            f"{list(ids.shape)}. Pass one text as [1, L]."
+        )
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be int64, got {ids.dtype}. Pass the ids of tokens.")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor [B, L], got {type(mask).__name__}")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must be [B, L] like input_ids, {list(ids.shape)}, got "
+            f"{list(mask.shape)}. Pass the mask of the tokenizer."
+        )
+    # A text can be encoded too, into bytes.
+    if isinstance(tokenizer, str) or not callable(getattr(tokenizer, "encode", None)):
+        raise TypeError(
+            "tokenizer must be that of the model, which makes tokens of the instructions, got "
+            f"{type(tokenizer).__name__}"
+        )
+    if not isinstance(suffix, str):
+        raise TypeError(f"suffix must be a text, got {suffix!r} ({type(suffix).__name__})")
 
 
 def _padded(rows: Sequence[list[int]], like: Tensor) -> tuple[Tensor, Tensor]:

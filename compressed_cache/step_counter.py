@@ -15,6 +15,9 @@ class StepCounter:
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
+        self.in_parts = False
+        """Whether a text is being read in parts, so that one of a single token is of it and no
+        step; set by :meth:`~compressed_cache.hf.announced_calls.AnnouncedCalls.reading`."""
         self.reset()
 
     def reset(self) -> None:

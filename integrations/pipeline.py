@@ -58,7 +58,8 @@ class CompressedTextGenerationPipeline(Pipeline):
 
         Args:
             context: a text, or several.
-            question: what to ask about each; by default its continuation.
+            question: what to ask about each; by default its continuation. Where nothing stands
+                between the two, the last token of the context is read as the question.
             questions: several, each asked as if it were the only one; or a list of them for each
                 context.
             batch_size: contexts read at a time, 1 by default.
@@ -122,17 +123,16 @@ class CompressedTextGenerationPipeline(Pipeline):
         cache.reset()
         contexts, context_mask = self._padded([prompt.context for prompt in prompts])
         runs = [self._read(contexts, context_mask, request, prompts[0].suffix)]
-        rounds = max(len(prompt.questions) for prompt in prompts)
+        rounds = _rounds(prompts, by_length=cache.is_recurrent)
         # A copy of all that is held, so only where it is needed.
-        snapshot = cache.snapshot() if rounds > 1 or request.is_lent else None
+        snapshot = cache.snapshot() if len(rounds) > 1 or request.is_lent else None
         answers: list[list[str]] = [[] for _ in prompts]
-        for number in range(rounds):
-            rows = [row for row, each in enumerate(prompts) if number < len(each.questions)]
+        for number, rows in rounds:
             if len(rows) < len(prompts):
                 cache.batch_select_indices(torch.tensor(rows, device=contexts.device))
-            # A single token would count as a decode step, and in a longer batch as a prompt.
             asked = [prompts[row].questions[number] for row in rows]
-            questions, mask = self._padded(asked, least=2)
+            # A single token would count as a decode step, and in a longer batch as a prompt.
+            questions, mask = self._padded(asked, least=1 if cache.is_recurrent else 2)
             text = torch.cat([contexts[rows], questions], dim=1)
             mask = torch.cat([context_mask[rows], mask], dim=1)
             with measure(self.model) as measured:
@@ -163,10 +163,10 @@ class CompressedTextGenerationPipeline(Pipeline):
         from compressed_cache.telemetry.timestamps import Timestamp, seconds_between
         from compressed_cache.telemetry.timing import finished
 
-        config = request.generate.get("generation_config")
-        chunk = request.generate.get("prefill_chunk_size") or getattr(
-            config, "prefill_chunk_size", None
-        )
+        chunk = request.generate.get("prefill_chunk_size")
+        if chunk is None:
+            config = request.generate.get("generation_config")
+            chunk = getattr(config, "prefill_chunk_size", None)
         peaks.restart()
         began = Timestamp()
         if find(request.cache.policy, ReadsTwice):
@@ -209,6 +209,26 @@ class CompressedTextGenerationPipeline(Pipeline):
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         return ids, mask.to(device)
+
+
+def _rounds(prompts: list[Prompt], *, by_length: bool) -> list[tuple[int, list[int]]]:
+    """The number of a question, and the rows that are asked theirs together.
+
+    Args:
+        prompts: of the batch.
+        by_length: whether questions that are asked together must be equally long.
+    """
+    from compressed_cache.second_pass import alike
+
+    found: list[tuple[int, list[int]]] = []
+    for number in range(max(len(prompt.questions) for prompt in prompts)):
+        rows = [row for row, each in enumerate(prompts) if number < len(each.questions)]
+        groups = alike([prompts[row].questions[number] for row in rows])
+        if by_length:
+            found += [(number, [rows[index] for index in group]) for group in groups]
+        else:
+            found.append((number, rows))
+    return found
 
 
 def _check_budget(request: Request, prompts: list[Prompt]) -> None:

@@ -75,7 +75,8 @@ def make_prompt(
 
     With a chat template context and question are one message of the user, and the answer begins
     with ``answer_prefix``. Without one they are ``bos + context`` and
-    ``question + "\\n" + answer_prefix``.
+    ``question + "\\n" + answer_prefix``. Where no question makes a token, the last one of the
+    context takes its place.
 
     Args:
         tokenizer: that of the model.
@@ -108,6 +109,10 @@ def make_prompt(
             "context is cut from %d to %d tokens", len(prompt.context), max_context_length
         )
         del prompt.context[max_context_length:]
+    if not any(prompt.questions) and len(prompt.context) > 1:
+        # Something must be read before there is an answer.
+        last = prompt.context.pop()
+        prompt.questions[:] = [[last] for _ in questions]
     _check_length(prompt, model_length)
     return prompt
 
@@ -140,7 +145,10 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 
 def _check_length(prompt: Prompt, model_length: int | None) -> None:
     if not all(prompt.questions):
-        raise ValueError("question must have at least one token, got an empty one")
+        raise ValueError(
+            "question must have at least one token, got an empty one. Leave out question and "
+            "questions for the continuation of a context, which must have two tokens then."
+        )
     longest = max(len(question) for question in prompt.questions)
     if model_length is None or len(prompt.context) + longest <= model_length:
         return

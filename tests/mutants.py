@@ -1558,8 +1558,8 @@ MUTANTS = (
     Mutant(
         "texts are not announced",
         "hf/attention_hook.py",
-        "                cache.expect_text(tokens)\n",
-        "                pass\n",
+        "            cache.expect_text(tokens)\n",
+        "            pass\n",
         "test_errors.py -k new_text",
     ),
     Mutant(
@@ -1707,9 +1707,44 @@ MUTANTS = (
     Mutant(
         "kvzip: what was repeated is not taken back",
         "second_pass.py",
-        "        whole.restore(before)\n",
+        "            whole.restore(before)\n",
         "",
         "test_kvzip.py",
+    ),
+    Mutant(
+        "kvzip: recurrent layers read the padding of what is repeated",
+        "second_pass.py",
+        "alike(tokens) if whole.is_recurrent else",
+        "alike(tokens) if whole is None else",
+        "test_kvzip.py -k recurrent_layers",
+    ),
+    Mutant(
+        "the pipeline pads questions for recurrent layers",
+        "integrations/pipeline.py",
+        "by_length=cache.is_recurrent",
+        "by_length=False",
+        "test_pipeline.py -k recurrent_layers",
+    ),
+    Mutant(
+        "kvzip: images of an earlier text move positions",
+        "second_pass.py",
+        "            module.rope_deltas = None\n",
+        "            pass\n",
+        "test_kvzip.py -k images",
+    ),
+    Mutant(
+        "a chunk of one token is a step",
+        "cache.py",
+        "self._is_filled and not self.counter.in_parts",
+        "self._is_filled",
+        "test_turns.py -k 'last_chunk_of_one_token'",
+    ),
+    Mutant(
+        "a turn of one token is no step",
+        "hf/announced_calls.py",
+        "self.counter.in_parts = tokens > 1",
+        "self.counter.in_parts = True",
+        "test_turns.py -k turn_of_one_token",
     ),
     Mutant(
         "kvzip: sinks are not protected at the cut",

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -268,6 +269,19 @@ def test_prompts_that_are_compiled_have_no_regions(
     options = dict(prefill_chunk_size=10, compile_config=compiled(backend, fullgraph=False))
     assert torch.equal(_generate(model, ids, CompressedCache("h2o", 16), **options), expected)
     assert backend.graphs == 1
+
+
+def test_a_last_chunk_of_one_token_is_not_compiled(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
+) -> None:
+    model, ids = make_model(), distinct_tokens(1, 31)
+    make = partial(CompressedCache, "h2o", 40, protect_prompt=True, recent=4)
+    expected = _generate(model, ids, make(), prefill_chunk_size=10)
+    cache = make()
+    options = dict(prefill_chunk_size=10, compile_config=compiled(backend, fullgraph=False))
+    assert torch.equal(_generate(model, ids, cache, **options), expected)
+    assert backend.graphs == 1
+    assert cache.counter.prompt == 31
 
 
 def test_other_caches_are_compiled_as_before(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, pipeline
+from transformers import DynamicCache, LlamaForCausalLM, pipeline
 
 import compressed_cache.integrations  # noqa: F401
 from compressed_cache import CompressedCache, compress
@@ -15,6 +15,7 @@ from compressed_cache.integrations.pipeline import TASK
 from compressed_cache.policies import make_policy
 from compressed_cache.reasoner.problems import VOCABULARY
 from compressed_cache.reasoner.tokenizer import build_tokenizer
+from tests.families import FAMILIES, FULL, LINEAR, Family
 from tests.reference.comparison import distinct_tokens, make_model
 from tests.reference.kvzip import kept_afterwards, repeated, score_context
 from tests.reference.llama import Kept, ReferenceLlama
@@ -24,6 +25,9 @@ FIRST, LATER, SUFFIX = [7, 3, 9], [2, 11], [5, 4]
 OPTIONS = dict(repeat_prompt="first", repeat_from_prompt="later")
 LENGTHS = (40, 23, 31)
 CONTEXTS = [distinct_tokens(length, seed=length) for length in LENGTHS]
+
+
+MIXED = [one for one in FAMILIES if one.kinds == (LINEAR, FULL)]
 
 
 class Words:
@@ -136,6 +140,90 @@ def test_a_row_of_a_batch_goes_on_as_alone(name: str) -> None:
     assert len({tuple(text) for text in alone}) == 3
 
 
+@pytest.mark.parametrize("family", MIXED, ids=lambda family: family.name)
+def test_recurrent_layers_read_no_padding_between_a_context_and_what_is_repeated(
+    family: Family,
+) -> None:
+    model = family.make()
+    contexts = [[token % 150 + 1 for token in context] for context in CONTEXTS]
+
+    def scores(rows: list[list[int]], **more: Any) -> Any:
+        cache = CompressedCache("kvzip", 64, sinks=2, **OPTIONS | dict(repeat_chunk=15))
+        held = compressed(model, cache, rows, **more).layers[1].held()
+        assert not cache.layers[0].conv_states[0].isnan().any()
+        order = held.positions.argsort(dim=-1)
+        noted = held.notes[..., 0].gather(2, order)
+        return [noted[row, :, -len(one) :].numpy() for row, one in enumerate(rows)]
+
+    alone = [scores([one])[0] for one in contexts]
+    # That of Jamba begins anew in each call of several tokens, with any cache.
+    chunks = () if family.name == "Jamba" else (1, 13)
+    for more in ({}, *(dict(prefill_chunk_size=chunk) for chunk in chunks)):
+        for found, expected in zip(scores(contexts, **more), alone, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 13, 39, 40])
+def test_a_last_chunk_of_one_token_is_of_the_context(chunk: int) -> None:
+    model, options = make_model(), OPTIONS | dict(repeat_chunk=9)
+    whole = compressed(model, CompressedCache("kvzip", 16, **options), CONTEXTS)
+    parts = CompressedCache("kvzip", 16, **options)
+    compressed(model, parts, CONTEXTS, prefill_chunk_size=chunk)
+    for row in range(len(CONTEXTS)):
+        assert kept(whole, row) == kept(parts, row)
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL", "Qwen3-VL"])
+def test_images_of_an_earlier_text_move_nothing(name: str) -> None:
+    model = next(family for family in FAMILIES if family.name == name).make()
+    context, question = [token % 150 + 1 for token in CONTEXTS[0]], [5, 6, 7]
+
+    def answer() -> Any:
+        cache = compressed(model, CompressedCache("kvzip", 16, **OPTIONS), [context])
+        ids = torch.tensor([context + question])
+        return model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+
+    fresh = answer()
+    # As after an image of another text, and then after two of them.
+    for moved in ([[-13]], [[-13], [-5]]):
+        model.model.rope_deltas = torch.tensor(moved)
+        assert torch.equal(answer(), fresh)
+
+
+def test_a_compiled_model_is_the_model_in_it() -> None:
+    model, context = make_model(), CONTEXTS[:1]
+    expected = compressed(model, CompressedCache("kvzip", 16, **OPTIONS), context)
+    whole: Any = torch.compile(model, backend="eager")
+    found = compressed(whole, CompressedCache("kvzip", 16, **OPTIONS), context)
+    assert kept(found, 0) == kept(expected, 0)
+
+
+def test_the_timing_counts_the_context() -> None:
+    model: Any = make_model()
+    cache = CompressedCache("kvzip", 16, telemetry=True, **OPTIONS)
+    for _ in range(2):
+        # What is repeated is not counted as tokens, and another text is counted anew.
+        cache.reset()
+        compressed(model, cache, CONTEXTS[:1])
+        model.generate(torch.tensor([[*CONTEXTS[0], 5]]), past_key_values=cache, max_new_tokens=4)
+        timing = cache.timing()
+        assert (timing.tokens_in, timing.tokens_out) == (40, 4)
+        assert timing.prefill_s > timing.step_s[0] > 0
+
+
+def test_beams_go_on_from_a_context_that_is_repeated_for_each() -> None:
+    model: Any = make_model()
+    ids = torch.tensor([[*CONTEXTS[0], 5, 6]])
+    beams = dict(num_beams=3, max_new_tokens=8, do_sample=False)
+    cache = compressed(model, CompressedCache("kvzip", 64, **OPTIONS), CONTEXTS[:1])
+    with pytest.raises(ValueError, match=r"call cache.batch_repeat_interleave\(3\) before"):
+        model.generate(ids, past_key_values=cache, **beams)
+    cache = compressed(model, CompressedCache("kvzip", 64, **OPTIONS), CONTEXTS[:1])
+    cache.batch_repeat_interleave(3)
+    found = model.generate(ids, past_key_values=cache, **beams)
+    assert torch.equal(found, model.generate(ids, past_key_values=DynamicCache(), **beams))
+
+
 def test_chunks_of_a_prompt_and_files_change_nothing(tmp_path: Any) -> None:
     model, options = make_model(), OPTIONS | dict(repeat_chunk=9)
     whole = compressed(model, CompressedCache("kvzip", 16, **options), CONTEXTS)
@@ -220,6 +308,35 @@ def test_bad_input_is_refused(
     with pytest.raises(ValueError, match=message):
         arguments = {"tokenizer": Words(), "suffix": "suffix", **more}
         compress(precise_model, torch.tensor(CONTEXTS[:1]), cache(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        (dict(input_ids=torch.ones(9, dtype=torch.int64)), ValueError, r"\[B, L\].* got \[9\]"),
+        (dict(input_ids=torch.ones(1, 0)), ValueError, r"one token, got \[1, 0\]"),
+        (dict(input_ids=[[1, 2]]), TypeError, "input_ids must be a tensor .* got list"),
+        (dict(input_ids=torch.ones(1, 9)), TypeError, "must be int64, got torch.float32"),
+        (dict(attention_mask=torch.ones(1, 39)), ValueError, r"\[1, 40\], got \[1, 39\]"),
+        (dict(attention_mask=torch.ones(2, 40)), ValueError, r"\[1, 40\], got \[2, 40\]"),
+        (dict(attention_mask=torch.ones(1, 1, 40, 40)), ValueError, r"got \[1, 1, 40, 40\]"),
+        (dict(attention_mask=[[1] * 40]), TypeError, "attention_mask must be a tensor.* got list"),
+        (dict(tokenizer=None), TypeError, "tokenizer must be that of the model.* got NoneType"),
+        (dict(tokenizer="words"), TypeError, "tokenizer must be that of the model.* got str"),
+        (dict(suffix=None), TypeError, "suffix must be a text, got None"),
+        (dict(cache=DynamicCache()), TypeError, "must be a CompressedCache, got DynamicCache"),
+        (dict(prefill_chunk_size=0), ValueError, "prefill_chunk_size must be >= 1, got 0"),
+        (dict(prefill_chunk_size=-2), ValueError, "prefill_chunk_size must be >= 1, got -2"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(more: Any, error: Any, message: str) -> None:
+    given = {
+        "input_ids": torch.tensor(CONTEXTS[:1]),
+        "cache": CompressedCache("kvzip", 16, **OPTIONS),
+        "tokenizer": Words(),
+    }
+    with pytest.raises(error, match=message):
+        compress(make_model(), **{**given, **more})
 
 
 def test_a_context_that_is_too_long_is_refused(precise_model: LlamaForCausalLM) -> None:

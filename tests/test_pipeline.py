@@ -21,8 +21,10 @@ from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.reasoner.problems import VOCABULARY
 from compressed_cache.reasoner.tokenizer import build_tokenizer
 from tests.compiling import CountingBackend, compiled
+from tests.families import FAMILIES, FULL, LINEAR, Family
 
 H2O_24: dict[str, Any] = dict(press="h2o", budget=24, max_new_tokens=12)
+MIXED = [one for one in FAMILIES if one.kinds == (LINEAR, FULL)]
 TEMPLATE = (
     "{{ bos_token }} tax {{ messages[0]['content'] }} solve"
     "{{ ' jam' if enable_thinking else '' }}{{ ' answer' if add_generation_prompt else '' }}"
@@ -124,6 +126,37 @@ def test_contexts_in_a_batch_are_answered_as_alone(
     got = pipe(contexts, questions=questions, batch_size=batch_size, **arguments)
     for context, asked, answers in zip(contexts, questions, got, strict=True):
         assert answers["answers"] == pipe(context, questions=asked, **arguments)["answers"]
+
+
+@pytest.mark.parametrize("press", ["h2o", "kvzip", None])
+@pytest.mark.parametrize("family", MIXED, ids=lambda family: family.name)
+def test_questions_of_other_lengths_are_no_padding_of_recurrent_layers(
+    family: Family, press: str | None
+) -> None:
+    model = family.make()
+    model.generation_config.suppress_tokens = [0, 1, 2, 3, *range(len(VOCABULARY), 160)]
+    pipe: Any = pipeline(TASK, model=model, tokenizer=build_tokenizer(), device="cpu")
+    budget = {} if press is None else dict(press=press, budget=24)
+    contexts = [_text(n, seed=n) for n in (60, 23, 41)]
+    questions = [QUESTIONS[:2], QUESTIONS[1:2], QUESTIONS[1::-1]]
+    arguments = dict(max_new_tokens=6, **budget)
+    got = pipe(contexts, questions=questions, batch_size=3, **arguments)
+    for context, asked, answers in zip(contexts, questions, got, strict=True):
+        each = [pipe(context, question=one, **arguments)["answer"] for one in asked]
+        assert answers["answers"] == each
+
+
+def test_without_a_question_a_text_goes_on(pipe: Any, calls: list[int]) -> None:
+    contexts = [CONTEXT, _text(23, seed=23)]
+    for context in contexts:
+        ids = pipe.tokenizer(f"<bos> {context}", return_tensors="pt").input_ids
+        whole = pipe.model.generate(ids, max_new_tokens=12, do_sample=False)
+        expected = pipe.tokenizer.decode(whole[0, ids.shape[1] :])
+        assert pipe(context, max_new_tokens=12)["answer"] == expected
+    calls.clear()
+    together = pipe(contexts, batch_size=2, **H2O_24)
+    assert calls[:2] == [60, 2]
+    assert together[1]["answer"] == pipe(contexts[1], **H2O_24)["answer"]
 
 
 def test_one_question_or_list_is_for_all_contexts(pipe: Any) -> None:
@@ -266,7 +299,9 @@ def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
         ("1", dict(questions=["1"]), ValueError, r"question and questions must not both be given"),
         ("1", dict(question=None, questions=[]), ValueError, r"questions must have at least one"),
         ("1", dict(question=None, questions="1 2"), TypeError, r"questions must be a list of text"),
-        ("1", dict(question=None), ValueError, r"question must have at least one token"),
+        ("1", dict(question=None, questions=["1", ""]), ValueError,
+         r"question must have at least one token.* Leave out question"),
+        ("1", dict(question=None, max_context_length=1), ValueError, r"must have two tokens then"),
         ("1", dict(question=3), TypeError, r"question must be a text, got 3"),
         (["1"] * 3, dict(question=None, questions=[["1"]] * 2), ValueError, r"one list for each"),
         (["1"] * 2, dict(question=None, questions=[["1"], []]), ValueError, r"at least one text"),
@@ -276,6 +311,8 @@ def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
          r"must fit into the 300 tokens.* got 296 \+ 9. Pass max_context_length=291"),
         ("1", dict(max_context_length=0), ValueError, r"max_context_length must be >= 1, got 0"),
         ("1", dict(max_new_tokens=0), ValueError, r"max_new_tokens must be >= 1, got 0"),
+        ("1", dict(prefill_chunk_size=0), ValueError, r"prefill_chunk_size must be >= 1, got 0"),
+        ("1", dict(prefill_chunk_size=-3), ValueError, r"prefill_chunk_size must be >= 1, got -3"),
         ("1", dict(batch_size=-1), ValueError, r"batch_size must be >= 1, got -1"),
         ("1", dict(press="snapvk"), ValueError, r"press='snapvk': unknown .* mean 'snapkv'"),
         ("1", dict(press="SnapKVPress"), ValueError, r"`python -m compressed_cache presses` tells"),

@@ -130,7 +130,7 @@ def test_a_chunk_as_long_as_the_prompt_changes_nothing(
 
 
 @every(40)
-@given(make=caches(), length=st.integers(2, 60), chunk=st.integers(2, 20), seed=seeds)
+@given(make=caches(), length=st.integers(2, 60), chunk=st.integers(1, 20), seed=seeds)
 def test_the_budget_holds_and_protected_tokens_stay(
     model: Any, make: Callable[[], CompressedCache], length: int, chunk: int, seed: int
 ) -> None:

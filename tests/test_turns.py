@@ -176,6 +176,39 @@ def test_chunks_never_hold_more_than_budget_and_chunk(
     assert cache.evicted_tokens == 350 + 11 - 32
 
 
+@pytest.mark.parametrize("policy", UNIFORM)
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_a_chunk_of_one_token_is_of_the_prompt(model: Any, policy: str, chunk: int) -> None:
+    """With padding, and again in a further turn."""
+    rows = [distinct_tokens(1, n, seed=n)[0] for n in (25, 17, 5)]
+    ids, mask = _padded(rows)
+    cache, other = CompressedCache(policy, 80, protect_prompt=False), DynamicCache()
+    # The last token of an answer is read with the next turn.
+    for length in (25, 25 + 11 + 9):
+        assert ids.shape[1] == length
+        got = _generate(model, ids, cache, attention_mask=mask, prefill_chunk_size=chunk)
+        assert cache.counter.prompt == length
+        assert torch.equal(got, _generate(model, ids, other, attention_mask=mask))
+        ids = torch.cat([got, distinct_tokens(3, 8, seed=3)], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 20), value=1)
+
+
+@pytest.mark.parametrize(("chunk", "interval"), [(13, 1), (39, 3), (1, 1)])
+def test_a_last_chunk_of_one_token_is_protected(model: Any, chunk: int, interval: int) -> None:
+    cache = CompressedCache("knorm", 45, protect_prompt=True, recent=2, interval=interval)
+    _generate(model, distinct_tokens(1, 40), cache, 40, prefill_chunk_size=chunk)
+    assert cache.counter.prompt == 40
+    for layer in range(2):
+        assert all(set(range(40)) <= set(head) for head in held(cache, layer))
+
+
+def test_a_turn_of_one_token_is_a_step(model: Any) -> None:
+    cache = CompressedCache("h2o", 16)
+    model(distinct_tokens(1, 30), past_key_values=cache)
+    _generate(model, distinct_tokens(1, 31), cache, 5, prefill_chunk_size=7)
+    assert cache.counter.prompt == 30
+
+
 def test_a_prompt_in_chunks_is_protected_as_a_whole(model: Any) -> None:
     cache = CompressedCache("random", 40, protect_prompt=True, recent=4)
     _generate(model, distinct_tokens(1, 30), cache, 60, prefill_chunk_size=7)

@@ -1,6 +1,7 @@
 """What ``generate`` and models tell a cache before they call it."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -51,6 +52,18 @@ class AnnouncedCalls(Observed):
             ValueError: nothing would be new, as with another text.
         """
         checks.check_text(0 if self.first_filled() is None else self.counter.tokens_seen, tokens)
+
+    @contextmanager
+    def reading(self, tokens: int) -> Iterator[None]:
+        """While it is open, all calls read parts of a text with so many new tokens.
+
+        So a part of one token is read as text and not as a step. A single new token is a step.
+        """
+        self.counter.in_parts = tokens > 1
+        try:
+            yield
+        finally:
+            self.counter.in_parts = False
 
     def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
         """Says what a call is like that begins, unless it is compiled.

@@ -176,7 +176,8 @@ def _announce_prompts() -> None:
 
 
 def _announce_texts() -> None:
-    """Lets a compressed cache see how long the text is that ``generate`` was given."""
+    """Lets a compressed cache see how long the text is that ``generate`` was given, and when all of
+    it is read."""
     generation: Any = GenerationMixin
     original = generation._prefill
 
@@ -184,15 +185,18 @@ def _announce_texts() -> None:
     def prefill(
         self: Any, ids: Tensor, config: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if (cache := find_cache(inputs)) is not None:
-            mask, embeddings = inputs.get("attention_mask"), inputs.get("inputs_embeds")
-            tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
-            # transformers takes ids for the whole text only where it knows of a mask as long.
-            width = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
-            # Where the mask is longer, only what is new was given.
-            if embeddings is not None or width == tokens:
-                cache.expect_text(tokens)
-        return original(self, ids, config, inputs, *args, **kwargs)
+        if (cache := find_cache(inputs)) is None:
+            return original(self, ids, config, inputs, *args, **kwargs)
+        mask, embeddings = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+        tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
+        # transformers takes ids for the whole text only where it knows of a mask as long.
+        width = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+        # Where the mask is longer, only what is new was given.
+        if embeddings is not None or width == tokens:
+            cache.expect_text(tokens)
+            tokens -= cache.get_seq_length()
+        with cache.reading(tokens):
+            return original(self, ids, config, inputs, *args, **kwargs)
 
     generation._prefill = prefill
 

@@ -34,9 +34,16 @@ def check_states(held: Sizes | None, keys: Tensor, values: Tensor) -> None:
     if held is None:
         return
     if held.batch != keys.shape[0]:
+        repeats, rest = divmod(keys.shape[0], held.batch)
+        remedy = _RESET
+        if repeats > 1 and not rest:
+            remedy = (
+                f"For {repeats} beams or texts of each row, call "
+                f"cache.batch_repeat_interleave({repeats}) before. For a new text: {_RESET}"
+            )
         raise ValueError(
             f"batch size must stay {held.batch} until the cache is reset, got {keys.shape[0]}. "
-            f"{_RESET}"
+            f"{remedy}"
         )
     kept = held.heads, held.dim, held.value_dim, held.device
     given = keys.shape[1], keys.shape[3], values.shape[3], keys.device

@@ -69,6 +69,11 @@ class LinearLayers(Cache):
                 layer.reorder_cache(rows)
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether there are linear-attention layers, as far as the model has asked for one yet."""
+        return any(isinstance(layer, LinearAttentionLayer) for layer in self.layers)
+
+    @property
     def linear_nbytes(self) -> int:
         """Bytes of the states of all linear-attention layers."""
         layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]

@@ -46,6 +46,10 @@ class Timer(Observer):
         if what in ("reset", "restore"):
             self._forget()
 
+    def add_prompt(self, began: Timestamp, tokens: int) -> None:
+        """Notes a prompt that was read in another cache before this one was restored from it."""
+        self.calls.append(BegunCall(began, tokens, is_step=False))
+
     def timing(self, cache: ObservedCache) -> Timing:
         """See :meth:`CompressedCache.timing`."""
         first = cache.compressed_layer
