@@ -108,6 +108,7 @@ def test_a_prompt_protected_by_default_yields_where_it_does_not_fit(
     )
     assert output.shape == (2, 86)
     for layer in range(2):
+        assert cache.layers[layer].store.protected_prefix.tolist() == [25, 16]
         fits, too_long = held(cache, layer, 0), held(cache, layer, 1)
         for one, other in zip(fits, too_long, strict=True):
             assert set(range(25)) <= set(one)
