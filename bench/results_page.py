@@ -1,0 +1,118 @@
+"""``docs/results.md``: what each policy is worth on models that others trained."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import markers
+from compressed_cache.eval.results.row import Agreement, read
+from compressed_cache.wording import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "bench" / "results" / "agreement"
+VARIANTS = ROOT / "bench" / "results" / "variants.json"
+PAGE = ROOT / "docs" / "results.md"
+_SHOWN = ("interval", "sinks", "recent")
+
+
+def write() -> None:
+    """Fills in the tables."""
+    text = PAGE.read_text()
+    text = markers.filled(text, "agreement", agreement(FOLDER))
+    PAGE.write_text(markers.filled(text, "variants", variants(VARIANTS)))
+
+
+def agreement(folder: Path) -> str:
+    """A table for each file of rows: policies by what they reach at the smallest budget."""
+    tables = []
+    for path in sorted(folder.glob("*.jsonl")):
+        rows = [row for row in read(path) if isinstance(row, Agreement)]
+        tables.append(_table(rows))
+    return "\n\n".join(tables) or "Not measured."
+
+
+def _table(rows: Sequence[Agreement]) -> str:
+    budgets = sorted({row.budget for row in rows if row.budget is not None})
+    found = {(row.policy, row.budget): row for row in rows}
+    one = rows[0]
+    versions = one.versions
+    late = {row.budget: row.late_positions for row in rows}
+    caption = (
+        f"**{one.model}** (weights {one.weights}), {one.task}, {one.documents} texts of "
+        f"{one.text_tokens:.0f} tokens behind prompts of {one.prompt_tokens:.0f}; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}, "
+        f"{one.machine['device']}. Late positions: "
+        + ", ".join(f"{late[budget]:,} at {budget}" for budget in budgets)
+        + ". Read again, the full cache agrees with itself at "
+        + ", ".join(f"{row.early_agreement:.1%}" for row in rows if row.policy == "full")
+        + "."
+    )
+    policies = list(dict.fromkeys(row.policy for row in rows if row.budget is not None))
+    policies.sort(key=lambda name: -_of(found.get((name, budgets[0]))))
+    header = ["policy"]
+    for budget in budgets:
+        header += [f"{budget}: agreement %", "KL, nats", "to random"]
+    header.append("options")
+    lines = []
+    for name in policies:
+        cells = [f"`{name}`"]
+        for budget in budgets:
+            cells += _cells(found.get((name, budget)), found.get(("random", budget)))
+        own = next(row for row in rows if row.policy == name and row.budget is not None)
+        cells.append(_told(own.options))
+        lines.append(cells)
+    return caption + "\n\n" + markdown(header, lines)
+
+
+def _cells(row: Agreement | None, random: Agreement | None) -> list[str]:
+    if row is None:
+        return ["not measured", "", ""]
+    if row.agreement is None or row.agreement_se is None:
+        return ["nothing evicted", "", ""]
+    against = ""
+    if random is not None and random.agreement is not None and row is not random:
+        against = f"{100 * (row.agreement - random.agreement):+.1f}"
+    error = 100 * row.agreement_se
+    return [f"{100 * row.agreement:.1f} ± {error:.1f}", f"{row.divergence:.3f}", against]
+
+
+def _of(row: Agreement | None) -> float:
+    return -1.0 if row is None or row.agreement is None else row.agreement
+
+
+def _told(options: Any) -> str:
+    """The arguments of the cache that policies differ in."""
+    told = [f"`{name}={options[name]}`" for name in _SHOWN if options.get(name)]
+    return ", ".join([*told, *(["prompt kept"] if options.get("protect_prompt") else [])])
+
+
+def variants(path: Path) -> str:
+    """A table of the options of one policy."""
+    if not path.exists():
+        return "Not measured."
+    found = json.loads(path.read_text())
+    budgets = sorted({row["budget"] for row in found["rows"]})
+    by_options: dict[str, dict[int, Any]] = {}
+    for row in found["rows"]:
+        name = ", ".join(f"`{key}={value}`" for key, value in row["options"].items())
+        by_options.setdefault(name or "as it is", {})[row["budget"]] = row
+    header = ["options"]
+    for budget in budgets:
+        header += [f"{budget}: agreement %", "KL, nats"]
+    lines = []
+    for name, own in by_options.items():
+        cells = [name]
+        for budget in budgets:
+            row = own[budget]
+            if "error" in row:
+                cells += ["refused", ""]
+            else:
+                error = 100 * row["agreement_se"]
+                cells.append(f"{100 * row['agreement']:.1f} ± {error:.1f}")
+                cells.append(f"{row['divergence']:.3f}")
+        lines.append(cells)
+    return (
+        f"**{found['model']}** (weights {found['weights']}), `{found['policy']}`, "
+        f"{found['rows'][0]['documents']} texts.\n\n" + markdown(header, lines)
+    )
