@@ -1,6 +1,6 @@
 """Agreement of every policy on a language model that others trained.
 
-    python -m bench.real_models run --model FOLDER --data ROWS --budgets 84,118 --out results05
+    python -m bench.real_models run --model FOLDER --data ROWS --budgets 80,120 --out results05
     python -m bench.real_models page
 
 ``run`` is ``python -m compressed_cache agree`` for all policies, with options that need no
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--data", required=True, help="a folder of local rows, gsm8k.jsonl and so on")
     run.add_argument("--task", default="reasoning_gsm8k")
     run.add_argument("--rows", default="50:100")
-    run.add_argument("--budgets", default="50,84,118,168")
+    run.add_argument("--budgets", default="48,80,120,168")
     run.add_argument("--policies", default=",".join(policies()))
     run.add_argument("--max-new-tokens", default="256")
     run.add_argument("--batch-size", default="50")
