@@ -275,6 +275,13 @@ MUTANTS = (
         "test_slots.py",
     ),
     Mutant(
+        "what a policy always keeps ranks with what is protected",
+        "ops/eviction.py",
+        ".clamp(max=HIGHEST_SCORE)",
+        "",
+        "test_slots.py",
+    ),
+    Mutant(
         "what is not a number stays longest",
         "ops/eviction.py",
         "masked_fill(scores.isnan(), -torch.inf)",
@@ -568,6 +575,13 @@ MUTANTS = (
         "(position >= next_position - recent)",
         "(position > next_position - recent)",
         "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: what a policy always keeps ranks with what is protected",
+        "ops/kernels/decode.py",
+        "tl.minimum(score, _HIGHEST_SCORE)",
+        "score",
+        "test_kernels.py -k always_keeps",
     ),
     Mutant(
         "kernel: of equals the first slot goes",
@@ -1122,9 +1136,16 @@ MUTANTS = (
     Mutant(
         "protected tokens are dropped",
         "stores/bound_policy.py",
-        "return gone & (scores < torch.inf)",
+        "return gone & (scores < eviction.HIGHEST_SCORE)",
         "return gone",
         "test_combinations.py -k cannot_drop",
+    ),
+    Mutant(
+        "what a policy always keeps is dropped",
+        "stores/bound_policy.py",
+        "(scores < eviction.HIGHEST_SCORE)",
+        "(scores < torch.inf)",
+        "test_combinations.py -k is_not_dropped",
     ),
     # Policies.
     Mutant(

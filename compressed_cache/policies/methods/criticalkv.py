@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops.eviction import (
+    HIGHEST_SCORE,
     as_one_head,
     per_head,
     places,
@@ -95,7 +96,7 @@ class CriticalKV(Modifier):
         by_base = sort_slots(base, slots.positions)
         place = torch.arange(by_base.shape[-1], device=by_base.device)
         first = place >= len(place) - self._first_stage(slots, base)
-        first = first | (base.gather(-1, by_base) == torch.inf)
+        first = first | (base.gather(-1, by_base) >= HIGHEST_SCORE)
         weighted = weighted.masked_fill(~usable, -torch.inf).gather(-1, by_base)
         # Those of the first stage stay in the order of their own scores.
         order = weighted.masked_fill(first, torch.inf).argsort(dim=-1, stable=True)

@@ -52,7 +52,8 @@ class ExpectedAttention(Calibrated):
     n_future: int = 512
     """Positions ahead that the rotation is averaged over, >= 1 (the paper's 512)."""
     n_sinks: int = 4
-    """First tokens of the text that are always kept, >= 0 (the paper's 4)."""
+    """First tokens of the text that are always kept, >= 0 (the paper's 4), as far as ``sinks`` and
+    ``recent`` leave room; of those that have none the oldest go first."""
     use_covariance: bool = True
     """Whether the variance of the logits counts."""
     use_vnorm: bool = True
