@@ -1558,9 +1558,30 @@ MUTANTS = (
     Mutant(
         "drafts are read as a prompt",
         "hf/attention_hook.py",
-        "            cache.expect_prompt(input_ids.shape[1])\n",
+        "        cache.expect_prompt(tokens)\n",
         "",
         "test_modes.py -k 'drafts_change_nothing and h2o'",
+    ),
+    Mutant(
+        "drafts follow a text that is read again",
+        "drafting.py",
+        "return tokens - seen if seen else None",
+        "return None",
+        "test_modes.py -k 'drafts_change_nothing_of_a_later_turn and h2o'",
+    ),
+    Mutant(
+        "a new token before drafts is a prompt",
+        "drafting.py",
+        "prompt = 0 if cache.takes_step(prompt) else prompt",
+        "pass",
+        "test_modes.py -k 'drafts_change_nothing_of_a_later_turn and h2o'",
+    ),
+    Mutant(
+        "what follows drafts is taken for drafting",
+        "hf/attention_hook.py",
+        "            cache.expect_prompt(None)\n",
+        "            pass\n",
+        "test_modes.py -k may_follow_drafts",
     ),
     Mutant(
         "texts are not announced",

@@ -149,6 +149,19 @@ def test_chunks_of_a_prompt_and_files_change_nothing(tmp_path: Any) -> None:
     assert whole.evicted_tokens == 40 - 16
 
 
+@pytest.mark.parametrize("new", [1, 3])
+def test_drafts_change_nothing_of_a_question(precise_model: LlamaForCausalLM, new: int) -> None:
+    ids, results = torch.tensor([distinct_tokens(43, seed=1)])[:, : 40 + new], []
+    for helper in ({}, dict(prompt_lookup_num_tokens=3)):
+        cache = CompressedCache("kvzip", 16, **OPTIONS)
+        compress(precise_model, ids[:, :40], cache, tokenizer=Words())
+        options = dict(max_new_tokens=14, do_sample=False, **helper)
+        text = precise_model.generate(ids, past_key_values=cache, **options)
+        positions = [layer.held().positions.sort().values.tolist() for layer in cache.layers]
+        results.append((text.tolist(), cache.get_seq_length(), positions))
+    assert results[0] == results[1]
+
+
 def test_only_the_model_that_read_the_context_goes_on() -> None:
     cache = compressed(make_model(), CompressedCache("kvzip", 16, **OPTIONS), CONTEXTS[:1])
     with pytest.raises(ValueError, match="model must be the one that read the prompt"):
