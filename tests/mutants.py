@@ -935,9 +935,23 @@ MUTANTS = (
     Mutant(
         "large values are a share of what is not recent",
         "policies/methods/vase.py",
-        "int(self.large_share * slots.budget)",
-        "int(self.large_share * (slots.budget - slots.recent))",
+        "int(self.large_share * budget)",
+        "int(self.large_share * (budget - slots.recent))",
         "test_reference.py -k vase",
+    ),
+    Mutant(
+        "large values are a share of the least budget",
+        "policies/methods/vase.py",
+        "for budget in slots.budgets]",
+        "for budget in [slots.budget]]",
+        "test_budgets.py -k 'list_of_lists and vase'",
+    ),
+    Mutant(
+        "the newest of kvzip are half of the least budget",
+        "policies/methods/kvzip.py",
+        "for budget in slots.budgets]",
+        "for budget in [slots.budget]]",
+        "test_kvzip.py -k kept_tokens",
     ),
     Mutant(
         "sinks do not count as large",
@@ -1396,8 +1410,8 @@ MUTANTS = (
     Mutant(
         "ams gives all heads the quotas of the least budget",
         "policies/methods/ams.py",
-        "slots.head_budgets or (slots.budget,)",
-        "(slots.budget,)",
+        "slots.budgets,",
+        "(slots.budget,),",
         "test_budgets.py -k 'list_of_lists and ams'",
     ),
     Mutant(

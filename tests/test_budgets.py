@@ -343,6 +343,7 @@ def test_the_floor_of_a_head_is_rounded_up_from_what_was_written(
         "expected_attention",
         "rkv",
         "gkv",
+        "vase",
         "h2o+caote",
         "h2o+criticalkv",
         "snapkv+ams",

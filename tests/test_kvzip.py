@@ -91,15 +91,26 @@ def test_scores_are_those_of_the_reference(
             np.testing.assert_allclose(found.numpy(), np.array(heads), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("floor", "interval"), [(None, 1), (None, 3), (0.0, 1), (0.2, 3)])
+@pytest.mark.parametrize(
+    ("budget", "floor", "interval"),
+    [
+        (15, None, 1),
+        (15, None, 3),
+        (15, 0.0, 1),
+        (15, 0.2, 3),
+        (((24, 8), (9, 20)), None, 1),
+        (((24, 8), (9, 20)), None, 3),
+    ],
+)
 def test_kept_tokens_are_those_of_the_reference(
     precise_model: LlamaForCausalLM,
     reference: ReferenceLlama,
+    budget: Any,
     floor: float | None,
     interval: int,
 ) -> None:
     """After the cut and after each of thirty tokens, more than half the budget."""
-    rules = Rules(15, interval, sinks=2)
+    rules = Rules(budget, interval, sinks=2)
     name, more = ("kvzip", {}) if floor is None else ("kvzip+adakv", {"floor": floor})
     options = OPTIONS | dict(repeat_chunk=9, repeat_overlap=3, **more)
     cache = CompressedCache(name, **asdict(rules), **options)

@@ -105,16 +105,14 @@ class CriticalKV(Modifier):
         scores = torch.zeros_like(base).scatter(-1, by_both, scores.float())
         return scores.masked_fill(~usable, -torch.inf).masked_fill(always, torch.inf)
 
-    def _first_stage(self, slots: Slots, base: Tensor) -> Tensor | int:
-        """How many tokens of each head the scores alone keep, ``[B, H, 1]`` or for all."""
+    def _first_stage(self, slots: Slots, base: Tensor) -> Tensor:
+        """How many tokens of each head the scores alone keep, ``[B | 1, H | 1, 1]``."""
         if slots.floor is not None:
             count = base.shape[1] * slots.budget
             kept = tokens_of_heads(base, slots.positions, floor=slots.floor, count=count)
             return (kept.double() * self.first_stage_ratio).long().clamp(min=slots.floor)
-        if slots.head_budgets:
-            counts = [int(budget * self.first_stage_ratio) for budget in slots.head_budgets]
-            return per_head(counts, slots.positions)
-        return int(slots.budget * self.first_stage_ratio)
+        counts = [int(budget * self.first_stage_ratio) for budget in slots.budgets]
+        return per_head(counts, slots.positions)
 
 
 def _places(slots: Slots, scores: Tensor) -> Tensor:
