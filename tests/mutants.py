@@ -940,6 +940,20 @@ MUTANTS = (
         "test_reference.py -k vase",
     ),
     Mutant(
+        "statistics may be no numbers",
+        "policies/statistics_file.py",
+        "        check_finite(path, name, tensor)\n",
+        "        pass\n",
+        "test_expected_attention.py -k no_numbers",
+    ),
+    Mutant(
+        "gates may be no numbers",
+        "policies/gate_file.py",
+        "check_finite(path, f",
+        "print(path, f",
+        "test_gates.py -k of_another_model",
+    ),
+    Mutant(
         "large values are a share of the least budget",
         "policies/methods/vase.py",
         "for budget in slots.budgets]",
@@ -1784,8 +1798,8 @@ MUTANTS = (
     Mutant(
         "kvzip: the newest are one token more",
         "policies/methods/kvzip.py",
-        "slots.next_position - slots.budget // 2",
-        "slots.next_position - slots.budget // 2 - 1",
+        "[budget // 2 for budget",
+        "[budget // 2 + 1 for budget",
         "test_kvzip.py -k kept_tokens",
     ),
     Mutant(

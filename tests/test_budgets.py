@@ -649,6 +649,9 @@ def test_gates_of_another_model_are_refused(gates: str) -> None:
     cache = CompressedCache("h2o+duo_attention", 16, gates=gates)
     with pytest.raises(ValueError, match="gates must be of 2 key/value heads in layer 2, got 0"):
         model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    Path(gates).write_text("0.5\tnan\n")
+    with pytest.raises(ValueError, match=r"full_attention_heads.tsv' must have finite numbers"):
+        model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
     with pytest.raises(ValueError, match="duo_attention cannot share out the slots of 'pyramidkv'"):
         CompressedCache("pyramidkv+duo_attention", 64)
     with pytest.raises(ValueError, match="adakv cannot share out the slots of"):

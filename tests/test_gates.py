@@ -116,6 +116,8 @@ def test_a_file_of_something_else_is_refused_at_once(
 def test_other_arguments_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no file of gates 'nowhere'"):
         CompressedCache("learned_gate", 16, weights="nowhere")
+    with pytest.raises(FileNotFoundError, match="is a folder, not a file of gates"):
+        CompressedCache("learned_gate", 16, weights=str(tmp_path))
     with pytest.raises(TypeError, match="weights must be a str or None, got 3"):
         CompressedCache("learned_gate", 16, weights=3)
     with pytest.raises(ValueError, match="activation must be one of 'gelu', 'relu', 'silu'"):
@@ -129,6 +131,18 @@ def test_other_arguments_are_refused_at_once(tmp_path: Path) -> None:
         (_gate(0) | _gate(1) | _gate(2), "gates of a model of 2 layers, got one of layer 2"),
         (_gate(0, heads=4) | _gate(1), "for 2 key/value heads and hidden states of 48, but weight"),
         (_gate(0) | _gate(1, heads=4), r"but 2.weight of layer 1 is \[4, 5\], not \[2, 5\]"),
+        (
+            _gate(0) | _gate(1) | {"module_list.0.bias": torch.tensor([0, torch.inf])},
+            r"infinity in .*list.0.bias",
+        ),
+        (
+            _gate(0) | _gate(1) | {"module_list.1.2.weight": torch.full((2, 5), torch.nan)},
+            r"in .*list.1.2.weight",
+        ),
+        (
+            _gate(0) | _gate(1) | {"module_list.1.0.bias": torch.tensor(1.0)},
+            r"0.bias of layer 1 is \[\], not \[1\]",
+        ),
         (_gate(0, width=32) | _gate(1), r"but weight of layer 0 is \[2, 32\], not \[2, 48\]"),
     ],
 )

@@ -1,5 +1,6 @@
 """Attention weighted by how far the value reaches in the output of the layer."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,8 +64,8 @@ class CriticalKV(Modifier):
             )
         if not 0 <= self.first_stage_ratio <= 1:
             raise ValueError(f"first_stage_ratio must be from 0 to 1, got {self.first_stage_ratio}")
-        if not self.score_offset >= 0:
-            raise ValueError(f"score_offset must be >= 0, got {self.score_offset}")
+        if not 0 <= self.score_offset < math.inf:
+            raise ValueError(f"score_offset must be finite and >= 0, got {self.score_offset}")
 
     @property
     def needs(self) -> Needs:
