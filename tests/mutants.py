@@ -1832,6 +1832,20 @@ MUTANTS = (
         "test_gates.py -k noted",
     ),
     Mutant(
+        "a row that begins late has the channels of its padding",
+        "stores/prefill.py",
+        "    store.choose_late_channels(query.detach(), key.detach(), positions)\n",
+        "",
+        "test_layout.py -k first_chunks_are_padding",
+    ),
+    Mutant(
+        "how ratings are rounded depends on the shape of the call",
+        "policies/methods/learned_gate.py",
+        'hidden, last = hidden.double(), ""',
+        'hidden, last, gate = hidden.float(), "", {n: part.float() for n, part in gate.items()}',
+        "test_gates.py -k calls_of_every_shape",
+    ),
+    Mutant(
         "a rating decays one step too far",
         "policies/methods/learned_gate.py",
         "(slots.next_position[:, None, None] - slots.positions)",

@@ -4,6 +4,7 @@ import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from compressed_cache import CompressedCache
 from compressed_cache.hf import checks
 from compressed_cache.hf.module_inputs import ModuleInput
 from compressed_cache.policies import LayerContext, PrefillDecode, gate_file
+from compressed_cache.policies.methods import learned_gate
 from compressed_cache.policies.methods.learned_gate import LearnedGate
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import make_problem
@@ -94,6 +96,27 @@ def test_what_is_noted_is_the_gate_of_what_the_module_was_given(
                 )
                 wanted = expected[row, padding:, head].float()
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("decay", [False, True])
+def test_equal_hidden_states_have_equal_ratings_in_calls_of_every_shape(
+    layer: int, decay: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy: Any = LearnedGate(decay=decay)
+    gate = {f"gate.{name.split('.', 2)[2]}": part.double() for name, part in _gate(layer).items()}
+    states = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(5))
+
+    def ratings(hidden: Tensor) -> Tensor:
+        return policy.note(SimpleNamespace(constants=gate, hidden_states=hidden))[..., 0]
+
+    expected = ratings(states[None])
+    assert expected.dtype == torch.float32
+    assert torch.equal(ratings(states.expand(3, -1, -1)), expected.expand(3, -1, -1))
+    for token in range(50):
+        assert torch.equal(ratings(states[None, token : token + 1])[..., 0], expected[..., token])
+    monkeypatch.setattr(learned_gate, "_BLOCK_ELEMENTS", 7 * WIDTH)
+    assert torch.equal(ratings(states[None]), expected)
 
 
 @pytest.mark.parametrize(
