@@ -37,6 +37,8 @@ class Drafting(Observer):
             prompt = tokens
             if cache.expected_prompt is not None:
                 prompt = cache.expected_prompt - cache.counter.tokens_seen
+            # Without drafts a single token would be read as a step.
+            prompt = 0 if cache.takes_step(prompt) else prompt
             cache.counter.drafted = tokens - prompt
 
     def layer_read(self, layer: Any, inputs: AttentionInputs) -> None:
@@ -74,13 +76,20 @@ class Drafts(Snapshots):
     """Tokens of the text that the next call begins with."""
     _drafting: Drafting | None = None
 
-    def expect_prompt(self, tokens: int) -> None:
-        """Says how long the text is that the next call begins with, what it held included.
+    def expect_prompt(self, tokens: int | None) -> None:
+        """Says how long the text is that the next call begins with, what it held included; None:
+        assisted decoding is over.
 
         Assisted decoding reads the prompt and the first drafted tokens in one call, and only what
         the user wrote is a prompt.
         """
         self.expected_prompt = tokens
+
+    def new_of_prompt(self, tokens: int) -> int | None:
+        """How many of ``tokens`` tokens, the expected prompt and drafts, are not held yet; None
+        where no prompt is expected or all are new."""
+        seen = 0 if self.expected_prompt is None else self.get_seq_length()
+        return tokens - seen if seen else None
 
     def activate_past_recording(self) -> None:
         """From the next call on :meth:`crop` can take tokens back; assisted decoding calls it."""

@@ -275,6 +275,13 @@ MUTANTS = (
         "test_slots.py",
     ),
     Mutant(
+        "what a policy always keeps ranks with what is protected",
+        "ops/eviction.py",
+        ".clamp(max=HIGHEST_SCORE)",
+        "",
+        "test_slots.py",
+    ),
+    Mutant(
         "what is not a number stays longest",
         "ops/eviction.py",
         "masked_fill(scores.isnan(), -torch.inf)",
@@ -568,6 +575,13 @@ MUTANTS = (
         "(position >= next_position - recent)",
         "(position > next_position - recent)",
         "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: what a policy always keeps ranks with what is protected",
+        "ops/kernels/decode.py",
+        "tl.minimum(score, _HIGHEST_SCORE)",
+        "score",
+        "test_kernels.py -k always_keeps",
     ),
     Mutant(
         "kernel: of equals the first slot goes",
@@ -935,9 +949,37 @@ MUTANTS = (
     Mutant(
         "large values are a share of what is not recent",
         "policies/methods/vase.py",
-        "int(self.large_share * slots.budget)",
-        "int(self.large_share * (slots.budget - slots.recent))",
+        "int(self.large_share * budget)",
+        "int(self.large_share * (budget - slots.recent))",
         "test_reference.py -k vase",
+    ),
+    Mutant(
+        "statistics may be no numbers",
+        "policies/statistics_file.py",
+        "        check_finite(path, name, tensor)\n",
+        "        pass\n",
+        "test_expected_attention.py -k no_numbers",
+    ),
+    Mutant(
+        "gates may be no numbers",
+        "policies/gate_file.py",
+        "check_finite(path, f",
+        "print(path, f",
+        "test_gates.py -k of_another_model",
+    ),
+    Mutant(
+        "large values are a share of the least budget",
+        "policies/methods/vase.py",
+        "for budget in slots.budgets]",
+        "for budget in [slots.budget]]",
+        "test_budgets.py -k 'list_of_lists and vase'",
+    ),
+    Mutant(
+        "the newest of kvzip are half of the least budget",
+        "policies/methods/kvzip.py",
+        "for budget in slots.budgets]",
+        "for budget in [slots.budget]]",
+        "test_kvzip.py -k kept_tokens",
     ),
     Mutant(
         "sinks do not count as large",
@@ -1136,9 +1178,16 @@ MUTANTS = (
     Mutant(
         "protected tokens are dropped",
         "stores/bound_policy.py",
-        "return gone & (scores < torch.inf)",
+        "return gone & (scores < eviction.HIGHEST_SCORE)",
         "return gone",
         "test_combinations.py -k cannot_drop",
+    ),
+    Mutant(
+        "what a policy always keeps is dropped",
+        "stores/bound_policy.py",
+        "(scores < eviction.HIGHEST_SCORE)",
+        "(scores < torch.inf)",
+        "test_combinations.py -k is_not_dropped",
     ),
     # Policies.
     Mutant(
@@ -1389,8 +1438,8 @@ MUTANTS = (
     Mutant(
         "ams gives all heads the quotas of the least budget",
         "policies/methods/ams.py",
-        "slots.head_budgets or (slots.budget,)",
-        "(slots.budget,)",
+        "slots.budgets,",
+        "(slots.budget,),",
         "test_budgets.py -k 'list_of_lists and ams'",
     ),
     Mutant(
@@ -1551,9 +1600,30 @@ MUTANTS = (
     Mutant(
         "drafts are read as a prompt",
         "hf/attention_hook.py",
-        "            cache.expect_prompt(input_ids.shape[1])\n",
+        "        cache.expect_prompt(tokens)\n",
         "",
         "test_modes.py -k 'drafts_change_nothing and h2o'",
+    ),
+    Mutant(
+        "drafts follow a text that is read again",
+        "drafting.py",
+        "return tokens - seen if seen else None",
+        "return None",
+        "test_modes.py -k 'drafts_change_nothing_of_a_later_turn and h2o'",
+    ),
+    Mutant(
+        "a new token before drafts is a prompt",
+        "drafting.py",
+        "prompt = 0 if cache.takes_step(prompt) else prompt",
+        "pass",
+        "test_modes.py -k 'drafts_change_nothing_of_a_later_turn and h2o'",
+    ),
+    Mutant(
+        "what follows drafts is taken for drafting",
+        "hf/attention_hook.py",
+        "            cache.expect_prompt(None)\n",
+        "            pass\n",
+        "test_modes.py -k may_follow_drafts",
     ),
     Mutant(
         "texts are not announced",
@@ -1777,8 +1847,8 @@ MUTANTS = (
     Mutant(
         "kvzip: the newest are one token more",
         "policies/methods/kvzip.py",
-        "slots.next_position - slots.budget // 2",
-        "slots.next_position - slots.budget // 2 - 1",
+        "[budget // 2 for budget",
+        "[budget // 2 + 1 for budget",
         "test_kvzip.py -k kept_tokens",
     ),
     Mutant(
@@ -1809,6 +1879,20 @@ MUTANTS = (
         '"gelu": functional.gelu',
         '"gelu": functional.silu',
         "test_gates.py -k noted",
+    ),
+    Mutant(
+        "a row that begins late has the channels of its padding",
+        "stores/prefill.py",
+        "    store.choose_late_channels(query.detach(), key.detach(), positions)\n",
+        "",
+        "test_layout.py -k first_chunks_are_padding",
+    ),
+    Mutant(
+        "how ratings are rounded depends on the shape of the call",
+        "policies/methods/learned_gate.py",
+        'hidden, last = hidden.double(), ""',
+        'hidden, last, gate = hidden.float(), "", {n: part.float() for n, part in gate.items()}',
+        "test_gates.py -k calls_of_every_shape",
     ),
     Mutant(
         "a rating decays one step too far",

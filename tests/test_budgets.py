@@ -343,7 +343,7 @@ def test_the_floor_of_a_head_is_rounded_up_from_what_was_written(
     slow_but(
         ("h2o", "snapkv"),
         (
-            *("h2o", "keydiff", "snapkv", "expected_attention", "rkv", "gkv"),
+            *("h2o", "keydiff", "snapkv", "expected_attention", "rkv", "gkv", "vase"),
             *("h2o+caote", "h2o+criticalkv", "snapkv+ams"),
         ),
     ),
@@ -651,6 +651,9 @@ def test_gates_of_another_model_are_refused(gates: str) -> None:
     model = make_model(torch.float32, num_layers=3)
     cache = CompressedCache("h2o+duo_attention", 16, gates=gates)
     with pytest.raises(ValueError, match="gates must be of 2 key/value heads in layer 2, got 0"):
+        model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    Path(gates).write_text("0.5\tnan\n")
+    with pytest.raises(ValueError, match=r"full_attention_heads.tsv' must have finite numbers"):
         model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
     with pytest.raises(ValueError, match="duo_attention cannot share out the slots of 'pyramidkv'"):
         CompressedCache("pyramidkv+duo_attention", 64)

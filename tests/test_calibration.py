@@ -351,8 +351,11 @@ def test_two_policies_with_statistics_take_a_folder_of_files(tmp_path: Path) -> 
         go(model, "qfilter/triattention", calibration=one)
     go(model, "qfilter/triattention", calibration=str(tmp_path))
     go(model, "qfilter+duo_attention", calibration=str(tmp_path), gates=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"expected_attention\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"expected_attention\.safetensors or model\.saf"):
         go(model, "expected_attention", calibration=str(tmp_path))
+    (tmp_path / "triattention.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no calibration file triattention\.saf\w+ in"):
+        go(model, "triattention", calibration=str(tmp_path))
 
 
 def test_what_is_no_file_of_statistics_is_refused(tmp_path: Path) -> None:

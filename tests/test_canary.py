@@ -81,6 +81,13 @@ def assisted_decoding_says_that_it_begins_and_takes_tokens_back() -> bool:
     return ".activate_past_recording()" in source and ".crop(-" in source
 
 
+def assisted_decoding_reads_the_whole_text_first() -> bool:
+    source = _source(GenerationMixin._assisted_decoding)
+    given = _parameters(GenerationMixin.prepare_inputs_for_generation)[:3]
+    is_whole = "if not is_first_iteration else None" in source and "next_sequence_length" in source
+    return is_whole and given == ["self", "input_ids", "next_sequence_length"]
+
+
 def arguments_of_decoding_loops_are_extracted_by_one_method() -> bool:
     given = _parameters(GenerationMixin._extract_generation_mode_kwargs)
     return given == [
@@ -155,6 +162,7 @@ DETAILS: list[Callable[[], bool]] = [
     compiled_calls_come_from_the_model,
     assisted_decoding_is_given_the_prompt_and_the_cache,
     assisted_decoding_says_that_it_begins_and_takes_tokens_back,
+    assisted_decoding_reads_the_whole_text_first,
     arguments_of_decoding_loops_are_extracted_by_one_method,
     models_decode_by_methods_of_these_names,
     a_step_is_given_another_token_and_position_and_nothing_else,

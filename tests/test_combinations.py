@@ -197,6 +197,42 @@ def test_a_policy_cannot_drop_what_is_protected(precise_model: LlamaForCausalLM)
     assert held(cache, 0) == [[0, 1, *range(19, 24)]] * 2
 
 
+class KeepsAll(DropsAll):
+    needs = Needs()
+
+    def scores(self, slots: Slots) -> Tensor:
+        return torch.full(slots.positions.shape, torch.inf)
+
+
+class AlwaysKeepsAll(KeepsAll):
+    drops: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("budget", [10, [[10, 12], [11, 10]]], ids=["slots", "pool"])
+def test_what_a_policy_always_keeps_goes_before_what_is_protected(
+    precise_model: LlamaForCausalLM, budget: Any, interval: int
+) -> None:
+    options = {"sinks": 2, "recent": 4, "interval": interval, "protect_prompt": False}
+    cache = CompressedCache(AlwaysKeepsAll(), budget, **options)
+    ids = torch.tensor([distinct_tokens(40, seed=8)])
+    with torch.no_grad():
+        for part in ids.split([20, *[1] * 20], dim=1):
+            precise_model(part, past_key_values=cache)
+            read = cache.get_seq_length()
+            for head in held(cache, 0):
+                assert {0, 1, *range(read - 5, read)} <= set(head)
+
+
+def test_what_a_policy_always_keeps_is_not_dropped(precise_model: LlamaForCausalLM) -> None:
+    cache = CompressedCache(KeepsAll(), 16, sinks=2, recent=4)
+    ids = torch.tensor([distinct_tokens(24, seed=8)])
+    with torch.no_grad():
+        for part in ids.split([12, *[1] * 12], dim=1):
+            precise_model(part, past_key_values=cache)
+    assert held(cache, 0) == [[0, 1, *range(10, 24)]] * 2
+
+
 def test_a_cache_of_a_combination_goes_on_from_a_file(
     precise_model: LlamaForCausalLM, tmp_path: Path
 ) -> None:

@@ -316,6 +316,11 @@ def test_a_folder_may_have_a_file_of_ours_or_one_of_the_hub(tmp_path: Path) -> N
         ("qfilter", {"q_filters": (3, 2, D)}, r"key/value heads and dimension are \[3, 2, 16\]"),
         ("qfilter", {"q_filters": (2, 4, D)}, r"\[2, 4, 16\], those of this model \[2, 2, 16\]"),
         (
+            "qfilter",
+            {"q_filters": (0, 2, D)},
+            r"dimension are \[0\], those of this model \[2, 2, 16\]",
+        ),
+        (
             "expected_attention",
             {"query_mean": (2, 2, D), "query_cov": (2, 2, D, D)},
             r"query heads and dimension are \[2, 2, 16\], those of this model \[2, 4, 16\]",
@@ -335,6 +340,16 @@ def test_a_file_of_another_shape_is_refused(
     cache = CompressedCache(policy, 16, calibration=str(path))
     with pytest.raises(ValueError, match=f"statistics of another model: its layers.*{message}"):
         read(make_model(), cache, [1, 2, 3])
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, -torch.inf])
+def test_statistics_that_are_no_numbers_are_refused(tmp_path: Path, wrong: float) -> None:
+    mean, covariance = torch.zeros(2, 4, D), torch.zeros(2, 4, D, D)
+    covariance[1, 2, 3, 4] = wrong
+    path = str(tmp_path / "model.safetensors")
+    save_file({"query_mean": mean, "query_cov": covariance}, path)
+    with pytest.raises(ValueError, match=r"safetensors' must have finite .* infinity in query_cov"):
+        CompressedCache("expected_attention", 16, calibration=path)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from compressed_cache import CompressedCache
 from compressed_cache.hf import checks
 from compressed_cache.hf.module_inputs import ModuleInput
 from compressed_cache.policies import LayerContext, PrefillDecode, gate_file
+from compressed_cache.policies.methods import learned_gate
 from compressed_cache.policies.methods.learned_gate import LearnedGate
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import make_problem
@@ -96,6 +98,27 @@ def test_what_is_noted_is_the_gate_of_what_the_module_was_given(
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("decay", [False, True])
+def test_equal_hidden_states_have_equal_ratings_in_calls_of_every_shape(
+    layer: int, decay: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy: Any = LearnedGate(decay=decay)
+    gate = {f"gate.{name.split('.', 2)[2]}": part.double() for name, part in _gate(layer).items()}
+    states = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(5))
+
+    def ratings(hidden: Tensor) -> Tensor:
+        return policy.note(SimpleNamespace(constants=gate, hidden_states=hidden))[..., 0]
+
+    expected = ratings(states[None])
+    assert expected.dtype == torch.float32
+    assert torch.equal(ratings(states.expand(3, -1, -1)), expected.expand(3, -1, -1))
+    for token in range(50):
+        assert torch.equal(ratings(states[None, token : token + 1])[..., 0], expected[..., token])
+    monkeypatch.setattr(learned_gate, "_BLOCK_ELEMENTS", 7 * WIDTH)
+    assert torch.equal(ratings(states[None]), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -116,6 +139,8 @@ def test_a_file_of_something_else_is_refused_at_once(
 def test_other_arguments_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no file of gates 'nowhere'"):
         CompressedCache("learned_gate", 16, weights="nowhere")
+    with pytest.raises(FileNotFoundError, match="is a folder, not a file of gates"):
+        CompressedCache("learned_gate", 16, weights=str(tmp_path))
     with pytest.raises(TypeError, match="weights must be a str or None, got 3"):
         CompressedCache("learned_gate", 16, weights=3)
     with pytest.raises(ValueError, match="activation must be one of 'gelu', 'relu', 'silu'"):
@@ -129,6 +154,18 @@ def test_other_arguments_are_refused_at_once(tmp_path: Path) -> None:
         (_gate(0) | _gate(1) | _gate(2), "gates of a model of 2 layers, got one of layer 2"),
         (_gate(0, heads=4) | _gate(1), "for 2 key/value heads and hidden states of 48, but weight"),
         (_gate(0) | _gate(1, heads=4), r"but 2.weight of layer 1 is \[4, 5\], not \[2, 5\]"),
+        (
+            _gate(0) | _gate(1) | {"module_list.0.bias": torch.tensor([0, torch.inf])},
+            r"infinity in .*list.0.bias",
+        ),
+        (
+            _gate(0) | _gate(1) | {"module_list.1.2.weight": torch.full((2, 5), torch.nan)},
+            r"in .*list.1.2.weight",
+        ),
+        (
+            _gate(0) | _gate(1) | {"module_list.1.0.bias": torch.tensor(1.0)},
+            r"0.bias of layer 1 is \[\], not \[1\]",
+        ),
         (_gate(0, width=32) | _gate(1), r"but weight of layer 0 is \[2, 32\], not \[2, 48\]"),
     ],
 )

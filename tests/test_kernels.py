@@ -208,6 +208,26 @@ def test_padding_changes_nothing_of_its_row(record: str, chooses: bool, splits: 
     check_step(3, 2, 2, 200, 32, 32, record=record, chooses=chooses, splits=splits, pads=True)
 
 
+def test_what_a_policy_always_keeps_goes_before_what_is_protected() -> None:
+    step = make_step(
+        *(2, 2, 2, 40, 16, 16),
+        dtype=torch.float32,
+        record="nothing",
+        chooses=True,
+        with_sinks=False,
+    )
+    step.scores.fill_(torch.inf)
+    # Older than all others, which may go.
+    step.positions[-1, -1, 5] = 0
+    before = step.positions.cpu().numpy().copy()
+    decode.decode_step(step, recent=RECENT, scaling=1.0, softcap=None, record="nothing", splits=1)
+    for row, prefix in enumerate(step.protected_prefix.tolist()):
+        for head in range(2):
+            slot = victim(np.full(40, np.inf), before[row, head], prefix)
+            before[row, head, slot] = SEEN
+    np.testing.assert_array_equal(step.positions.cpu().numpy(), before)
+
+
 def test_a_slot_of_one_and_a_group_of_one() -> None:
     check_step(1, 1, 1, 1, 8, 8, record="total")
 

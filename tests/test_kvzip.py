@@ -95,15 +95,26 @@ def test_scores_are_those_of_the_reference(
             np.testing.assert_allclose(found.numpy(), np.array(heads), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("floor", "interval"), [(None, 1), (None, 3), (0.0, 1), (0.2, 3)])
+@pytest.mark.parametrize(
+    ("budget", "floor", "interval"),
+    [
+        (15, None, 1),
+        (15, None, 3),
+        (15, 0.0, 1),
+        (15, 0.2, 3),
+        (((24, 8), (9, 20)), None, 1),
+        (((24, 8), (9, 20)), None, 3),
+    ],
+)
 def test_kept_tokens_are_those_of_the_reference(
     precise_model: LlamaForCausalLM,
     reference: ReferenceLlama,
+    budget: Any,
     floor: float | None,
     interval: int,
 ) -> None:
     """After the cut and after each of thirty tokens, more than half the budget."""
-    rules = Rules(15, interval, sinks=2)
+    rules = Rules(budget, interval, sinks=2)
     name, more = ("kvzip", {}) if floor is None else ("kvzip+adakv", {"floor": floor})
     options = OPTIONS | dict(repeat_chunk=9, repeat_overlap=3, **more)
     cache = CompressedCache(name, **asdict(rules), **options)
@@ -235,6 +246,19 @@ def test_chunks_of_a_prompt_and_files_change_nothing(tmp_path: Any) -> None:
         assert kept(whole, row) == kept(parts, row) == kept(loaded, row)
     assert whole.nbytes == CompressedCache.load(tmp_path / "context.safetensors").nbytes
     assert whole.evicted_tokens == 40 - 16
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_drafts_change_nothing_of_a_question(precise_model: LlamaForCausalLM, new: int) -> None:
+    ids, results = torch.tensor([distinct_tokens(43, seed=1)])[:, : 40 + new], []
+    for helper in ({}, dict(prompt_lookup_num_tokens=3)):
+        cache = CompressedCache("kvzip", 16, **OPTIONS)
+        compress(precise_model, ids[:, :40], cache, tokenizer=Words())
+        options = dict(max_new_tokens=14, do_sample=False, **helper)
+        text = precise_model.generate(ids, past_key_values=cache, **options)
+        positions = [layer.held().positions.sort().values.tolist() for layer in cache.layers]
+        results.append((text.tolist(), cache.get_seq_length(), positions))
+    assert results[0] == results[1]
 
 
 def test_only_the_model_that_read_the_context_goes_on() -> None:

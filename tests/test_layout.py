@@ -436,3 +436,25 @@ def test_the_kernel_for_whole_keys_at_true_positions_stays_out(
         cache = CompressedCache(name, 12)
         read(precise_model, cache, text, 20)
         assert [layer.store.is_fused for layer in cache.layers] == [fused, fused]
+
+
+@pytest.mark.parametrize("chunk", [8, 13])
+def test_a_row_whose_first_chunks_are_padding_has_the_channels_that_it_has_alone(
+    precise_model: LlamaForCausalLM, chunk: int
+) -> None:
+    """By its first chunk with a token, which begins where it ends alone."""
+    text, length = distinct_tokens(30, seed=4), 14
+    ids = torch.tensor([text, [0] * (30 - length) + text[:length]])
+    mask = (ids > 0).long()
+    options: Any = dict(do_sample=False, max_new_tokens=1)
+    together, alone = (CompressedCache("h2o+think", 20, think_recent=3) for _ in range(2))
+    precise_model.generate(
+        ids, attention_mask=mask, past_key_values=together, prefill_chunk_size=chunk, **options
+    )
+    own = ids[1:, -length:]
+    start = chunk - (30 - length) % chunk
+    with torch.no_grad():
+        for part in (own[:, :start], own[:, start:]):
+            precise_model(part, past_key_values=alone)
+    for one, other in zip(together.layers, alone.layers, strict=True):
+        assert torch.equal(one.store.channels[1], other.store.channels[0])

@@ -163,6 +163,43 @@ def test_drafts_change_nothing(
             assert held(cache, layer) == held(plain, layer)
 
 
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("policy", slow_but(QUICK, KINDS))
+def test_drafts_change_nothing_of_a_later_turn(
+    model: Any, drafter: Any, policy: str, new: int
+) -> None:
+    ids, results = distinct_tokens(1, 33)[:, : 30 + new], []
+    for helper in ({}, dict(assistant_model=drafter), dict(prompt_lookup_num_tokens=4)):
+        cache = CompressedCache(policy, 16, interval=3, recent=8, protect_prompt=False)
+        with torch.no_grad():
+            model(ids[:, :30], past_key_values=cache)
+        text = _generate(model, cache, ids, **helper)
+        positions = [held(cache, layer) for layer in range(2)]
+        results.append((text.tolist(), cache.get_seq_length(), positions))
+    assert results[0] == results[1] == results[2]
+
+
+def test_drafts_are_of_a_whole_text(model: Any) -> None:
+    cache, ids = CompressedCache("h2o", 16), distinct_tokens(1, 50)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+    mask = torch.ones_like(ids)
+    with pytest.raises(ValueError, match=r"needs the whole text, the 20 tokens .* got 30 tokens"):
+        _generate(model, cache, ids[:, 20:], attention_mask=mask, prompt_lookup_num_tokens=4)
+
+
+def test_new_tokens_alone_may_follow_drafts(model: Any) -> None:
+    texts = []
+    for alone in (False, True):
+        cache = CompressedCache("h2o", 16)
+        text = _generate(model, cache, distinct_tokens(1, 30), prompt_lookup_num_tokens=4)
+        text = torch.cat([text, distinct_tokens(1, 5)], dim=1)
+        mask, seen = torch.ones_like(text), cache.get_seq_length() if alone else 0
+        text = _generate(model, cache, text[:, seen:], attention_mask=mask)
+        texts.append((text[:, -NEW:].tolist(), cache.get_seq_length()))
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("policy", slow_but(QUICK, KINDS))
 def test_drafts_that_are_all_wrong_change_nothing(
     make_model: Callable[..., LlamaForCausalLM], policy: str

@@ -1,5 +1,6 @@
 """Each modifier over several policies: one graph, padded rows, broken tokens, many processes."""
 
+import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -381,7 +382,12 @@ def _with_weight(weight: torch.Tensor) -> torch.nn.Linear:
         (lambda: make_policy("knorm+criticalkv"), "scores are attention.*'knorm'"),
         (lambda: make_policy("h2o+criticalkv+caote"), "scores are attention.*criticalkv"),
         (lambda: make_policy("h2o+criticalkv", first_stage_ratio=1.5), "from 0 to 1, got 1.5"),
-        (lambda: make_policy("h2o+criticalkv", score_offset=-1), "score_offset must be >= 0"),
+        (
+            lambda: make_policy("h2o+criticalkv", score_offset=-1),
+            "score_offset must be finite and >= 0",
+        ),
+        (lambda: make_policy("h2o+criticalkv", score_offset=math.inf), "finite and >= 0, got inf"),
+        (lambda: make_policy("expected_attention", epsilon=math.inf), "finite and >= 0, got inf"),
         (
             lambda: make_policy("snapkv+chunkkv+caote"),
             "caote scores each head on its own.*Write 'caote' before",

@@ -65,6 +65,8 @@ def test_keep_best_returns_the_best_in_order_of_position() -> None:
 def test_protect_marks_sinks_recent_and_empty_slots() -> None:
     scores, positions = _scores(ties=False), _positions()
     next_position, prefix, recent = torch.tensor([20, 16]), torch.tensor([3, 0]), 4
+    # What a policy always keeps ranks below what is protected.
+    scores[:, 0] = math.inf
     protected = slots.protect(
         scores, positions, next_position=next_position, protected_prefix=prefix, recent=recent
     )
@@ -77,7 +79,7 @@ def test_protect_marks_sinks_recent_and_empty_slots() -> None:
                 elif position < prefix[b] or position >= next_position[b] - recent:
                     expected = math.inf
                 else:
-                    expected = scores[b, h, s].item()
+                    expected = min(scores[b, h, s].item(), slots.HIGHEST_SCORE)
                 assert protected[b, h, s].item() == expected
 
 

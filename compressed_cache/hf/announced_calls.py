@@ -45,13 +45,20 @@ class AnnouncedCalls(Observed):
         if self.needs_hidden_states:
             show_inputs(model, self)
 
-    def expect_text(self, tokens: int) -> None:
+    def expect_text(self, tokens: int, width: int | None = None) -> None:
         """Says how long the text is that ``generate`` goes on with, what it held included.
 
+        Args:
+            tokens: of each row.
+            width: of its mask, where it must be that of these tokens; None: it need not.
+
         Raises:
-            ValueError: nothing would be new, as with another text.
+            ValueError: nothing would be new, as with another text, or a mask of more tokens.
         """
-        checks.check_text(0 if self.first_filled() is None else self.counter.tokens_seen, tokens)
+        seen = 0 if self.first_filled() is None else self.counter.tokens_seen
+        checks.check_text(seen, tokens)
+        if width is not None:
+            checks.check_whole_text(seen, tokens, width)
 
     @contextmanager
     def reading(self, tokens: int) -> Iterator[None]:

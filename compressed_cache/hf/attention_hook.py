@@ -161,18 +161,38 @@ def _announce_calls() -> None:
 
 
 def _announce_prompts() -> None:
-    """Lets assisted decoding, which has a loop of its own, say how long the prompt is."""
+    """Lets assisted decoding, which has a loop of its own, say how long the prompt is.
+
+    Of a text whose beginning is held it would read all once more, where other loops read what is
+    new.
+    """
     generation: Any = GenerationMixin
     original = generation._assisted_decoding
 
     @functools.wraps(original)
     def assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if (cache := find_cache(kwargs)) is not None:
-            cache.expect_text(input_ids.shape[1])
-            cache.expect_prompt(input_ids.shape[1])
-        return original(self, input_ids, *args, **kwargs)
+        if (cache := find_cache(kwargs)) is None:
+            return original(self, input_ids, *args, **kwargs)
+        tokens = input_ids.shape[1]
+        cache.expect_text(tokens, _mask_width(kwargs.get("generation_config"), kwargs))
+        cache.expect_prompt(tokens)
+        try:
+            return original(self, input_ids, *args, **kwargs)
+        finally:
+            cache.expect_prompt(None)
 
     generation._assisted_decoding = assisted_decoding
+    prepare_inputs = generation.prepare_inputs_for_generation
+
+    @functools.wraps(prepare_inputs)
+    def prepare(
+        self: Any, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> Any:
+        if next_sequence_length is None and (cache := find_cache(kwargs)) is not None:
+            next_sequence_length = cache.new_of_prompt(input_ids.shape[1])
+        return prepare_inputs(self, input_ids, next_sequence_length, **kwargs)
+
+    generation.prepare_inputs_for_generation = prepare
 
 
 def _announce_texts() -> None:
@@ -187,18 +207,24 @@ def _announce_texts() -> None:
     ) -> Any:
         if (cache := find_cache(inputs)) is None:
             return original(self, ids, config, inputs, *args, **kwargs)
-        mask, embeddings = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+        embeddings = inputs.get("inputs_embeds")
         tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
         # transformers takes ids for the whole text only where it knows of a mask as long.
-        width = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
         # Where the mask is longer, only what is new was given.
-        if embeddings is not None or width == tokens:
+        if embeddings is not None or _mask_width(config, inputs) == tokens:
             cache.expect_text(tokens)
             tokens -= cache.get_seq_length()
         with cache.reading(tokens):
             return original(self, ids, config, inputs, *args, **kwargs)
 
     generation._prefill = prefill
+
+
+def _mask_width(config: Any, inputs: Mapping[str, Any]) -> int:
+    """Columns of the mask that ``generate`` was given, -1 where there was none."""
+    mask = inputs.get("attention_mask")
+    # One that hides nothing is noted there and thrown away.
+    return getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
 
 
 def _refuse_batching() -> None:

@@ -176,6 +176,15 @@ def check_text(seen: int, tokens: int) -> None:
         )
 
 
+def check_whole_text(seen: int, tokens: int, width: int) -> None:
+    """Raises ``ValueError`` if a mask of ``width`` columns says that only new tokens were given."""
+    if seen and width > tokens:
+        raise ValueError(
+            f"assisted decoding needs the whole text, the {seen} tokens the cache has seen "
+            f"included, got {tokens} tokens with an attention_mask of {width} columns."
+        )
+
+
 def check_mask(attention_mask: Tensor, seen: int, tokens: int) -> None:
     """Raises ``ValueError`` if a 2-D mask is shorter than the text, as that of another text is."""
     width = attention_mask.shape[1]

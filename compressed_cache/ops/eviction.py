@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+HIGHEST_SCORE = torch.finfo(torch.float32).max
+"""The most that a policy can say of a token: what is protected ranks above it."""
 _NO_POSITION = torch.iinfo(torch.int64).max
 
 
@@ -31,6 +33,9 @@ def protect(
     recent: int,
 ) -> Tensor:
     """Scores with protected slots at ``+inf`` and empty slots at ``-inf``.
+
+    Scores of ``+inf``, by which a policy says what it always keeps, become :data:`HIGHEST_SCORE`:
+    these tokens go after all others and before any that is protected.
 
     A score that is not a number is the lowest there is, so that what a model computed wrongly goes
     first and nothing protected goes with it.
@@ -47,7 +52,7 @@ def protect(
     """
     oldest_recent = (next_position - recent)[:, None, None]
     protected = (positions < protected_prefix[:, None, None]) | (positions >= oldest_recent)
-    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    scores = scores.masked_fill(scores.isnan(), -torch.inf).clamp(max=HIGHEST_SCORE)
     return scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
 
 

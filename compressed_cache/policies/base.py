@@ -89,8 +89,9 @@ class Policy:
                 prompt.
 
         Returns:
-            ``[B, H, S]`` float32. Larger is kept longer; entries of empty slots are ignored, and
-            protected tokens are handled by the cache. Ties keep the newer token.
+            ``[B, H, S]`` float32. Larger is kept longer, ``+inf`` until nothing else is left;
+            entries of empty slots are ignored, and protected tokens are handled by the cache. Ties
+            keep the newer token.
         """
         raise NotImplementedError(f"{type(self).__name__} must define scores(slots)")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compressed_cache.policies.budgets import compressed_layers
 from compressed_cache.policies.view import LayerContext
-from compressed_cache.tensorfile import opened
+from compressed_cache.tensorfile import check_finite, opened
 
 _NAME = re.compile(r"module_list\.(\d+)\.(?:([02])\.)?(weight|bias)")
 _LINEAR = {"weight", "bias"}
@@ -48,6 +48,8 @@ def load(path: str | None, context: LayerContext) -> dict[str, Tensor]:
         prefix = f"module_list.{context.layer}."
         gate = {name: file.get_tensor(prefix + name).float() for name in layers[context.layer]}
     _check_shapes(path, gate, context)
+    for name, part in gate.items():
+        check_finite(path, f"module_list.{context.layer}.{name}", part)
     heads = slice(context.first_head, context.first_head + context.heads)
     # What comes last has a row for each head.
     last = "2." if "2.weight" in gate else ""
@@ -89,8 +91,8 @@ def _check_shapes(path: str, gate: dict[str, Tensor], context: LayerContext) -> 
     if "weight" in gate:
         expected = {"weight": [heads, width], "bias": [heads]}
     else:
-        inner = len(gate["0.bias"])
-        expected = {"0.weight": [inner, width], "0.bias": [inner]}
+        inner = gate["0.bias"].numel()
+        expected = {"0.bias": [inner], "0.weight": [inner, width]}
         expected |= {"2.weight": [heads, inner], "2.bias": [heads]}
     for name, shape in expected.items():
         if list(gate[name].shape) != shape:

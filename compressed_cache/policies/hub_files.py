@@ -64,7 +64,8 @@ def check_shape(
     if not kind.of_queries:
         heads = getattr(config, "num_key_value_heads", None) or heads
     expected = config.num_hidden_layers, heads, dim
-    found = len(layers), *next(iter(layers[0].values())).shape[:2]
+    first = next((part for tensors in layers.values() for part in tensors.values()), None)
+    found = len(layers), *(() if first is None else first.shape[:2])
     if found != expected:
         what = "query" if kind.of_queries else "key/value"
         raise ValueError(

@@ -23,7 +23,7 @@ from compressed_cache.policies import hub_files
 from compressed_cache.policies.hub_files import HubFormat
 from compressed_cache.policies.view import LayerContext
 from compressed_cache.reasoner import MODEL_PATH
-from compressed_cache.tensorfile import opened
+from compressed_cache.tensorfile import check_finite, opened
 
 FORMAT = "compressed-cache statistics 1"
 SHIPPED = MODEL_PATH / "calibration"
@@ -128,12 +128,21 @@ def check_policy(path: str | Path, policy: str) -> None:
 
 
 def _file(path: str | Path, policy: str) -> Path:
-    """The file, or that of the policy where a folder is given."""
+    """The file, or that of the policy where a folder is given.
+
+    Raises:
+        FileNotFoundError: a folder without one.
+    """
     path = Path(path)
     if not path.is_dir():
         return path
-    own, published = path / f"{policy}.safetensors", path / hub_files.FILE
-    return published if published.is_file() and not own.is_file() else own
+    names = [f"{policy}.safetensors"]
+    if any(kind.policy == policy for kind in hub_files.FORMATS):
+        names.append(hub_files.FILE)
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"no calibration file {' or '.join(names)} in {str(path)!r}")
+    return found
 
 
 def shipped(policy: str, config: Any) -> Path | None:
@@ -232,6 +241,8 @@ def _read_once(path: Path, state: tuple[int, int] | None) -> _File:
                     f"{', '.join(sorted(shapes)[:3])}"
                 )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
     if kind is not None:
         return _File({"policy": kind.policy}, hub_files.by_layer(kind, tensors), kind)
     layers: dict[int, dict[str, Tensor]] = {}

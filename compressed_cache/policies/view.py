@@ -55,7 +55,8 @@ class Slots(NamedTuple):
     recent: int
     """How many tokens before the incoming one the cache keeps whatever their score."""
     budget: int
-    """How many tokens are kept: ``S`` while decoding."""
+    """How many tokens are kept: ``S`` while decoding. Where heads have different numbers, that of
+    the head with the fewest; see :attr:`budgets`."""
     is_prompt: bool
     """Whether these are the tokens of a prompt that is cut to the budget."""
     constants: Mapping[str, Tensor]
@@ -71,6 +72,11 @@ class Slots(NamedTuple):
     None."""
     interval: int = 1
     """Steps from one ranking of a decode step to the next, in each of which one token goes."""
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """How many tokens each head keeps, one number where that is the same for all."""
+        return self.head_budgets or (self.budget,)
 
     # Names up to 0.1, see CHANGELOG.md.
 

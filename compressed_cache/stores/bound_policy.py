@@ -107,10 +107,11 @@ class BoundPolicy:
         )
 
     def dropped(self, slots: Slots, scores: Tensor) -> Tensor:
-        """Which tokens ``[B, H, S]`` go without being overwritten, by protected scores."""
+        """Which tokens ``[B, H, S]`` go without being overwritten, by protected scores; none that
+        is protected or that the policy always keeps."""
         assert self.dropping is not None
         gone = self.dropping.dropped(own_view(self.policy, self.dropping, slots), scores)
-        return gone & (scores < torch.inf)
+        return gone & (scores < eviction.HIGHEST_SCORE)
 
     def note(self, tokens: Slots) -> Tensor:
         """What the policy writes down of new tokens, ``[B, H, S, N]``."""

@@ -69,6 +69,7 @@ def prefill_chunk(
     bound = store.bound
     count = real.sum(dim=1)
     positions = inputs.positions(store.next_position[:, None])
+    store.choose_late_channels(query.detach(), key.detach(), positions)
     held, held_keys = store.held_for_chunk(inputs, is_first_prompt=is_first_prompt)
     query, key = store.ordered(query), store.ordered(key)
     known, known_values = (

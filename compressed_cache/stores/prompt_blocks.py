@@ -92,8 +92,7 @@ def rank(
             ),
             evicts,
         )
-        # What is protected ranks above what the policy itself always keeps.
-        own = store.scores(slots).clamp(max=torch.finfo(torch.float32).max)
+        own = store.scores(slots)
         # By the end of the prompt, not of the block.
         counted = slots._replace(next_position=store.next_position)
         place = eviction.places(bound.protect(own, counted), slots.positions)

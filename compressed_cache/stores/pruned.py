@@ -74,6 +74,16 @@ class PrunedStore(SlotStore):
         scores = self._pruning.channel_scores(grouped, real, keys, kept)
         self.channels.copy_(order_of(scores, self.tokens.keys.shape[3]))
 
+    def choose_late_channels(self, query: Tensor, key: Tensor, positions: Tensor) -> None:
+        """Settles the order of channels of rows that had only padding so far, by all their keys."""
+        real = positions >= 0
+        grouped = attention.group_queries(query, key.shape[1])
+        everything = real[:, None].expand(key.shape[:3])
+        scores = self._pruning.channel_scores(grouped, real, key, everything)
+        order = order_of(scores, self.tokens.keys.shape[3])
+        is_late = (self.next_position == 0)[:, None, None]
+        self.channels.copy_(torch.where(is_late, order, self.channels))
+
     def held_for_chunk(
         self, inputs: AttentionInputs, *, is_first_prompt: bool
     ) -> tuple[Tokens, Tensor]:

@@ -112,6 +112,15 @@ class SlotStore(RankedSlots):
             scores: ``[B, H, L]`` float32, protection applied, by which they are kept.
         """
 
+    def choose_late_channels(self, query: Tensor, key: Tensor, positions: Tensor) -> None:
+        """Settles the order of channels of rows that had only padding so far.
+
+        Args:
+            query: ``[B, H * G, L, D]``.
+            key: ``[B, H, L, D]``.
+            positions: ``[B, L]`` int64.
+        """
+
     def fetch(self, query: Tensor, real: Tensor | None = None) -> None:
         """Brings to the device what queries ``[B, H * G, L, D]`` ask for; real ``[B, L]`` bool."""
 

@@ -79,13 +79,12 @@ def kept_afterwards(
 ) -> list[Kept]:
     """What is held after the cut, and after each token that is read then.
 
-    Of the tokens after the context the newest half of the budget are worth more than any of the
-    context, the others less.
+    Of the tokens after the context the newest half of the budget of the head are worth more than
+    any of the context, the others less.
     """
-    assert isinstance(rules.budget, int)
-    newest = rules.budget // 2
 
     def score(view: View) -> list[float]:
+        newest = rules.slots(view.layer, view.head) // 2
         known = scores[view.layer][view.head]
         return [
             known[token.position]

@@ -6,6 +6,7 @@ token, then attends.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -377,7 +378,7 @@ class _SharingRow(_Row):
                 safe = rules.protects(
                     token.position, incoming=view.incoming, prompt_length=self.prompt_length
                 )
-                own.append((math.inf if safe else value, token.position, head))
+                own.append((math.inf if safe else min(value, _HIGHEST), token.position, head))
             own.sort()
             own = own[: max(0, len(own) - max(0, withheld))]
             candidates += [entry for entry in own if entry[0] != math.inf]
@@ -440,6 +441,10 @@ def _cos_and_sin(position: int, head_dim: int, theta: float) -> tuple[Vector, Ve
     frequency = 1 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angle = position * frequency
     return angle.cos().double().numpy(), angle.sin().double().numpy()
+
+
+# What a policy always keeps goes before what is protected.
+_HIGHEST = sys.float_info.max
 
 
 def _note_gaps(trace: Trace, scores: Sequence[float]) -> None:

@@ -10,7 +10,13 @@ from compressed_cache.eval.catalogue.docstrings import fields_of, text_of
 from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.policies import MODIFIERS, POLICIES, Modifier, Policy
 from compressed_cache.policies.base import Defaults
-from compressed_cache.policies.capabilities import ObservesQueries, find, find_store, needs_of
+from compressed_cache.policies.capabilities import (
+    ObservesQueries,
+    ReadsTwice,
+    find,
+    find_store,
+    needs_of,
+)
 from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.stores import store_for
 from compressed_cache.stores.bound_policy import BoundPolicy
@@ -129,6 +135,8 @@ def _phases(kind: type[Policy]) -> str:
 def _needs(policy: Policy) -> list[str]:
     known = needs_of(policy)
     needs = []
+    if find(policy, ReadsTwice):
+        needs.append("a second pass over the prompt")
     if known.queries:
         needs.append(f"last {known.queries} queries")
     if known.attention:

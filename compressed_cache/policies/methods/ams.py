@@ -210,7 +210,7 @@ class AMS(Modifier):
 
 def _kept(slots: Slots) -> Tensor:
     """How many tokens of each head are left before the next ranking, ``[H | 1, 1]`` int64."""
-    kept = per_head(slots.head_budgets or (slots.budget,), slots.positions)
+    kept = per_head(slots.budgets, slots.positions)
     return kept if slots.is_prompt else (kept - slots.interval).clamp(min=1)
 
 

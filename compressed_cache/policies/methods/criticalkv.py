@@ -1,5 +1,6 @@
 """Attention weighted by how far the value reaches in the output of the layer."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops.eviction import (
+    HIGHEST_SCORE,
     as_one_head,
     per_head,
     places,
@@ -62,8 +64,8 @@ class CriticalKV(Modifier):
             )
         if not 0 <= self.first_stage_ratio <= 1:
             raise ValueError(f"first_stage_ratio must be from 0 to 1, got {self.first_stage_ratio}")
-        if not self.score_offset >= 0:
-            raise ValueError(f"score_offset must be >= 0, got {self.score_offset}")
+        if not 0 <= self.score_offset < math.inf:
+            raise ValueError(f"score_offset must be finite and >= 0, got {self.score_offset}")
 
     @property
     def needs(self) -> Needs:
@@ -95,7 +97,7 @@ class CriticalKV(Modifier):
         by_base = sort_slots(base, slots.positions)
         place = torch.arange(by_base.shape[-1], device=by_base.device)
         first = place >= len(place) - self._first_stage(slots, base)
-        first = first | (base.gather(-1, by_base) == torch.inf)
+        first = first | (base.gather(-1, by_base) >= HIGHEST_SCORE)
         weighted = weighted.masked_fill(~usable, -torch.inf).gather(-1, by_base)
         # Those of the first stage stay in the order of their own scores.
         order = weighted.masked_fill(first, torch.inf).argsort(dim=-1, stable=True)
@@ -104,16 +106,14 @@ class CriticalKV(Modifier):
         scores = torch.zeros_like(base).scatter(-1, by_both, scores.float())
         return scores.masked_fill(~usable, -torch.inf).masked_fill(always, torch.inf)
 
-    def _first_stage(self, slots: Slots, base: Tensor) -> Tensor | int:
-        """How many tokens of each head the scores alone keep, ``[B, H, 1]`` or for all."""
+    def _first_stage(self, slots: Slots, base: Tensor) -> Tensor:
+        """How many tokens of each head the scores alone keep, ``[B | 1, H | 1, 1]``."""
         if slots.floor is not None:
             count = base.shape[1] * slots.budget
             kept = tokens_of_heads(base, slots.positions, floor=slots.floor, count=count)
             return (kept.double() * self.first_stage_ratio).long().clamp(min=slots.floor)
-        if slots.head_budgets:
-            counts = [int(budget * self.first_stage_ratio) for budget in slots.head_budgets]
-            return per_head(counts, slots.positions)
-        return int(slots.budget * self.first_stage_ratio)
+        counts = [int(budget * self.first_stage_ratio) for budget in slots.budgets]
+        return per_head(counts, slots.positions)
 
 
 def _places(slots: Slots, scores: Tensor) -> Tensor:

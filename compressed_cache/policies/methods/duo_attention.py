@@ -14,6 +14,7 @@ from compressed_cache.policies.budgets import compressed_layers, share_out
 from compressed_cache.policies.capabilities import SharesBudget, find, find_store
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.view import LayerContext, Slots
+from compressed_cache.tensorfile import check_finite
 from compressed_cache.wording import shown
 
 
@@ -113,7 +114,10 @@ class DuoAttention(Modifier):
     def _gates(self, config: Any) -> Mapping[int, list[float]]:
         if self._is_table:
             lines = Path(str(self.gates)).read_text().split("\n")
-            rows = [[min(1.0, max(0.0, float(x))) for x in line.split()] for line in lines if line]
+            rows = [[float(x) for x in line.split()] for line in lines if line]
+            for row in rows:
+                check_finite(str(self.gates), "a row", torch.tensor(row))
+            rows = [[min(1.0, max(0.0, gate)) for gate in row] for row in rows]
             return dict(zip(compressed_layers(config), rows, strict=False))
         found = files.load_layers(self.name, self.gates, config, "gates", option="gates")
         return {

@@ -1,5 +1,6 @@
 """The attention that the next queries are expected to pay, times the value."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -52,7 +53,8 @@ class ExpectedAttention(Calibrated):
     n_future: int = 512
     """Positions ahead that the rotation is averaged over, >= 1 (the paper's 512)."""
     n_sinks: int = 4
-    """First tokens of the text that are always kept, >= 0 (the paper's 4)."""
+    """First tokens of the text that are always kept, >= 0 (the paper's 4), as far as ``sinks`` and
+    ``recent`` leave room; of those that have none the oldest go first."""
     use_covariance: bool = True
     """Whether the variance of the logits counts."""
     use_vnorm: bool = True
@@ -68,8 +70,8 @@ class ExpectedAttention(Calibrated):
             raise ValueError(f"n_future must be >= 1, got {self.n_future}")
         if self.n_sinks < 0:
             raise ValueError(f"n_sinks must be >= 0, got {self.n_sinks}")
-        if not 0 <= self.epsilon < float("inf"):
-            raise ValueError(f"epsilon must be >= 0, got {self.epsilon}")
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon must be finite and >= 0, got {self.epsilon}")
 
     @property
     def needs(self) -> Needs:

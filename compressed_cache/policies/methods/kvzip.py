@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from compressed_cache.ops.eviction import per_head
 from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
 from compressed_cache.policies.capabilities import Repetition
 from compressed_cache.policies.view import Slots
@@ -27,8 +28,9 @@ class KVzip(Policy):
     :func:`compressed_cache.compress` does this; a prompt given to ``generate`` alone is refused.
 
     Tokens read after that have no score, and the paper's cache grows by them. Here the newest of
-    them stay, up to half of the budget, in place of the lowest scores of the context; older ones go
-    before any of the context, the oldest first.
+    them stay, up to half of the budget of their head at each ranking and until the next one those
+    that come in, in place of the lowest scores of the context; older ones go before any of the
+    context, the oldest first.
 
     Differs in six points from the authors' code: a budget in tokens is fixed (their cache grows
     after the context); it is that of each head, or with ``+adakv`` of a layer, whose heads then
@@ -85,6 +87,7 @@ class KVzip(Policy):
 
     def scores(self, slots: Slots) -> Tensor:
         scores = slots.notes[..., 0]
-        oldest = slots.next_position - slots.budget // 2
-        is_newest = (scores < 0) & (slots.positions >= oldest[:, None, None])
+        newest = per_head([budget // 2 for budget in slots.budgets], slots.positions)
+        oldest = slots.next_position[:, None, None] - newest
+        is_newest = (scores < 0) & (slots.positions >= oldest)
         return scores.masked_fill(is_newest, _NEWEST)

@@ -1,9 +1,10 @@
 """By gates that somebody trained for the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,6 +18,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "silu": functional.silu,
 }
+_BLOCK_ELEMENTS = 1 << 24
+"""Numbers of hidden states that are turned into doubles at once while a prompt is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class LearnedGate(Policy):
     ``linear1``, ``linear2.weight`` and ``bias`` are to be named ``0``, ``2.weight`` and ``2.bias``.
 
     Differs in three points: a budget decides how much is kept, where KVzap drops whatever is rated
-    below a threshold; gates are computed in float32 (KVzap's in the dtype of the model); and the
+    below a threshold; gates are computed in float64 (KVzap's in the dtype of the model); and the
     age of a token is that of the TRIM-KV paper (their code counts one more).
     """
 
@@ -70,21 +73,29 @@ class LearnedGate(Policy):
 
     def constants(self, context: LayerContext) -> dict[str, Tensor]:
         gate = files.load(self.weights, context)
-        return {f"gate.{name}": part for name, part in gate.items()}
+        return {f"gate.{name}": part.double() for name, part in gate.items()}
 
     def note(self, tokens: Slots) -> Tensor:
         assert tokens.hidden_states is not None
-        gate, hidden = tokens.constants, tokens.hidden_states.float()
-        last = ""
-        if "gate.0.weight" in gate:
-            inner = functional.linear(hidden, gate["gate.0.weight"], gate["gate.0.bias"])
-            hidden, last = _ACTIVATIONS[self.activation](inner), "2."
-        rating = functional.linear(hidden, gate[f"gate.{last}weight"], gate[f"gate.{last}bias"])
-        rating = functional.logsigmoid(rating) if self.decay else rating
-        return rating.transpose(1, 2).unsqueeze(-1)
+        batch, _, width = tokens.hidden_states.shape
+        block = max(1, _BLOCK_ELEMENTS // (batch * width))
+        blocks = tokens.hidden_states.split(block, dim=1)
+        ratings = [self._ratings(hidden, tokens.constants) for hidden in blocks]
+        return torch.cat(ratings, dim=1).transpose(1, 2).unsqueeze(-1)
 
     def scores(self, slots: Slots) -> Tensor:
         rating = slots.notes.squeeze(-1)
         if not self.decay:
             return rating
         return (slots.next_position[:, None, None] - slots.positions).float() * rating
+
+    def _ratings(self, hidden: Tensor, gate: Mapping[str, Tensor]) -> Tensor:
+        """``[B, L, H]`` float32 of hidden states ``[B, L, E]``."""
+        # How a sum is rounded depends on the shape of the call. Of doubles that is lost in the
+        # result, so that equal tokens are equal in every call.
+        hidden, last = hidden.double(), ""
+        if "gate.0.weight" in gate:
+            inner = functional.linear(hidden, gate["gate.0.weight"], gate["gate.0.bias"])
+            hidden, last = _ACTIVATIONS[self.activation](inner), "2."
+        rating = functional.linear(hidden, gate[f"gate.{last}weight"], gate[f"gate.{last}bias"])
+        return (functional.logsigmoid(rating) if self.decay else rating).float()

@@ -23,7 +23,8 @@ class ThinK(Modifier):
     Differs in four points: query heads that share a key are averaged, so that they leave out the
     same channels; tokens that are decoded lose theirs as they leave the recent ones (the authors
     prune the prompt only); a prompt that is read in parts, and all later ones, go by the channels
-    of the first part; and after it the scores of the other policy are taken from the channels that
+    of the first part (of a row that begins later in the batch, by all keys of the first part with a
+    token of it); and after it the scores of the other policy are taken from the channels that
     stay.
     """
 

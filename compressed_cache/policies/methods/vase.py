@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
-from compressed_cache.ops.eviction import keep_best, pool_by_position
+from compressed_cache.ops.eviction import per_head, places, pool_by_position
 from compressed_cache.policies.base import Defaults, Needs, usual_interval
 from compressed_cache.policies.draws import check_seed, token_hash, uniform
 from compressed_cache.policies.methods.window_votes import (
@@ -93,9 +93,7 @@ class VaSE(WindowVotes):
         held = slots.positions >= 0
         free = before & held & (slots.positions >= protected_prefix)
         sinks = before & held & (slots.positions < protected_prefix.clamp(max=_SINKS))
-        count = min(int(self.large_share * slots.budget), slots.positions.shape[2])
-        if count == 0:
-            return torch.zeros_like(free)
+        counts = [int(self.large_share * budget) for budget in slots.budgets]
         ranges = ranges.masked_fill(~free, -torch.inf).masked_fill(sinks, torch.inf)
-        largest = keep_best(ranges, slots.positions, count=count)
-        return torch.zeros_like(free).scatter(-1, largest, True) & free
+        place = places(ranges, slots.positions)
+        return (place >= place.shape[2] - per_head(counts, place)) & free

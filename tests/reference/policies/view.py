@@ -119,7 +119,6 @@ def rank(view: View, score: Score, rules: Rules, *, prompt_length: int) -> Ranki
         (value, token.position)
         for token, value in zip(view.held, score(view), strict=True)
         if not rules.protects(token.position, incoming=view.incoming, prompt_length=prompt_length)
-        and value != math.inf
     ]
     candidates.sort()
     return Ranking([position for _, position in candidates], [value for value, _ in candidates])
