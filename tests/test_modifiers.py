@@ -93,7 +93,7 @@ def test_generate_compiles_once_and_never_again(
 
 # One with each modifier that does something in a step.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES[-5:])
+@pytest.mark.parametrize("name", ("h2o+chunkkv+chunk", "snapkv+ams+merging", *NAMES[-2:]))
 def test_layers_are_compiled_once(
     make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend, name: str
 ) -> None:
