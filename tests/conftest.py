@@ -1,7 +1,7 @@
 """Small random models whose attention is far from uniform."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Tests run side by side, and so do the processes that they start: a thread for each is enough.
@@ -45,10 +45,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """For each test anew, because commands that are tested ask for more."""
+def _one_thread() -> Iterator[None]:
+    """For each test anew, because commands that are tested ask for more; and what a test does with
+    gradients ends with it."""
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+    yield
+    assert torch.is_grad_enabled()
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,11 @@
 from typing import Any
 
 from compressed_cache.policies import SLOT_POLICIES
+from tests.kinds import SMALL
 
 RULES: dict[str, Any] = {"budget": 16, "interval": 3, "recent": 8, "protect_prompt": False}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in SLOT_POLICIES},
+    **{name: (name, SMALL.get(name, {})) for name in SLOT_POLICIES},
     **{name: (name, {}) for name in ("snapkv+chunkkv", "h2o+chunkkv")},
     "snapkv+chunk": ("snapkv+chunk", {"block_length": 10}),
     "h2o+simlayerkv": (

@@ -83,13 +83,14 @@ def test_the_full_cache_agrees_with_itself(exact_model: LlamaForCausalLM) -> Non
         assert float(own.lost.abs().max()) <= limit
 
 
+# As a decorator: inside, it would hold for whoever takes what is yielded.
+@torch.no_grad()
 def _alone(model: Any, one: Text, cache: Any) -> Iterator[Tensor]:
     """Log-probabilities before each token, of a text that is read alone."""
-    with torch.no_grad():
-        logits = model(torch.tensor([one.prompt]), past_key_values=cache).logits
-        for token in one.answer:
-            yield logits[0, -1].double().log_softmax(dim=-1)
-            logits = model(torch.tensor([[token]]), past_key_values=cache).logits
+    logits = model(torch.tensor([one.prompt]), past_key_values=cache).logits
+    for token in one.answer:
+        yield logits[0, -1].double().log_softmax(dim=-1)
+        logits = model(torch.tensor([[token]]), past_key_values=cache).logits
 
 
 @pytest.mark.parametrize("policy", ["h2o", "snapkv", "random"])

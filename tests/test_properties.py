@@ -180,7 +180,8 @@ def test_two_threads_with_two_models_do_not_mix(
 
     def run(model: Any, policy: str, seed: int) -> torch.Tensor:
         ids = distinct_tokens(2, 30, seed=seed)
-        return _generate(model, CompressedCache(policy, 16, protect_prompt=False), ids)
+        cache = CompressedCache(policy, 16, protect_prompt=False, **SMALL.get(policy, {}))
+        return _generate(model, cache, ids)
 
     expected = [run(*job) for job in work]
     got: dict[int, torch.Tensor] = {}
