@@ -790,6 +790,13 @@ MUTANTS = (
         "test_cache.py -k 'protected_prompt and h2o'",
     ),
     Mutant(
+        "sinks that come behind a short prompt are overwritten",
+        "ops/eviction.py",
+        "first + (step - first) % (num_slots - first)",
+        "step % num_slots",
+        "test_cache.py -k behind_a_short_prompt",
+    ),
+    Mutant(
         "of a prompt that does not fit all but the recent is protected",
         "policies/eviction_config.py",
         "half = min(budget // 2, budget - self.recent - 1)",

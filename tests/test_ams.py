@@ -181,7 +181,11 @@ def _rankings(seed: int, interval: int, mix_beta: float) -> Iterator[bool]:
             recent=rules.recent,
         )
         victims = eviction.next_victims(
-            scores, view.positions, protected_prefix=view.protected_prefix, count=interval
+            scores,
+            view.positions,
+            next_position=view.next_position,
+            protected_prefix=view.protected_prefix,
+            count=interval,
         )
         left = view.positions.scatter(-1, victims, -1)
         views = {

@@ -91,6 +91,16 @@ def test_sinks_and_recent_tokens_are_never_evicted(
             assert set(range(token - 6, token + 1)) <= set(head)
 
 
+@pytest.mark.parametrize("policy", ["h2o", "snapkv", "snapkv+adakv", "h2o+simlayerkv"])
+def test_sinks_that_come_behind_a_short_prompt_stay(model: LlamaForCausalLM, policy: str) -> None:
+    cache = CompressedCache(policy, 9, interval=9, sinks=4, recent=0)
+    _generate(model, distinct_tokens(2, 2), cache, 40)
+    for layer in range(2):
+        for row in range(2):
+            for head in held(cache, layer, row):
+                assert {0, 1, 2, 3} <= set(head)
+
+
 @pytest.mark.parametrize("policy", ["raas", "random_prompt"])
 def test_a_prompt_protected_by_default_yields_where_it_does_not_fit(
     model: LlamaForCausalLM, policy: str

@@ -105,5 +105,17 @@ def test_next_victims_go_on_with_the_oldest_and_never_take_what_is_protected_for
     positions = torch.tensor([[[0, 7, 1, 9, 8, -1, 4]]])
     # Sinks below 2, recent from 7 on, one free slot, one token to choose.
     scores = torch.tensor([[[math.inf] * 5 + [-math.inf, 0.5]]])
-    victims = slots.next_victims(scores, positions, protected_prefix=torch.tensor([2]), count=7)
+    prefix = dict(next_position=torch.tensor([10]), protected_prefix=torch.tensor([2]))
+    victims = slots.next_victims(scores, positions, **prefix, count=7)
     assert victims[0, 0].tolist() == [5, 6, 1, 4, 3, 5, 6]
+
+
+def test_next_victims_never_take_what_the_first_of_them_will_hold_for_good() -> None:
+    positions = torch.tensor([[[1, -1, -1, 0, -1]]])
+    scores = torch.where(positions < 0, -math.inf, math.inf)
+    # Of a prompt of two tokens; the next two are below the prefix as well.
+    prefix = dict(next_position=torch.tensor([2]), protected_prefix=torch.tensor([4]))
+    victims = slots.next_victims(scores, positions, **prefix, count=6)
+    first, second, third = {1, 2, 4}, victims[0, 0, 1], victims[0, 0, 2]
+    assert set(victims[0, 0, :3].tolist()) == first and second != third
+    assert victims[0, 0, 3:].tolist() == [third] * 3

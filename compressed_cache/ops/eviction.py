@@ -114,16 +114,23 @@ def places(scores: Tensor, positions: Tensor) -> Tensor:
 
 
 def next_victims(
-    scores: Tensor, positions: Tensor, *, protected_prefix: Tensor, count: int
+    scores: Tensor,
+    positions: Tensor,
+    *,
+    next_position: Tensor,
+    protected_prefix: Tensor,
+    count: int,
 ) -> Tensor:
     """The slots to overwrite in the next ``count`` steps, in that order.
 
     Lowest score first. Should these not suffice, the tokens that are protected as recent follow,
-    the oldest first: by then they are recent no more. Then it starts over, for the same reason.
+    the oldest first: by then they are recent no more. Then it starts over, for the same reason, but
+    behind the slots of tokens that are below the prefix themselves.
 
     Args:
         scores: ``[B, H, S]`` float32 with protection applied.
         positions: ``[B, H, S]`` int64.
+        next_position: ``[B]`` int64, that of the first token to come.
         protected_prefix: ``[B]`` int64, positions below it are never evicted.
         count: how many steps.
 
@@ -133,7 +140,12 @@ def next_victims(
     for_good = (positions >= 0) & (positions < protected_prefix[:, None, None])
     order = sort_slots(scores, positions.masked_fill(for_good, _NO_POSITION))
     num_slots = (~for_good).sum(dim=-1, keepdim=True)
-    return order.gather(-1, torch.arange(count, device=order.device) % num_slots)
+    # Of a prompt that is shorter than the prefix.
+    first = (protected_prefix - next_position)[:, None, None].clamp(min=0).minimum(num_slots - 1)
+    step = torch.arange(count, device=order.device)
+    return order.gather(
+        -1, torch.where(step < first, step, first + (step - first) % (num_slots - first))
+    )
 
 
 def next_open_victims(
@@ -141,6 +153,7 @@ def next_open_victims(
     scores: Tensor,
     positions: Tensor,
     *,
+    next_position: Tensor,
     protected_prefix: Tensor,
     count: int,
 ) -> Tensor:
@@ -150,6 +163,7 @@ def next_open_victims(
         is_open: ``[B, H, S]`` bool.
         scores: ``[B, H, S]`` float32.
         positions: ``[B, H, S]`` int64.
+        next_position: ``[B]`` int64.
         protected_prefix: ``[B]`` int64.
         count: how many steps.
     """
@@ -158,6 +172,7 @@ def next_open_victims(
     return next_victims(
         scores.where(is_open, torch.inf),
         ages.where(is_open, 0),
+        next_position=next_position + 1,
         protected_prefix=protected_prefix + 1,
         count=count,
     )

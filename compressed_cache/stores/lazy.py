@@ -120,6 +120,7 @@ class LazyStore(SlotStore):
             self.tokens.positions != CLOSED,
             scores,
             self.tokens.positions,
+            next_position=self.next_position,
             protected_prefix=self.protected_prefix,
             count=steps,
         )

@@ -92,6 +92,7 @@ class PoolStore(SlotStore):
                 self._is_own,
                 scores,
                 positions,
+                next_position=self.next_position,
                 protected_prefix=self.protected_prefix,
                 count=steps,
             )
@@ -100,6 +101,7 @@ class PoolStore(SlotStore):
         return eviction.next_victims(
             self.owned(self._floored(scores, positions, incoming=steps)),
             self.tokens.positions * self.num_heads + self.owners,
+            next_position=self.next_position * self.num_heads,
             protected_prefix=self.protected_prefix * self.num_heads,
             count=steps * self.num_heads,
         )

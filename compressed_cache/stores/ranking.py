@@ -114,7 +114,11 @@ class RankedSlots(SlotMemory):
         if steps == 1:
             return eviction.lowest_slot(scores, positions)
         return eviction.next_victims(
-            scores, positions, protected_prefix=self.protected_prefix, count=steps
+            scores,
+            positions,
+            next_position=self.next_position,
+            protected_prefix=self.protected_prefix,
+            count=steps,
         )
 
     def ranked(self, steps: int, real: Tensor | None) -> Tensor:
