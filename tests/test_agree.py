@@ -374,6 +374,7 @@ def test_the_command_measures_resumes_and_is_compared_and_reported(
     assert "Accuracy against budget" not in html
 
 
+@pytest.mark.slow
 def test_a_sweep_asks_for_the_same(groups: list[list[str]], tmp_path: Path) -> None:
     typed = arguments(tmp_path / "sweep", policies="h2o", max_new_tokens=None, task=None)
     more = ["--measure=agreement", f"--tasks={EASY}", "--gen-kwargs=max_gen_toks=40"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from compressed_cache.ops import eviction
 from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.policies import Slots, make_policy
+from tests.grids import slow_but
 from tests.reference.policies import Rules, Token, View, rank
 from tests.reference.policies.keys import knorm
 from tests.reference.policies.segments import ams
@@ -118,7 +119,7 @@ def test_attention_of_another_head_is_what_the_window_counts_as() -> None:
 
 
 @pytest.mark.parametrize("mix_beta", [1.0, 0.6], ids=["no credit", "credit"])
-@pytest.mark.parametrize("interval", [1, 8, 64])
+@pytest.mark.parametrize("interval", slow_but((8,), (1, 8, 64)))
 def test_heads_keep_what_the_reference_keeps(interval: int, mix_beta: float) -> None:
     """All of them: rows with padding, in three rankings each, of which later ones know earlier."""
     found = [equal for seed in range(12) for equal in _rankings(seed, interval, mix_beta)]

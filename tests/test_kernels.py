@@ -532,6 +532,7 @@ for (name, size), capability in itertools.product(TYPES.items(), (80, 90)):
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_ampere_and_hopper() -> None:
     variables = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE]

@@ -118,7 +118,7 @@ def test_rows_end_at_different_steps(model: Any) -> None:
         pytest.param("h2o", 1, 1, "greedy", marks=pytest.mark.slow),
         pytest.param("h2o", 1, 1, "ends", marks=pytest.mark.slow),
         pytest.param("snapkv", 4, 2, "sampling", marks=pytest.mark.slow),
-        ("snapkv", 4, 2, "repetition penalty"),
+        pytest.param("snapkv", 4, 2, "repetition penalty", marks=pytest.mark.slow),
     ],
 )
 def test_the_graphs_are_those_of_generate(

@@ -39,7 +39,7 @@ def _generate(model: Any, cache: Any, ids: torch.Tensor | None = None, **options
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("policy", ["full", "h2o", "snapkv"])
+@pytest.mark.parametrize("policy", slow_but(("h2o",), ("full", "h2o", "snapkv")))
 def test_modes_give_the_tokens_of_the_dynamic_cache(model: Any, policy: str, mode: str) -> None:
     options = {**MODES[mode], "return_dict_in_generate": True, "output_scores": True}
     expected = _generate(model, DynamicCache(), **options)
@@ -164,7 +164,7 @@ def test_drafts_change_nothing(
 
 
 @pytest.mark.parametrize("new", [1, 3])
-@pytest.mark.parametrize("policy", slow_but(QUICK, KINDS))
+@pytest.mark.parametrize("policy", slow_but(("h2o", "gkv"), KINDS))
 def test_drafts_change_nothing_of_a_later_turn(
     model: Any, drafter: Any, policy: str, new: int
 ) -> None:

@@ -22,6 +22,7 @@ from compressed_cache.reasoner.problems import VOCABULARY
 from compressed_cache.reasoner.tokenizer import build_tokenizer
 from tests.compiling import CountingBackend, compiled
 from tests.families import FAMILIES, FULL, LINEAR, Family
+from tests.grids import slow_but
 
 H2O_24: dict[str, Any] = dict(press="h2o", budget=24, max_new_tokens=12)
 MIXED = [one for one in FAMILIES if one.kinds == (LINEAR, FULL)]
@@ -115,7 +116,7 @@ def test_every_question_is_answered_as_if_it_were_the_only_one(pipe: Any, calls:
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
-@pytest.mark.parametrize("press", ["h2o", "snapkv", None])
+@pytest.mark.parametrize("press", slow_but(("h2o",), ("h2o", "snapkv", None)))
 def test_contexts_in_a_batch_are_answered_as_alone(
     pipe: Any, press: str | None, batch_size: int
 ) -> None:
@@ -128,7 +129,7 @@ def test_contexts_in_a_batch_are_answered_as_alone(
         assert answers["answers"] == pipe(context, questions=asked, **arguments)["answers"]
 
 
-@pytest.mark.parametrize("press", ["h2o", "kvzip", None])
+@pytest.mark.parametrize("press", slow_but(("kvzip",), ("h2o", "kvzip", None)))
 @pytest.mark.parametrize("family", MIXED, ids=lambda family: family.name)
 def test_questions_of_other_lengths_are_no_padding_of_recurrent_layers(
     family: Family, press: str | None
@@ -237,6 +238,7 @@ def test_chunks_hold_for_contexts(pipe: Any, calls: list[int]) -> None:
     assert parts["answer"] == whole["answer"]
 
 
+@pytest.mark.slow
 def test_steps_may_be_compiled(make_model: Callable[..., LlamaForCausalLM]) -> None:
     torch._dynamo.reset()
     model, backend = make_model(vocab_size=len(VOCABULARY)), CountingBackend()

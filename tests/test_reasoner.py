@@ -125,6 +125,7 @@ def test_the_command_generates_with_another_model(capsys: pytest.CaptureFixture[
     assert "h2o" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_with_another_model_the_demo_is_agreement_and_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -219,6 +219,7 @@ def test_a_prompt_in_chunks_is_protected_as_a_whole(model: Any) -> None:
         _generate(model, distinct_tokens(1, 30), cache, prefill_chunk_size=7)
 
 
+@pytest.mark.slow
 def test_chunks_may_be_compiled_with_graph_breaks(
     make_model: Callable[..., LlamaForCausalLM],
 ) -> None:
