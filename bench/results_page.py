@@ -73,8 +73,12 @@ def _cells(row: Agreement | None, random: Agreement | None) -> list[str]:
     against = ""
     if random is not None and random.agreement is not None and row is not random:
         against = f"{100 * (row.agreement - random.agreement):+.1f}"
-    error = 100 * row.agreement_se
-    return [f"{100 * row.agreement:.1f} ± {error:.1f}", f"{row.divergence:.3f}", against]
+    return [_mean(row.agreement, row.agreement_se), f"{row.divergence:.3f}", against]
+
+
+def _mean(share: float, error: float) -> str:
+    """In percent, with its standard error."""
+    return f"{100 * share:.1f} ± {100 * error:.1f}"
 
 
 def _of(row: Agreement | None) -> float:
@@ -108,9 +112,8 @@ def variants(path: Path) -> str:
             if "error" in row:
                 cells += ["refused", ""]
             else:
-                error = 100 * row["agreement_se"]
-                cells.append(f"{100 * row['agreement']:.1f} ± {error:.1f}")
-                cells.append(f"{row['divergence']:.3f}")
+                mean = _mean(row["agreement"], row["agreement_se"])
+                cells += [mean, f"{row['divergence']:.3f}"]
         lines.append(cells)
     return (
         f"**{found['model']}** (weights {found['weights']}), `{found['policy']}`, "

@@ -22,6 +22,7 @@ from compressed_cache import CompressedCache
 from compressed_cache.eval.agreement import text
 from compressed_cache.eval.agreement.reading import read
 from compressed_cache.eval.agreement.statistics import Document, summary
+from compressed_cache.eval.sweep.group import MOST
 
 RESULTS = Path(__file__).resolve().parent / "results" / "variants.json"
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -91,7 +92,10 @@ def _read(model: Any, texts: list[text.Text], policy: str, budget: int) -> dict[
         str(number): functools.partial(_cache, policy, budget, options)
         for number, options in enumerate(VARIANTS)
     }
-    found = read(model, text.batch(texts, "cpu"), caches)
+    batch, found = text.batch(texts, "cpu"), {}
+    # All at once would fill the memory of many a machine.
+    for names in (list(caches)[start : start + MOST] for start in range(0, len(caches), MOST)):
+        found |= read(model, batch, {name: caches[name] for name in names})
     rows = {}
     for name, one in found.items():
         if isinstance(one, Exception):

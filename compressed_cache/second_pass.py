@@ -14,7 +14,7 @@ from compressed_cache.hf.binding import bind_module
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.observers import Observer
 from compressed_cache.ops import attention
-from compressed_cache.ops.masks import check_left
+from compressed_cache.ops.masks import check_left, left_padded
 from compressed_cache.ops.tokens import Tokens, gather
 from compressed_cache.policies.capabilities import ReadsTwice, Repetition, find
 from compressed_cache.snapshot import LayerState, Snapshot
@@ -99,7 +99,9 @@ def compress(
         second.length = max(part.stop for part in parts if part is not None) - second.start
         tokens = [[] if part is None else part.tokens for part in parts]
         for rows in alike(tokens) if whole.is_recurrent else [list(range(len(tokens)))]:
-            ids, real = _padded([tokens[row] for row in rows], input_ids)
+            ids, real = (
+                tensor.to(input_ids) for tensor in left_padded([tokens[row] for row in rows])
+            )
             second.rows = torch.tensor(rows, device=mask.device)
             if len(rows) < len(tokens):
                 whole.batch_select_indices(second.rows)
@@ -318,14 +320,6 @@ def _check_input(ids: Any, mask: Any, tokenizer: Any, suffix: Any) -> None:
         )
     if not isinstance(suffix, str):
         raise TypeError(f"suffix must be a text, got {suffix!r} ({type(suffix).__name__})")
-
-
-def _padded(rows: Sequence[list[int]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids and mask ``[B, L]`` int64, padded on the left."""
-    width = max(map(len, rows))
-    ids = [[0] * (width - len(row)) + row for row in rows]
-    real = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return like.new_tensor(ids), like.new_tensor(real)
 
 
 def _check_length(

@@ -203,12 +203,10 @@ class CompressedTextGenerationPipeline(Pipeline):
 
     def _padded(self, rows: list[list[int]], *, least: int = 1) -> tuple[Tensor, Tensor]:
         """Token ids and mask ``[B, L]`` int64, padded on the left to ``least`` or more."""
-        width = max(least, *map(len, rows))
-        pad = self.tokenizer.pad_token_id or 0
-        device = self.model.device
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        return ids, mask.to(device)
+        from compressed_cache.ops.masks import left_padded
+
+        ids, mask = left_padded(rows, pad=self.tokenizer.pad_token_id or 0, least=least)
+        return ids.to(self.model.device), mask.to(self.model.device)
 
 
 def _rounds(prompts: list[Prompt], *, by_length: bool) -> list[tuple[int, list[int]]]:
@@ -223,11 +221,10 @@ def _rounds(prompts: list[Prompt], *, by_length: bool) -> list[tuple[int, list[i
     found: list[tuple[int, list[int]]] = []
     for number in range(max(len(prompt.questions) for prompt in prompts)):
         rows = [row for row, each in enumerate(prompts) if number < len(each.questions)]
-        groups = alike([prompts[row].questions[number] for row in rows])
+        groups = [[*range(len(rows))]]
         if by_length:
-            found += [(number, [rows[index] for index in group]) for group in groups]
-        else:
-            found.append((number, rows))
+            groups = alike([prompts[row].questions[number] for row in rows])
+        found += [(number, [rows[index] for index in group]) for group in groups]
     return found
 
 

@@ -31,7 +31,7 @@ from compressed_cache.eval.sweep.plan import Cell, Plan
 from compressed_cache.reasoner import MODEL_PATH
 from tests.conftest import distinct_tokens
 from tests.families import FAMILIES, LINEAR, Family
-from tests.results import make_agreement
+from tests.results import make_agreement, typed
 
 EASY = "reasoning_shipped_easy"
 BUDGET, LENGTHS, LONGEST = 20, (9, 30, 17), 24
@@ -292,8 +292,7 @@ def arguments(out: Path, **changes: str | None) -> list[str]:
         "batch-size": "2",
         "out": str(out),
     }
-    given = options | {name.replace("_", "-"): value for name, value in changes.items()}
-    return ["agree", *(f"--{name}={value}" for name, value in given.items() if value is not None)]
+    return typed("agree", options, **changes)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from compressed_cache.eval.results.row import FILE, Result, read
 from compressed_cache.eval.sweep import estimate, tasks
 from compressed_cache.eval.sweep.folder import RESULT, Folder, write_error
 from compressed_cache.eval.sweep.plan import Cell, Plan
-from tests.results import make_result
+from tests.results import make_result, typed
 
 EASY = "reasoning_shipped_easy"
 PLAN = Plan(model="shipped", tasks=[EASY], policies=["full", "h2o"], budgets=[64, 80], seeds=2)
@@ -32,8 +32,7 @@ def arguments(out: Path, **changes: str | None) -> list[str]:
         "gen-kwargs": "max_gen_toks=30",
         "out": str(out),
     }
-    given = options | {name.replace("_", "-"): value for name, value in changes.items()}
-    return ["sweep", *(f"--{name}={value}" for name, value in given.items() if value is not None)]
+    return typed("sweep", options, **changes)
 
 
 def row_of(cell: Cell, **changes: Any) -> Result:

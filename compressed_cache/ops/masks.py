@@ -8,6 +8,7 @@ its tokens by their positions, which leave padding out::
     position    -1    0    1    2   -1   -1    3    4
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -297,3 +298,19 @@ def _cat_bias(parts: list[Tensor | None], like: list[Tensor]) -> Tensor:
             for part, other in zip(parts, like, strict=True)
         ]
     )
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], *, pad: int = 0, least: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Token ids and mask ``[B, L]`` int64 of texts, padded on the left.
+
+    Args:
+        rows: the ids of each text.
+        pad: the id that padding has.
+        least: columns there are at least.
+    """
+    width = max(least, *map(len, rows))
+    ids = [[pad] * (width - len(row)) + [*row] for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)

@@ -44,13 +44,12 @@ class EvictionConfig:
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of ``CompressedCache`` that stand for this."""
-        own = vars(self).copy()
-        return own | {"protect_prompt": None} if own.pop("prompt_yields") else own
+        own = {name: value for name, value in vars(self).items() if name != "prompt_yields"}
+        return own | ({"protect_prompt": None} if self.prompt_yields else {})
 
     def described(self) -> dict[str, Any]:
         """The same by what they mean, for readers."""
-        own = asdict(self)
-        return own if self.prompt_yields else {k: v for k, v in own.items() if k != "prompt_yields"}
+        return asdict(self) if self.prompt_yields else self.arguments
 
     def protected(self, prompts: Tensor, budget: int) -> Tensor:
         """How many positions of prompts of these lengths ``[B]`` are never evicted, ``[B]``.

@@ -254,8 +254,9 @@ class SlotMemory:
     def protect_prefix(self, length: Tensor | None) -> None:
         """Protects the sinks, and a prompt of this length ``[B]`` if prompts are to be."""
         eviction = self.bound.eviction
-        self.protected_prefix.fill_(eviction.sinks)
-        if length is not None:
+        if length is None:
+            self.protected_prefix.fill_(eviction.sinks)
+        else:
             self.protected_prefix.copy_(eviction.protected(length, self.bound.budget))
 
 

@@ -70,19 +70,20 @@ class PrunedStore(SlotStore):
         keys, positions = tokens.keys, tokens.positions
         place = eviction.places(scores, positions)
         kept = (positions >= 0) & (place >= place.shape[2] - self.room())
-        grouped = attention.group_queries(query, keys.shape[1])
-        scores = self._pruning.channel_scores(grouped, real, keys, kept)
-        self.channels.copy_(order_of(scores, self.tokens.keys.shape[3]))
+        self.channels.copy_(self._order(query, real, keys, kept))
 
     def choose_late_channels(self, query: Tensor, key: Tensor, positions: Tensor) -> None:
         """Settles the order of channels of rows that had only padding so far, by all their keys."""
         real = positions >= 0
-        grouped = attention.group_queries(query, key.shape[1])
-        everything = real[:, None].expand(key.shape[:3])
-        scores = self._pruning.channel_scores(grouped, real, key, everything)
-        order = order_of(scores, self.tokens.keys.shape[3])
+        order = self._order(query, real, key, real[:, None].expand(key.shape[:3]))
         is_late = (self.next_position == 0)[:, None, None]
         self.channels.copy_(torch.where(is_late, order, self.channels))
+
+    def _order(self, query: Tensor, real: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
+        """The order of channels by these queries, and those keys that are kept."""
+        grouped = attention.group_queries(query, keys.shape[1])
+        scores = self._pruning.channel_scores(grouped, real, keys, kept)
+        return order_of(scores, self.tokens.keys.shape[3])
 
     def held_for_chunk(
         self, inputs: AttentionInputs, *, is_first_prompt: bool

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compressed_cache.ops.masks import left_padded
+
 FILE = "texts.jsonl"
 
 
@@ -49,16 +51,6 @@ def batch(texts: Sequence[Text], device: torch.device | str) -> Batch:
     for row, text in zip(answers, texts, strict=True):
         row[: len(text.answer)] = torch.tensor(text.answer)
     return Batch(*(tensor.to(device) for tensor in (ids, mask, answers, lengths)))
-
-
-def left_padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask ``[B, L]`` int64 of prompts; padding is 0 in both."""
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :] = torch.tensor(row)
-        mask[number, width - len(row) :] = 1
-    return ids, mask
 
 
 def write(folder: Path, texts: Sequence[Text]) -> None:

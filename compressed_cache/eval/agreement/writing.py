@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from compressed_cache.eval.agreement.reader import Reader
-from compressed_cache.eval.agreement.text import left_padded
+from compressed_cache.ops.masks import left_padded
 
 
 @torch.inference_mode()

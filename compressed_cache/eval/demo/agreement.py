@@ -1,6 +1,8 @@
 """The demo with a model of the user's: how often policies say what its full cache says."""
 
 import argparse
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -9,9 +11,9 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from compressed_cache.eval.results.row import Agreement, read
-from compressed_cache.eval.sweep.command import run as sweep
-from compressed_cache.eval.sweep.plan import SHIPPED
-from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.eval.sweep.command import Run, carry_out
+from compressed_cache.eval.sweep.plan import Plan, named
+from compressed_cache.eval.sweep.prompts import of_file
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 _COLUMNS = ("policy", "budget", "late positions", "agreement", "KL, nats", "first difference")
@@ -21,39 +23,23 @@ def run(
     console: Console, options: argparse.Namespace, policies: list[str], budgets: list[int]
 ) -> int:
     """Runs ``agree`` on a few prompts of this package, and prints its rows as a table."""
-    path = MODEL_PATH if options.model == SHIPPED else options.model
     folder = Path(options.out) / Path(options.model).name
-    try:
-        chats = bool(AutoTokenizer.from_pretrained(path).chat_template)
-    except (OSError, ValueError):
-        # The sweep says what is wrong.
-        chats = False
-    status = sweep(
-        argparse.Namespace(
-            model=options.model,
-            text=str(PROMPTS),
-            tasks=["text-demo"],
-            measure=Agreement.measure,
-            policies=policies,
-            budgets=budgets,
-            out=str(folder),
-            apply_chat_template=chats,
-            max_new_tokens=options.max_new_tokens,
-            gen_kwargs=f"max_gen_toks={options.max_new_tokens}",
-            batch_size=8,
-            limit=None,
-            seeds=1,
-            policy_args=[],
-            model_args="",
-            dtype=None,
-            metadata="{}",
-            retry_failed=True,
-            dry_run=False,
-            processes=None,
-            ray=None,
-            gpus_per_cell=None,
-        )
+    plan = Plan(
+        model=named(options.model),
+        tasks=["text-demo"],
+        policies=list(dict.fromkeys(["full", *policies])),
+        budgets=list(dict.fromkeys(budgets)),
+        seeds=1,
+        batch_size=8,
+        gen_kwargs={"max_gen_toks": options.max_new_tokens},
+        measure=Agreement.measure,
+        prompts=of_file(PROMPTS),
     )
+    # Where the model cannot be read, the sweep says why.
+    with suppress(OSError, ValueError):
+        template = AutoTokenizer.from_pretrained(plan.pretrained).chat_template
+        plan = replace(plan, chat=bool(template))
+    status = carry_out(plan, Run(str(folder), retry_failed=True))
     try:
         rows = read(folder)
     except (FileNotFoundError, ValueError):

@@ -121,7 +121,6 @@ def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-@functools.lru_cache(maxsize=1)
 def _digest(model: Any) -> str:
     """Of names, shapes and the first numbers of all weights."""
     found = hashlib.sha256()

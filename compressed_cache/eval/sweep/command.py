@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,19 @@ from compressed_cache.eval.results.row import FILE, Agreement, Measured, Option,
 from compressed_cache.eval.sweep import estimate, plan, processes, prompts, tasks
 from compressed_cache.eval.sweep.folder import ERROR, Folder
 from compressed_cache.eval.sweep.group import Group, together
-from compressed_cache.eval.sweep.plan import SHIPPED, Cell, Plan
-from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.eval.sweep.plan import Cell, Plan, named
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how a plan is carried out, as the options of the command say."""
+
+    out: str
+    retry_failed: bool = False
+    dry_run: bool = False
+    processes: int | None = None
+    ray: str | None = None
+    gpus_per_cell: float | None = None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,6 +40,11 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    return carry_out(asked, Run(**{part.name: getattr(options, part.name) for part in fields(Run)}))
+
+
+def carry_out(asked: Plan, options: Run) -> int:
+    """The same of a plan."""
     asked, problems = _expanded(asked)
     sizes, missing = tasks.sizes(asked)
     problems += [f"--tasks: {problem}" for problem in missing]
@@ -58,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
 
 
-def _work(asked: Plan, folder: Folder, options: argparse.Namespace, count: int) -> int:
+def _work(asked: Plan, folder: Folder, options: Run, count: int) -> int:
     outcomes = _outcomes(asked, folder)
     todo = _todo(asked, outcomes, options.retry_failed)
     for cell in todo:
@@ -128,7 +144,7 @@ def _run(
     asked: Plan,
     phases: Iterable[Iterable[Group]],
     folder: Folder,
-    options: argparse.Namespace,
+    options: Run,
     count: int,
 ) -> Iterator[Cell]:
     if options.ray and count:
@@ -216,9 +232,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     policies = list(dict.fromkeys(options.policies))
     if is_agreement and "full" not in policies:
         policies = ["full", *policies]
-    is_shipped = Path(options.model).resolve() == MODEL_PATH.resolve()
     return Plan(
-        model=SHIPPED if is_shipped else options.model,
+        model=named(options.model),
         tasks=options.tasks,
         policies=policies,
         budgets=list(dict.fromkeys(options.budgets)),

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from compressed_cache.cache import CompressedCache
@@ -15,6 +16,11 @@ from compressed_cache.wording import listing
 FORMAT = 1
 SHIPPED = "shipped"
 """What the shipped model is called, whose folder differs from machine to machine."""
+
+
+def named(model: str) -> str:
+    """What a plan calls a model."""
+    return SHIPPED if Path(model).resolve() == MODEL_PATH.resolve() else model
 
 
 @dataclass(frozen=True, kw_only=True)
