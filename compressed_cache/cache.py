@@ -275,7 +275,9 @@ class CompressedCache(Drafts, AnnouncedCalls):
         return self._timer.timing(self)
 
     def __repr__(self) -> str:
-        eviction = ", ".join(f"{name}={value!r}" for name, value in self.eviction.arguments.items())
+        eviction = ", ".join(
+            f"{name}={value!r}" for name, value in self.eviction.described().items()
+        )
         seen = self.get_seq_length()
         return f"CompressedCache(policy={self.policy.label!r}, {eviction}, tokens_seen={seen})"
 

@@ -254,6 +254,20 @@ _MATRIX = "test_reference.py -k 'test_library_keeps and {}'"
 MUTANTS = (
     # Steps on slots.
     Mutant(
+        "recent tokens as dear as a protected prompt",
+        "ops/eviction.py",
+        "oldest_recent, RECENT_SCORE)",
+        "oldest_recent, torch.inf)",
+        "test_slots.py test_cache.py",
+    ),
+    Mutant(
+        "a default of recent refuses a protected prompt",
+        "hf/checks.py",
+        "eviction.recent if eviction.least_recent is None else eviction.least_recent",
+        "eviction.recent",
+        "test_cache.py",
+    ),
+    Mutant(
         "recent is one more",
         "ops/eviction.py",
         "oldest_recent = (next_position - recent)",
@@ -270,8 +284,8 @@ MUTANTS = (
     Mutant(
         "the first token after the prefix is protected",
         "ops/eviction.py",
-        "protected = (positions < protected_prefix[:, None, None])",
-        "protected = (positions <= protected_prefix[:, None, None])",
+        "protected = positions < protected_prefix[:, None, None]",
+        "protected = positions <= protected_prefix[:, None, None]",
         "test_slots.py",
     ),
     Mutant(
@@ -572,8 +586,8 @@ MUTANTS = (
     Mutant(
         "kernel: recent is one less",
         "ops/kernels/decode.py",
-        "(position >= next_position - recent)",
-        "(position > next_position - recent)",
+        "position >= next_position - recent,",
+        "position > next_position - recent,",
         "test_kernels.py -k 'test_decode_step or test_padding'",
     ),
     Mutant(
@@ -1691,8 +1705,8 @@ MUTANTS = (
     Mutant(
         "a protected prompt leaves no free slot",
         "hf/checks.py",
-        "least = longest + eviction.recent + 1",
-        "least = longest + eviction.recent",
+        "least = longest + recent + 1",
+        "least = longest + recent",
         "test_errors.py -k leaves_no_room",
     ),
     Mutant(

@@ -133,6 +133,46 @@ def test_a_prompt_protected_by_default_yields_where_it_does_not_fit(
         model.generate(ids[1:], past_key_values=asked, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("interval", [1, 4])
+def test_recent_by_default_yields_to_a_prompt_that_is_to_be_protected(
+    model: LlamaForCausalLM, interval: int
+) -> None:
+    # h2o keeps half of a budget as recent, which would leave room for a prompt of 15.
+    ids = distinct_tokens(2, 26)
+    ids[0, :20] = 0
+    cache = CompressedCache("h2o", 32, protect_prompt=True, interval=interval)
+    output = model.generate(
+        ids,
+        attention_mask=(ids != 0).long(),
+        past_key_values=cache,
+        max_new_tokens=60,
+        do_sample=False,
+    )
+    last = 85 - interval  # when slots were last ranked, or later
+    for layer in range(2):
+        for head in held(cache, layer, 1):
+            assert set(range(26)) <= set(head)
+            assert set(range(last - 6 + interval, last)) <= set(head)
+        # The row with a short prompt keeps heavy hitters too.
+        for head in held(cache, layer, 0):
+            assert set(range(6)) <= set(head)
+            assert set(range(last - 20 - 16 + interval, last - 20)) <= set(head)
+    for row, start in enumerate((20, 0)):
+        again = CompressedCache("h2o", 32, protect_prompt=True, interval=interval)
+        alone = model.generate(
+            ids[row : row + 1, start:], past_key_values=again, max_new_tokens=60, do_sample=False
+        )
+        assert torch.equal(alone[0, -60:], output[row, -60:])
+    full = CompressedCache("h2o", 26, protect_prompt=True)
+    with pytest.raises(
+        ValueError, match=r"at least prompt \+ 1 with protect_prompt=True \(26 \+ 1 ="
+    ):
+        model.generate(ids[1:], past_key_values=full, max_new_tokens=2)
+    asked = CompressedCache("h2o", 32, recent=16, protect_prompt=True)
+    with pytest.raises(ValueError, match=r"prompt \+ recent \+ 1 with protect_prompt=True \(26"):
+        model.generate(ids[1:], past_key_values=asked, max_new_tokens=2)
+
+
 def test_protection_by_default_is_still_one_in_a_restored_cache(
     model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
@@ -141,7 +181,7 @@ def test_protection_by_default_is_still_one_in_a_restored_cache(
     cache.save(tmp_path / "cache.safetensors")
     loaded = CompressedCache.load(tmp_path / "cache.safetensors")
     assert loaded.eviction == cache.eviction
-    assert "protect_prompt=None" in repr(loaded)
+    assert "protect_prompt=True, prompt_yields=True" in repr(loaded)
     assert torch.equal(loaded.layers[0].store.protected_prefix, torch.tensor([8]))
 
 

@@ -62,7 +62,9 @@ def victim(scores: np.ndarray, positions: np.ndarray, prefix: int) -> int:
         position = positions[slot]
         if position < 0:
             return (0, 0, slot)
-        if position < prefix or position >= SEEN - RECENT:
+        if position < prefix:
+            return (3, 0, position)
+        if position >= SEEN - RECENT:
             return (2, 0, position)
         score = scores[slot]
         return (0, 0, position + 1) if np.isnan(score) else (1, score, position)
@@ -354,11 +356,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     return serve
 
 
-def generate(model: LlamaForCausalLM, policy: str, **options: Any) -> tuple[Tensor, list[Tensor]]:
+def generate(
+    model: LlamaForCausalLM, policy: str, *, protect_prompt: bool = False, **options: Any
+) -> tuple[Tensor, list[Tensor]]:
     ids = distinct_tokens(3, 30, seed=4)
-    mask = torch.arange(30) >= torch.tensor([0, 6, 19])[:, None]
+    # Of at most 16 tokens where the prompt has to fit.
+    mask = torch.arange(30) >= torch.tensor([14, 16, 19] if protect_prompt else [0, 6, 19])[:, None]
     ids = ids * mask
-    cache = CompressedCache(policy, 20, protect_prompt=False)
+    cache = CompressedCache(policy, 20, protect_prompt=protect_prompt)
     with torch.inference_mode():
         text = model.to(DEVICE).generate(
             ids.to(DEVICE),
@@ -381,6 +386,20 @@ def test_generation_is_the_same_with_and_without(
     fused, fused_positions = generate(model, policy, disable_compile=True)
     assert torch.equal(text, fused)
     assert all(map(torch.equal, positions, fused_positions))
+
+
+def test_fused_steps_keep_a_protected_prompt_beside_few_recent_tokens(
+    model: LlamaForCausalLM, served: Callable[[bool], None]
+) -> None:
+    served(False)
+    text, positions = generate(model, "h2o", protect_prompt=True, disable_compile=True)
+    served(True)
+    fused, fused_positions = generate(model, "h2o", protect_prompt=True, disable_compile=True)
+    assert torch.equal(text, fused)
+    for plain, other in zip(positions, fused_positions, strict=True):
+        assert torch.equal(plain, other)
+        # 41 positions were seen, four slots are left: the prompt stays, and what is most recent.
+        assert plain[0].sort().values.tolist() == [[*range(16), *range(23, 27)]] * plain.shape[1]
 
 
 # Nothing is recorded, or sums, or weights; scores are of this step or of an earlier one; notes.

@@ -76,11 +76,19 @@ def test_protect_marks_sinks_recent_and_empty_slots() -> None:
                 position = positions[b, h, s].item()
                 if position < 0:
                     expected = -math.inf
-                elif position < prefix[b] or position >= next_position[b] - recent:
+                elif position < prefix[b]:
                     expected = math.inf
+                elif position >= next_position[b] - recent:
+                    expected = slots.RECENT_SCORE
                 else:
                     expected = min(scores[b, h, s].item(), slots.HIGHEST_SCORE)
                 assert protected[b, h, s].item() == expected
+
+
+def test_no_score_of_a_policy_equals_that_of_what_is_recent() -> None:
+    assert slots.HIGHEST_SCORE < slots.RECENT_SCORE < math.inf
+    highest = torch.tensor(slots.HIGHEST_SCORE)
+    assert highest.item() == slots.HIGHEST_SCORE  # it is a float32
 
 
 def test_pooling_follows_positions_and_skips_empty_slots() -> None:

@@ -149,12 +149,14 @@ def check_prompt(lengths: Tensor, eviction: EvictionConfig, budget: int) -> None
     if not eviction.protect_prompt or eviction.prompt_yields:
         return
     longest = int(lengths.max())
-    least = longest + eviction.recent + 1
+    recent = eviction.recent if eviction.least_recent is None else eviction.least_recent
+    least = longest + recent + 1
     if least > budget:
+        named, lower = (" + recent", ", lower recent") if recent else ("", "")
         raise ValueError(
-            "budget must be at least prompt + recent + 1 with protect_prompt=True "
-            f"({longest} + {eviction.recent} + 1 = {least}), got {budget}. "
-            "Raise budget, lower recent, or set protect_prompt=False."
+            f"budget must be at least prompt{named} + 1 with protect_prompt=True "
+            f"({longest}{f' + {recent}' if recent else ''} + 1 = {least}), got {budget}. "
+            f"Raise budget{lower}, or set protect_prompt=False."
         )
 
 

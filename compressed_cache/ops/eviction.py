@@ -11,7 +11,7 @@ Slots are in no particular order::
     slot         0    1    2    3    4    5
     positions    0    1   17   -1   16    9      sinks=2, recent=2, incoming token at position 18
     protected  sink sink  new   .   new   .
-    score      +inf +inf +inf -inf +inf  0.3     the empty slot is used first, then position 9
+    score      +inf +inf  max -inf  max  0.3     the empty slot is used first, then position 9
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-HIGHEST_SCORE = torch.finfo(torch.float32).max
+RECENT_SCORE = torch.finfo(torch.float32).max
+"""That of a recent token: where a protected prompt leaves less room than ``recent``, the oldest
+recent ones go."""
+HIGHEST_SCORE = RECENT_SCORE - 2.0**104  # the next lower float32
 """The most that a policy can say of a token: what is protected ranks above it."""
 _NO_POSITION = torch.iinfo(torch.int64).max
 
@@ -32,7 +35,7 @@ def protect(
     protected_prefix: Tensor,
     recent: int,
 ) -> Tensor:
-    """Scores with protected slots at ``+inf`` and empty slots at ``-inf``.
+    """Scores with protected slots at the top and empty slots at ``-inf``.
 
     Scores of ``+inf``, by which a policy says what it always keeps, become :data:`HIGHEST_SCORE`:
     these tokens go after all others and before any that is protected.
@@ -48,11 +51,12 @@ def protect(
         recent: tokens right before the incoming one that are never evicted.
 
     Returns:
-        ``[B, H, S]`` float32.
+        ``[B, H, S]`` float32: ``+inf`` below the prefix, :data:`RECENT_SCORE` where recent.
     """
     oldest_recent = (next_position - recent)[:, None, None]
-    protected = (positions < protected_prefix[:, None, None]) | (positions >= oldest_recent)
+    protected = positions < protected_prefix[:, None, None]
     scores = scores.masked_fill(scores.isnan(), -torch.inf).clamp(max=HIGHEST_SCORE)
+    scores = scores.masked_fill(positions >= oldest_recent, RECENT_SCORE)
     return scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
 
 

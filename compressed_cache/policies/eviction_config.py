@@ -1,6 +1,6 @@
 """The arguments of a cache once checked and resolved."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from compressed_cache.policies.capabilities import (
 )
 from compressed_cache.wording import shown
 
+_ARGUMENTS = ("budget", "interval", "sinks", "recent", "protect_prompt")
+
 
 @dataclass(frozen=True)
 class EvictionConfig:
@@ -37,19 +39,28 @@ class EvictionConfig:
     sinks: int
     recent: int
     protect_prompt: bool
-    prompt_yields: bool = field(default=False, repr=False)
+    prompt_yields: bool = field(default=False, repr=False, compare=False)
     """Whether a prompt that does not fit is protected as far as :meth:`protected` says, and not
     refused: where protection is the policy's default."""
+
+    least_recent: int | None = field(default=None, repr=False, compare=False)
+    """How many recent tokens stay whatever room a protected prompt leaves, where ``recent`` is the
+    policy's default; None where it was given."""
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of ``CompressedCache`` that stand for this."""
-        own = {name: value for name, value in vars(self).items() if name != "prompt_yields"}
-        return own | ({"protect_prompt": None} if self.prompt_yields else {})
+        own = {name: value for name, value in vars(self).items() if name in _ARGUMENTS}
+        if self.least_recent is not None:
+            own["recent"] = None
+        if self.prompt_yields:
+            own["protect_prompt"] = None
+        return own
 
     def described(self) -> dict[str, Any]:
         """The same by what they mean, for readers."""
-        return asdict(self) if self.prompt_yields else self.arguments
+        own = {name: value for name, value in vars(self).items() if name in _ARGUMENTS}
+        return own | ({"prompt_yields": True} if self.prompt_yields else {})
 
     def protected(self, prompts: Tensor, budget: int) -> Tensor:
         """How many positions of prompts of these lengths ``[B]`` are never evicted, ``[B]``.
@@ -60,6 +71,8 @@ class EvictionConfig:
         """
         if not self.protect_prompt:
             return torch.full_like(prompts, self.sinks)
+        if not self.prompt_yields:
+            return prompts.clamp(min=self.sinks)
         fits = prompts + self.recent < budget
         half = min(budget // 2, budget - self.recent - 1)
         return torch.where(fits, prompts, half).clamp(min=self.sinks)
@@ -93,6 +106,7 @@ def resolve_eviction(
     smallest = min(slots)
     defaults = policy.defaults(sum(slots) // len(slots))
     kept = needs_of(policy).recent
+    least_recent = kept if recent is None else None
     room = smallest - (sinks or 0) - max(recent or 0, kept) - 1
     if sinks is None:
         sinks = max(0, min(defaults.sinks, room))
@@ -138,7 +152,9 @@ def resolve_eviction(
             f"{policy.label!r} treats all heads of a layer alike, so they cannot have budgets of "
             "their own. Use another policy, or one budget for each layer."
         )
-    config = EvictionConfig(budget, interval, sinks, recent, protect_prompt, prompt_yields)
+    config = EvictionConfig(
+        budget, interval, sinks, recent, protect_prompt, prompt_yields, least_recent
+    )
     if store == "offloaded" and config != EvictionConfig(budget, 1, 0, 0, False):
         raise ValueError(
             f"interval, sinks, recent and protect_prompt must be left alone with {policy.name!r}, "

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compressed_cache.ops.eviction import HIGHEST_SCORE
+from compressed_cache.ops.eviction import HIGHEST_SCORE, RECENT_SCORE
 
 _TILE_BYTES = {2: 1 << 14, 4: 1 << 13}
 """Bytes of keys that a program holds at once, by those of an element: what leaves no variable
@@ -30,6 +30,7 @@ _WARPS = {2: 4, 4: 8}
 _SHORTEST_SPLIT = 128  # slots
 _NEVER = tl.constexpr(1 << 62)
 _HIGHEST_SCORE = tl.constexpr(HIGHEST_SCORE)
+_RECENT_SCORE = tl.constexpr(RECENT_SCORE)
 
 
 class Step(NamedTuple):
@@ -67,8 +68,8 @@ def _score(scores, positions, slots, capacity, next_position, prefix, recent):
     score = tl.load(scores + slots, mask=exists, other=0.0).to(tl.float32)
     score = tl.where(score != score, float("-inf"), score)
     score = tl.minimum(score, _HIGHEST_SCORE)
-    protected = (position < prefix) | (position >= next_position - recent)
-    score = tl.where(protected, float("inf"), score)
+    score = tl.where(position >= next_position - recent, _RECENT_SCORE, score)
+    score = tl.where(position < prefix, float("inf"), score)
     score = tl.where(position < 0, float("-inf"), score)
     return tl.where(exists, score, float("inf")), position
 
