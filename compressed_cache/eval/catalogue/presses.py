@@ -176,7 +176,7 @@ _MANY: tuple[PressEquivalent, ...] = tuple(
             "layerwise=False, n_sink=4, kvzip_plus_normalization=False, chunk_size=2048",
             '"kvzip+adakv", floor=0.0, sinks=4, repeat_chunk=2048',
             "after `compress`, which makes the second pass; slots stay in their layer, as with "
-            "`layerwise=True`",
+            "`layerwise=True`; alike where a chat template puts `n_sink` tokens before the text",
         ),
         (
             "LagKVPress",
