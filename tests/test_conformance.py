@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,9 @@ from bench.conformance.pairs import PAIRS, UNCOMPARED, Pair
 from bench.conformance.there import Refused
 from bench.kvpress import ENVIRONMENT
 from compressed_cache.eval.catalogue.presses import KVPRESS, PRESSES
+from tests.reference.kvzip import kept_afterwards, repeated, score_context
+from tests.reference.llama import ReferenceLlama
+from tests.reference.policies import Rules
 
 KNORM = Pair("KnormPress()", '"knorm"', "told")
 PAGE = "before\n<!-- conformance:begin -->\nformer\n<!-- conformance:end -->\nafter\n"
@@ -73,6 +77,13 @@ def test_causes_of_which_each_suffices_are_all_named() -> None:
         return Agreement(1, bool(undone), 4, 4 if undone else 1)
 
     assert explain(run, ["order", "ties"]).causes == ("order", "ties")
+
+
+def test_a_cause_may_be_that_one_side_keeps_more() -> None:
+    def run(undone: tuple[str, ...]) -> Agreement:
+        return Agreement(1, 1, 4, 4) if "rounding" in undone else Agreement(1, 0, 5, 4)
+
+    assert explain(run, ["ties", "rounding"]).causes == ("rounding",)
 
 
 class There:
@@ -230,6 +241,21 @@ def test_a_prompt_read_in_blocks_is_cut_after_each(here: Here) -> None:
         for block in (16, 0)
     )
     assert blocks[0] != whole[0]
+
+
+def test_a_prompt_is_repeated_in_the_words_of_the_press(here: Here) -> None:
+    pair = Pair("", '"kvzip+adakv", floor=0.0, sinks=4, repeat_chunk=16, **wordings')
+    case = setting.PrefillCase(40, 0.5)
+    (kept,) = here.kept(pair, case, ())
+    encode = partial(here.setting.tokenizer.encode, add_special_tokens=False)
+    first, later, suffix = map(encode, [*setting.WORDINGS.values(), setting.SUFFIX])
+    reference, ids = ReferenceLlama(here.setting.model), setting.text(case)
+    words: Any = dict(first=first, later=later, suffix=suffix)
+    parts = repeated(ids, sinks=4, chunk=16, overlap=8, **words)
+    scores = score_context(reference, ids, parts, sinks=4)
+    rules = Rules(case.kept, 1, sinks=4)
+    (expected,) = kept_afterwards(reference, ids, scores, [], rules, floor=0.0)
+    assert kept == [[list(head) for head in layer] for layer in expected]
 
 
 @pytest.mark.parametrize("interval", setting.INTERVALS)

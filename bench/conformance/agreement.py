@@ -20,6 +20,10 @@ class Agreement(NamedTuple):
     def is_complete(self) -> bool:
         return self.equal_heads == self.heads
 
+    @property
+    def different_positions(self) -> int:
+        return self.positions - self.equal_positions
+
     def plus(self, other: "Agreement") -> "Agreement":
         """Both together."""
         return Agreement(*(a + b for a, b in zip(self, other, strict=True)))
@@ -51,7 +55,7 @@ class Explained(NamedTuple):
 def explain(run: Callable[[tuple[str, ...]], Agreement], causes: Sequence[str]) -> Explained:
     """Tells by trial which causes keep two caches from agreeing.
 
-    A cause is one if less agrees without undoing it than with all of them undone; where no single
+    A cause is one if more differs without undoing it than with all of them undone; where no single
     one is missed, all are.
 
     Args:
@@ -62,11 +66,11 @@ def explain(run: Callable[[tuple[str, ...]], Agreement], causes: Sequence[str]) 
     if as_is.is_complete:
         return Explained(as_is, as_is, ())
     undone = run(tuple(causes))
-    if undone.equal_positions <= as_is.equal_positions:
+    if undone.different_positions >= as_is.different_positions:
         return Explained(as_is, as_is, ())
     needed = []
     for cause in causes:
         without = run(tuple(other for other in causes if other != cause))
-        if without.equal_positions < undone.equal_positions:
+        if without.different_positions > undone.different_positions:
             needed.append(cause)
     return Explained(as_is, undone, tuple(needed or causes))

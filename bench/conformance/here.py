@@ -6,8 +6,9 @@ import torch
 
 from bench.conformance.agreement import Kept
 from bench.conformance.pairs import Pair
-from bench.conformance.setting import DECODED, Case, PrefillCase, Setting, text
-from compressed_cache import CompressedCache
+from bench.conformance.setting import DECODED, SUFFIX, WORDINGS, Case, PrefillCase, Setting, text
+from compressed_cache import CompressedCache, compress
+from compressed_cache.policies.capabilities import ReadsTwice, find
 from compressed_cache.versions import cache_argument
 
 
@@ -43,6 +44,10 @@ class Here:
         ids = torch.tensor([text(case)])
         if isinstance(case, PrefillCase):
             cache = self._cache(pair, case, budget=case.kept)
+            if find(cache.policy, ReadsTwice):
+                tokenizer = self.setting.tokenizer
+                compress(self.setting.model, ids, cache, tokenizer=tokenizer, suffix=SUFFIX)
+                return [_held(cache)]
             sizes = [ids.shape[1]]
             if pair.block:
                 rest = ids.shape[1] - case.kept
@@ -76,6 +81,7 @@ class Here:
             "tokens": case.prompt,
             "ratio": getattr(case, "ratio", None),
             "statistics": self.setting.statistics,
+            "wordings": WORDINGS,
             "call": lambda policy, **options: CompressedCache(policy, **{**defaults, **options}),
         }
         return eval(f"call({pair.here})", names)

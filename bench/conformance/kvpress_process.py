@@ -48,17 +48,15 @@ class Positions:
             layers.append([sorted(p for p in head if p >= 0) for head in positions.tolist()])
         return layers
 
-    def noted(self) -> contextlib.AbstractContextManager[None]:
-        """While tokens are read; to be entered before a press."""
-        return self._hooked(self._read)
-
-    def told(self) -> contextlib.AbstractContextManager[None]:
-        """While a press works; to be entered after it."""
-        return self._hooked(self._cut)
-
     @contextlib.contextmanager
-    def _hooked(self, hook: Any) -> Iterator[None]:
-        handles = [module.register_forward_hook(hook, with_kwargs=True) for module in self.modules]
+    def noted(self) -> Iterator[None]:
+        """While tokens are read; to be entered after a press, and left before it: some read the
+        prompt again then."""
+        handles = [
+            module.register_forward_hook(hook, with_kwargs=True, prepend=is_first)
+            for module in self.modules
+            for hook, is_first in ((self._read, True), (self._cut, False))
+        ]
         try:
             yield
         finally:
@@ -107,6 +105,7 @@ class Presses:
             self.ExpectedAttentionStatsPress,
             self.DuoAttentionPress,
             self.FinchPress,
+            self.KVzipPress,
         ]
         self.names = vars(kvpress) | {one.__name__: one for one in made}
 
@@ -141,6 +140,13 @@ class Presses:
         press = kvpress.FinchPress(**options)
         # Found by a delimiter in the text otherwise.
         press.delimiter_token_id, press.window_size = -1, window_size
+        return press
+
+    def KVzipPress(self, **options: Any) -> Any:
+        press = kvpress.KVzipPress(**options)
+        mask = press._make_mask
+        # In float64 the lowest number would not fit into its mask, which is in float32.
+        press._make_mask = lambda weights, size: mask(weights.float(), size)
         return press
 
     def _all(self, kind: str, name: str) -> Tensor:
@@ -186,6 +192,20 @@ def undo_angles(press: Any, next_position: Callable[[], int]) -> None:
         press.press.score = angled(press.press.score, end_of)
 
 
+def undo_layers(press: Any) -> None:
+    """Gives each layer as many slots as any other."""
+    if isinstance(press, kvpress.KVzipPress):
+        press.layerwise = True
+
+
+def undo_rounding(press: Any, prompt: int) -> None:
+    """Leaves heads that share their slots as many as they would have one by one."""
+    if isinstance(press, kvpress.KVzipPress):
+        gone = prompt - int(prompt * (1 - press.compression_ratio))
+        # It rounds down.
+        press.compression_ratio = (gone + 1e-6) / prompt
+
+
 def undo_ties(press: Any) -> None:
     """Breaks ties in favour of what comes later in the cache."""
     press = getattr(press, "base_press", press)
@@ -219,23 +239,25 @@ class Case:
             undo_angles(self.press, lambda: self.read)
         if "ties" in self.undone:
             undo_ties(self.press)
+        if "layers" in self.undone:
+            undo_layers(self.press)
+        if "rounding" in self.undone:
+            undo_rounding(self.press, self.prompt)
         self.cache = DynamicCache(config=model.config)
         self.positions = Positions(model, sort="order" in self.undone)
 
     def kept(self) -> list[list[list[list[int]]]]:
         """What is held after each cut."""
-        cuts = []
-        with self.positions.noted(), self.press(self.model), self.positions.told():
+        cuts, interval = [], self.case["interval"]
+        with self.press(self.model), self.positions.noted():
             self._read(self.prompt)
-            interval = self.case["interval"]
-            if interval is None:
-                return [self.positions.kept()]
-            with self._silenced():
-                for step in range(1, self.ids.shape[1] - self.prompt + 1):
-                    self._read(1)
-                    if step % interval == 0:
-                        cuts.append(self.positions.kept())
-        return cuts
+            if interval is not None:
+                with self._silenced():
+                    for step in range(1, self.ids.shape[1] - self.prompt + 1):
+                        self._read(1)
+                        if step % interval == 0:
+                            cuts.append(self.positions.kept())
+        return cuts if interval is not None else [self.positions.kept()]
 
     def _read(self, count: int) -> None:
         start, self.read = self.read, self.read + count
@@ -280,6 +302,8 @@ def main() -> None:
     dtype = getattr(torch, settings["dtype"])
     model: Any = LlamaForCausalLM(LlamaConfig(**settings["config"])).to(dtype).eval()
     model.load_state_dict(load_file(settings["weights"]))
+    # Where KVzipPress looks for a tokenizer.
+    model.config.name_or_path = settings["tokenizer"]
     statistics = {kind: _statistics(path) for kind, path in settings["statistics"].items()}
     presses = Presses(statistics, dtype)
     names = ("kvpress", "transformers", "torch")

@@ -7,9 +7,10 @@ class Pair(NamedTuple):
     """A press and its counterpart, as one would type them.
 
     Both may use ``ratio``, the part of the prompt that goes, and the counterpart ``tokens``, the
-    length of the prompt, and ``statistics``, files of the model by policy. A press is given its own
-    and takes as arguments what it finds in a text or in a file otherwise: ``FinchPress`` the length
-    of the question, ``DuoAttentionPress`` its two sizes.
+    length of the prompt, ``statistics``, files of the model by policy, and ``wordings``, the
+    instructions of ``KVzipPress``. A press is given its own statistics and takes as arguments what
+    it finds in a text or in a file otherwise: ``FinchPress`` the length of the question,
+    ``DuoAttentionPress`` its two sizes.
     """
 
     press: str
@@ -113,6 +114,15 @@ PAIRS = (
         '"knorm+simlayerkv", lazy_threshold=0.5, lazy_queries=1, lazy_recent=16, budget=tokens',
         "the weights of the newest token are left out there",
     ),
+    Pair("KVzipPress()", '"kvzip+adakv", floor=0.0, sinks=4, repeat_chunk=2048, **wordings'),
+    Pair(
+        "KVzipPress(layerwise=True)",
+        '"kvzip+adakv", floor=0.0, sinks=4, repeat_chunk=2048, **wordings',
+    ),
+    Pair(
+        "KVzipPress(layerwise=True, chunk_size=64)",
+        '"kvzip+adakv", floor=0.0, sinks=4, repeat_chunk=64, **wordings',
+    ),
 )
 
 UNCOMPARED = {
@@ -120,7 +130,6 @@ UNCOMPARED = {
     "CompressionRatioDecodingPress": "has no fixed budget; `rpc` keeps a part of what it wrote",
     "DecodingPress": "is what the second table runs",
     "KVzapPress": "needs gates that were trained for a model",
-    "KVzipPress": "reads the text a second time with a tokenizer; `tests/test_kvzip.py` compares",
     "PrefillDecodingPress": "puts two presses together that are compared one by one",
     "RandomPress": "draws other numbers",
     "ThinKPress": "leaves out channels of keys, not tokens",

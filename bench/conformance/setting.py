@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.every_policy import collected
 
@@ -20,6 +21,13 @@ DECODED = 96
 """Tokens read one by one."""
 NEEDS_STATISTICS = ("qfilter", "expected_attention", "duo_attention")
 """What is given statistics of the model."""
+SUFFIX = " [A]"
+"""What the chat template puts behind a text."""
+WORDINGS = {
+    "repeat_prompt": "\n\nRepeat the previous context exactly.",
+    "repeat_from_prompt": "\n\nRepeat the part of the previous context exactly, starting with",
+}
+"""The instructions of ``KVzipPress``."""
 
 
 class PrefillCase(NamedTuple):
@@ -56,13 +64,15 @@ class Setting(NamedTuple):
     weights: Path
     statistics: Mapping[str, str]
     """The file of each kind."""
+    tokenizer: Any
+    """Makes a token of each byte of an instruction."""
 
 
 def make(folder: Path) -> Setting:
     """A small Llama with random weights in float64 whose attention is far from uniform.
 
     Args:
-        folder: where its weights and the statistics are written.
+        folder: where its weights and its tokenizer are written.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -83,7 +93,17 @@ def make(folder: Path) -> Setting:
     weights = folder / "model.safetensors"
     save_file({name: part.contiguous() for name, part in model.state_dict().items()}, weights)
     files = {kind: str(collected(kind, model)) for kind in NEEDS_STATISTICS}
-    return Setting(model, weights, files)
+    _tokenizer().save_pretrained(folder)
+    return Setting(model, weights, files, AutoTokenizer.from_pretrained(folder))
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # kvpress repeats what comes behind the start of the template: as long as the sinks are here.
+    template = "[Q] {{ messages[0]['content'] }}" + SUFFIX
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, chat_template=template)
 
 
 def text(case: Case) -> list[int]:

@@ -28,6 +28,7 @@ class There:
             "dtype": str(setting.model.dtype).removeprefix("torch."),
             "weights": str(setting.weights),
             "statistics": dict(setting.statistics),
+            "tokenizer": setting.tokenizer.name_or_path,
         }
         self.versions: dict[str, str] = self._process.ask(settings)["versions"]
 

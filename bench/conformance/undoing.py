@@ -5,8 +5,10 @@ CAUSES = {
     "order": "its cache is unsorted after the first cut",
     "angles": "it rotates queries to positions that are not theirs",
     "ties": "equal scores: any goes there, the oldest here",
+    "layers": "layers share their slots there, here only the heads of a layer",
+    "rounding": "how many go is rounded for all heads at once there, for each here",
 }
 """By the name under which each is undone."""
 
-PREFILL = ("angles", "ties")
+PREFILL = ("angles", "ties", "layers", "rounding")
 DECODING = ("passed on", "order", "angles", "ties")
