@@ -8,6 +8,8 @@ from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 24
 """Largest block of attention weights held at once while a prompt is read (64 MiB of float32)."""
+_CPU_BLOCK_ELEMENTS = 1 << 20
+"""That of a CPU, which stays in the cache of a core (4 MiB)."""
 
 
 See = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
@@ -149,15 +151,20 @@ def attention_rows(
     """
     batch, num_queries, length = queries.shape[:3]
     grouped = group_queries(queries, keys.shape[1])
-    block = max(1, _BLOCK_ELEMENTS // (batch * num_queries * keys.shape[2]))
+    block = _block_length(batch * num_queries * keys.shape[2], keys.device.type)
     held = positions[:, :, None, :]
+    # Not anew in each block.
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     for start in range(0 if last is None else max(0, length - last), length, block):
         block_positions = query_positions[:, start : start + block]
         own = block_positions[:, None, :, None]
         visible = (held >= 0) & (held <= own)
         if window is not None:
             visible = visible & (held > own - window)
-        logits = transform.logits(grouped[:, :, :, start : start + block], keys.unsqueeze(2))
+        # Query heads as further rows: a product with keys that are repeated would copy them.
+        own_queries = grouped[:, :, :, start : start + block]
+        logits = transform.logits(own_queries.flatten(2, 3), keys)
+        logits = logits.unflatten(2, own_queries.shape[2:4])
         if see is None:
             visible = visible.unsqueeze(2)
         else:
@@ -165,6 +172,13 @@ def attention_rows(
             logits = logits if bias is None else logits + bias
         weights = masked_softmax(logits, visible, transform.sink_logits(logits))
         yield weights, block_positions
+
+
+def _block_length(row: int, device: str) -> int:
+    """Queries of a block, where one has so many weights in all heads and rows."""
+    most = max(1, _BLOCK_ELEMENTS // row)
+    # A few queries for each pass over the keys.
+    return most if device != "cpu" else min(most, max(16, _CPU_BLOCK_ELEMENTS // row))
 
 
 def read_values(
@@ -187,7 +201,8 @@ def read_values(
     """
     outputs, kept = [], []
     for weights, own in rows:
-        outputs.append(weights.to(values.dtype) @ values.unsqueeze(2))
+        output = weights.to(values.dtype).flatten(2, 3) @ values
+        outputs.append(output.unflatten(2, weights.shape[2:4]))
         if wants_weights:
             kept.append(weights)
         if observe is not None:
