@@ -11,6 +11,7 @@ from compressed_cache.wording import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results" / "agreement"
+LOOKUPS = ROOT / "bench" / "results" / "lookups.jsonl"
 VARIANTS = ROOT / "bench" / "results" / "variants.json"
 PAGE = ROOT / "docs" / "results.md"
 _SHOWN = ("interval", "sinks", "recent")
@@ -20,6 +21,7 @@ def write() -> None:
     """Fills in the tables."""
     text = PAGE.read_text()
     text = markers.filled(text, "agreement", agreement(FOLDER))
+    text = markers.filled(text, "lookups", lookups(LOOKUPS))
     PAGE.write_text(markers.filled(text, "variants", variants(VARIANTS)))
 
 
@@ -89,6 +91,46 @@ def _told(options: Any) -> str:
     """The arguments of the cache that policies differ in."""
     told = [f"`{name}={options[name]}`" for name in _SHOWN if options.get(name)]
     return ", ".join([*told, *(["prompt kept"] if options.get("protect_prompt") else [])])
+
+
+def lookups(path: Path) -> str:
+    """A table for each model: policies by what they find once the text is compressed."""
+    if not path.exists():
+        return "Not measured."
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return "\n\n".join(
+        _found([row for row in rows if row["model"] == model])
+        for model in dict.fromkeys(row["model"] for row in rows)
+    )
+
+
+def _found(rows: list[dict[str, Any]]) -> str:
+    one = rows[0]
+    shares = {(row["policy"], row["budget"], row["asked"]): row for row in rows}
+    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None})
+    ways = [(budget, asked) for budget in budgets for asked in ("after", "with")]
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+
+    def share(policy: str, budget: int, asked: str) -> float:
+        row = shares.get((policy, None if policy == "full" else budget, asked))
+        return -1.0 if row is None else row["right"] / row["questions"]
+
+    policies.sort(key=lambda name: [-share(name, *way) for way in ways])
+    header = ["policy", *(f"{budget} slots, asked {asked}, %" for budget, asked in ways)]
+    lines = []
+    for name in policies:
+        cells = []
+        for way in ways:
+            found = share(name, *way)
+            cells.append("-" if found < 0 else f"{100 * found:.0f}")
+        lines.append([f"`{name}`", *cells])
+    asked = {row["asked"]: row["questions"] for row in rows}
+    caption = (
+        f"**{one['model']}** (weights {one['weights']}), texts of {one['tokens']:,.0f} tokens; "
+        f"{asked.get('after', 0)} questions after the text and {asked.get('with', 0)} with it; "
+        f"torch {one['torch']}."
+    )
+    return caption + "\n\n" + markdown(header, lines)
 
 
 def variants(path: Path) -> str:

@@ -1,12 +1,9 @@
 """Agreement of cells with what the full cache wrote."""
 
 import functools
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
-
-import torch
 
 from compressed_cache.cache import CompressedCache
 from compressed_cache.eval.agreement.reading import read
@@ -20,9 +17,6 @@ from compressed_cache.eval.sweep.plan import Cell, Plan
 from compressed_cache.eval.sweep.prompts import load
 from compressed_cache.integrations.harness.arguments import PressArguments
 
-_SAMPLE = 2**18
-"""Numbers of each weight that its digest looks at."""
-
 
 def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
     """Lets cells read the texts of the group beside the full cache, in this process.
@@ -31,7 +25,7 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
     """
     lm = loaded.model(plan)
     started = time.perf_counter()
-    weights = _digest(lm.model)
+    weights = loaded.digest(lm.model)
     texts = group.texts or tuple(_written(plan, group.cells[0].task, lm, weights))
     if (found := texts[0].weights) != weights:
         raise ValueError(
@@ -119,13 +113,3 @@ def _read(
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _digest(model: Any) -> str:
-    """Of names, shapes and the first numbers of all weights."""
-    found = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        start = weight.detach().flatten()[:_SAMPLE].cpu().contiguous()
-        found.update(start.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]

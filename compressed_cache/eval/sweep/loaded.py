@@ -1,6 +1,7 @@
 """The model of this process, and what it runs on."""
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -11,6 +12,8 @@ import torch
 from compressed_cache.eval.sweep.plan import Plan
 from compressed_cache.integrations.harness import adapter
 
+_SAMPLE = 2**18
+"""Numbers of each weight that its digest looks at."""
 PACKAGES = ("compressed-cache", "lm-eval", "torch", "transformers")
 
 
@@ -37,6 +40,16 @@ def machine() -> dict[str, str | int]:
         "architecture": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def digest(model: Any) -> str:
+    """Of names, shapes and the first numbers of all weights."""
+    found = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        start = weight.detach().flatten()[:_SAMPLE].cpu().contiguous()
+        found.update(start.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=1)
