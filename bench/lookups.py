@@ -56,7 +56,7 @@ POLICIES = (
 )
 _FACTS = 16  # in a text
 _ANSWER = 12  # tokens, at most
-_FILLER = (
+_FILLER: tuple[str, ...] = (
     "The grass is green.",
     "The sky is blue.",
     "The sun is yellow.",
@@ -115,7 +115,7 @@ def make_text(seed: int, tokens: int, tokenizer: Any, *, questions: int) -> Text
     facts = [Fact(name, str(draw.randrange(100_000, 1_000_000))) for name in names]
     used = len(tokenizer.encode(" ".join(fact.sentence for fact in facts)))
     lines = len(tokenizer.encode(" ".join(_FILLER)))
-    sentences: list[str] = list(_FILLER) * max(1, (tokens - used) // lines)
+    sentences = list(_FILLER) * max(1, (tokens - used) // lines)
     for place, fact in zip(
         sorted(draw.sample(range(len(sentences)), _FACTS), reverse=True), facts, strict=True
     ):
