@@ -27,23 +27,23 @@ from compressed_cache.eval.sweep.group import MOST
 RESULTS = Path(__file__).resolve().parent / "results" / "variants.json"
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
-    {"interval": 1},
     {"interval": 8},
+    {"protect_prompt": True},
+    {"protect_prompt": True, "interval": 8},
+    {"protect_prompt": True, "recent": 16, "interval": 8},
+    {"recent": 16},
+    {"window": 8, "recent": 32},
+    {"pool": "max"},
+    {"interval": 1},
     {"interval": 32},
     {"recent": 4},
-    {"recent": 16},
     {"recent": 48},
     {"window": 8},
     {"window": 16, "recent": 32},
-    {"window": 8, "recent": 32},
     {"window": 8, "recent": 32, "interval": 8},
     {"sinks": 4},
-    {"pool": "max"},
     {"kernel_size": 1},
-    {"protect_prompt": True},
-    {"protect_prompt": True, "interval": 8},
     {"protect_prompt": True, "recent": 16},
-    {"protect_prompt": True, "recent": 16, "interval": 8},
 )
 """What is changed, beside the defaults."""
 _KEPT = (
@@ -64,18 +64,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     texts = text.read(options.texts)
-    rows = []
-    for budget in tqdm([int(part) for part in options.budgets.split(",")], unit="budget"):
-        found = _read(model, texts, options.policy, budget)
-        for number, row in found.items():
-            rows.append({"budget": budget, "options": VARIANTS[int(number)], **row})
-        document = {
-            "model": Path(options.model).name,
-            "weights": texts[0].weights,
-            "policy": options.policy,
-            "torch": torch.__version__,
-            "rows": rows,
-        }
+    document: dict[str, Any] = {
+        "model": Path(options.model).name,
+        "weights": texts[0].weights,
+        "policy": options.policy,
+        "torch": torch.__version__,
+        "rows": [],
+    }
+    budgets = [int(part) for part in options.budgets.split(",")]
+    # All variants at once would fill the memory of many a machine.
+    groups = [VARIANTS[start : start + MOST] for start in range(0, len(VARIANTS), MOST)]
+    for group, budget in tqdm([(group, budget) for group in groups for budget in budgets]):
+        document["rows"] += _read(model, texts, options.policy, budget, group)
         options.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -86,24 +86,28 @@ def _cache(policy: str, budget: int, options: dict[str, Any]) -> CompressedCache
     return cache
 
 
-def _read(model: Any, texts: list[text.Text], policy: str, budget: int) -> dict[str, Any]:
-    """A row of each variant that the budget has room for, by its number."""
+def _read(
+    model: Any,
+    texts: list[text.Text],
+    policy: str,
+    budget: int,
+    group: tuple[dict[str, Any], ...],
+) -> list[dict[str, Any]]:
+    """A row of each variant."""
     caches = {
         str(number): functools.partial(_cache, policy, budget, options)
-        for number, options in enumerate(VARIANTS)
+        for number, options in enumerate(group)
     }
-    batch, found = text.batch(texts, "cpu"), {}
-    # All at once would fill the memory of many a machine.
-    for names in (list(caches)[start : start + MOST] for start in range(0, len(caches), MOST)):
-        found |= read(model, batch, {name: caches[name] for name in names})
-    rows = {}
-    for name, one in found.items():
+    rows = []
+    for number, one in read(model, text.batch(texts, "cpu"), caches).items():
+        row = {"budget": budget, "options": group[int(number)]}
         if isinstance(one, Exception):
-            rows[name] = {"error": str(one)}
-            continue
-        documents = [Document.of(own, one, row, budget) for row, own in enumerate(texts)]
-        means = summary(documents)
-        rows[name] = {key: means[key] for key in _KEPT}
+            row["error"] = str(one)
+        else:
+            documents = [Document.of(own, one, index, budget) for index, own in enumerate(texts)]
+            means = summary(documents)
+            row |= {key: means[key] for key in _KEPT}
+        rows.append(row)
     return rows
 
 
