@@ -23,7 +23,11 @@ RESULTS = Path(__file__).resolve().parent / "results" / "catalogue.json"
 
 def main(arguments: list[str] | None = None) -> None:
     """Takes all rows, or those that a file of the same conditions lacks, and writes them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.catalogue",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--problems", type=int, default=40, help="held-out problems per row")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -9,6 +9,7 @@
 Each part stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -201,8 +202,13 @@ def _full_length(document: dict[str, Any]) -> str:
     return f"{document['problems']['mean_prompt_tokens'] + full['mean_tokens']:.0f}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Rewrites README.md and draws what it shows."""
+    argparse.ArgumentParser(
+        prog="python -m bench.readme",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     bench_report.draw_peaks()
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text()))

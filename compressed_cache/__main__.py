@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from compressed_cache.wording import missing
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
@@ -148,7 +150,7 @@ def _catalogue(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _missing(error: ModuleNotFoundError, extra: str) -> int:
-    print(f"{error.name} is missing: pip install 'compressed-cache[{extra}]'", file=sys.stderr)
+    print(missing(error.name, extra), file=sys.stderr)
     return 1
 
 

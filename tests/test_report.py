@@ -28,6 +28,7 @@ from compressed_cache.eval.report.svg import Picture
 from compressed_cache.eval.report.tables import MISSING, Table
 from compressed_cache.eval.report.traces import POSITIONS, Head, Losses
 from compressed_cache.telemetry import Recorder, measure
+from compressed_cache.wording import missing
 from tests.conftest import distinct_tokens
 from tests.reports import (
     PROMPT,
@@ -293,7 +294,7 @@ def test_without_a_package_the_extra_is_named() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr == "jinja2 is missing: pip install 'compressed-cache[report]'\n"
+    assert done.stderr == f"{missing('jinja2', 'report')}\n"
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from compressed_cache.eval.results.row import FILE, Result, read
 from compressed_cache.eval.sweep import estimate, tasks
 from compressed_cache.eval.sweep.folder import RESULT, Folder, write_error
 from compressed_cache.eval.sweep.plan import Cell, Plan
+from compressed_cache.wording import missing
 from tests.results import make_result, typed
 
 EASY = "reasoning_shipped_easy"
@@ -333,7 +334,7 @@ def test_ray_is_asked_for_where_it_is_missing(
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*arguments(tmp_path / "sweep"), "--ray=auto"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "ray is missing: pip install 'compressed-cache[cluster]'"
+    assert line == missing("ray", "cluster")
     assert not (tmp_path / "sweep").exists()
 
 

@@ -19,6 +19,7 @@ from compressed_cache.eval.sweep import estimate, plan, processes, prompts, task
 from compressed_cache.eval.sweep.folder import ERROR, Folder
 from compressed_cache.eval.sweep.group import Group, together
 from compressed_cache.eval.sweep.plan import Cell, Plan, named
+from compressed_cache.wording import missing
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _has_ray() -> bool:
     try:
         import ray  # noqa: F401
     except ModuleNotFoundError:
-        print("ray is missing: pip install 'compressed-cache[cluster]'", file=sys.stderr)
+        print(missing("ray", "cluster"), file=sys.stderr)
         return False
     return True
 
