@@ -5,14 +5,13 @@ from statistics import fmean
 
 from compressed_cache.eval.report import figures
 from compressed_cache.eval.report.parts import Part, told
-from compressed_cache.eval.report.rows import series
+from compressed_cache.eval.report.rows import PROTECT, series
 from compressed_cache.eval.report.svg import Picture
 from compressed_cache.eval.report.tables import Column, table
 from compressed_cache.eval.report.tables import field as column
 from compressed_cache.eval.results.row import Agreement
 
 MIB = 2**20
-PROTECT = "protect_prompt"
 
 
 def agreement(rows: Iterable[Agreement]) -> list[Part]:

@@ -105,6 +105,11 @@ class Plan:
             return []
         return [policy for policy in self.policies if not self._draws(policy)]
 
+    def given(self, policy: str) -> dict[str, Option]:
+        """The options that were asked for of a policy."""
+        shared = {} if policy == "full" else self.options.get("", {})
+        return shared | self.options.get(policy, {})
+
     def to_json(self) -> dict[str, Any]:
         """What the folder keeps."""
         prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
@@ -112,13 +117,10 @@ class Plan:
         return {"format": FORMAT} | asdict(self) | text
 
     def _options(self, policy: str, seed: int) -> dict[str, Option]:
-        shared = {} if policy == "full" else self.options.get("", {})
-        drawn = {"seed": seed} if self._draws(policy) else {}
-        return drawn | shared | self.options.get(policy, {})
+        return ({"seed": seed} if self._draws(policy) else {}) | self.given(policy)
 
     def _draws(self, policy: str) -> bool:
-        given = self.options.get("", {}) | self.options.get(policy, {})
-        return "seed" in option_names(policy) and "seed" not in given
+        return "seed" in option_names(policy) and "seed" not in self.given(policy)
 
 
 def problems(plan: Plan, config: Any) -> Iterator[str]:
