@@ -1,5 +1,7 @@
 """Writes the tables of the README from results and docstrings, so that none is typed.
 
+Beside it the file of all policies that ``python -m compressed_cache policies`` reads.
+
     python -m compressed_cache demo --out bench/results
     python -m bench.catalogue
     python -m bench.harness
@@ -17,7 +19,7 @@ from typing import Any
 
 from bench import markers
 from bench import report as bench_report
-from compressed_cache.eval.catalogue import entries, page
+from compressed_cache.eval.catalogue import entries, entry, page
 from compressed_cache.eval.catalogue.presses import PRESSES
 from compressed_cache.eval.demo import report as demo_report
 from compressed_cache.wording import markdown
@@ -119,7 +121,7 @@ def _names(policies: list[str]) -> str:
 
 def policies() -> str:
     """What ``python -m compressed_cache policies --markdown`` prints."""
-    return page.tables(entries.policies(), entries.modifiers())
+    return page.tables(entries.every())
 
 
 def presses() -> str:
@@ -210,6 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(arguments)
     bench_report.draw_peaks()
+    entry.FILE.write_text(entry.text(entries.every()), encoding="utf-8")
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text()))
 
