@@ -19,6 +19,7 @@ from compressed_cache.eval.sweep import estimate, plan, processes, prompts, task
 from compressed_cache.eval.sweep.folder import ERROR, Folder
 from compressed_cache.eval.sweep.group import Group, together
 from compressed_cache.eval.sweep.plan import Cell, Plan, named
+from compressed_cache.hf.loading import why
 from compressed_cache.wording import missing
 
 
@@ -287,8 +288,7 @@ def _expanded(asked: Plan) -> tuple[Plan, list[str]]:
                     "it out, or take a model that was trained to chat"
                 )
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        problems.append(f"--model {asked.model}: {first_line}")
+        problems.append(f"--model {asked.model}: {why(asked.pretrained, error)}")
     asked = replace(asked, tasks=names)
     # Options and budgets are the same for all tasks.
     one = replace(asked, tasks=names[:1] or ["any"])
