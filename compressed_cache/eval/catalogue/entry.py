@@ -66,4 +66,5 @@ def text(entries: list[Entry]) -> str:
 def _entry(values: dict[str, Any]) -> Entry:
     options = tuple(Option(**option) for option in values.pop("options"))
     lists = {name: tuple(values[name]) for name in ("papers", "needs", "works_on")}
-    return Entry(**values | lists | {"options": options})
+    found: dict[str, Any] = values | lists | {"options": options}
+    return Entry(**found)
