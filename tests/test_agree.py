@@ -424,7 +424,7 @@ def test_one_policy_that_fails_is_recorded_and_the_rest_go_on(
     groups: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = arguments(tmp_path, budgets="48")
-    assert main([*typed, "--policy-args=h2o:protect_prompt=true"]) == 1
+    assert main([*typed, "--policy-args=h2o:protect_prompt=true,recent=20"]) == 1
     captured = capsys.readouterr()
     assert "h2o.48.0: failed, ValueError: budget must be at least prompt" in captured.out
     assert "1 of 3 cells failed" in captured.err

@@ -136,6 +136,43 @@ WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
     ),
     "no seeds": ({"seeds": "0"}, [r"--seeds must be >= 1, got 0"]),
     "no limit": ({"limit": "-1"}, [r"--limit must be >= 1, got -1"]),
+    "all options at once": (
+        {
+            "batch_size": "0",
+            "seeds": "0",
+            "limit": "-1",
+            "gpus_per_cell": "0.5",
+            "metadata": "{",
+            "gen_kwargs": "sample",
+            "model_args": "kv_budget=3",
+            "policy_args": "windw=4",
+            "policies": "h2o,snapvk",
+            "budgets": "64",
+            "tasks": "none_such",
+            "model": "/nowhere",
+        },
+        [
+            r"^--seeds must be >= 1, got 0$",
+            r"^--limit must be >= 1, got -1$",
+            r"^--batch-size must be >= 1, got 0$",
+            r"^--gpus-per-cell must come with --ray$",
+            r"^--gen-kwargs must be NAME=VALUE",
+            r"^--model-args must not have kv_budget",
+            r"^--metadata must be a JSON object",
+            r"^--tasks: unknown task 'none_such'",
+            r"^--model /nowhere: there is no folder '/nowhere'$",
+            r"^--policies: unknown policy 'snapvk'",
+            r"^h2o at 64: unknown option 'windw'",
+        ],
+    ),
+    "a dtype that is none": (
+        {"dtype": "bf16"},
+        [r"^--dtype must be one of 'auto', .*, got 'bf16'\. Did you mean 'bfloat16'\?$"],
+    ),
+    "a dtype among the others": (
+        {"model_args": "dtype=int8"},
+        [r"^--dtype must be one of .*, got 'int8'$"],
+    ),
     "a share of no cluster": ({"gpus_per_cell": "0.5"}, [r"--gpus-per-cell must come with --ray"]),
 }
 
@@ -154,6 +191,28 @@ def test_all_that_is_wrong_is_said_before_anything_runs(
     for line, message in zip(lines, messages, strict=True):
         assert re.search(message, line), line
     assert not out.exists()
+
+
+@pytest.mark.parametrize("separator", [",", " ", ", "])
+def test_lists_may_have_spaces(
+    separator: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budgets, policies = separator.join(["64", "80"]), separator.join(["full", "h2o"])
+    typed = arguments(tmp_path / "sweep", budgets=budgets, policies=policies)
+    assert main([*typed, "--dry-run"]) == 0
+    assert f"| {EASY} | h2o | 64,80 | 1 | 2 | 0 | 0 |" in capsys.readouterr().out
+
+
+def test_what_is_no_number_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(tmp_path, budgets="128,25x"))
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(
+            "argument --budgets: must be whole numbers with commas between, e.g. 128,256, got '25x'"
+        )
+    )
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(
@@ -311,10 +370,11 @@ def test_a_folder_that_cannot_be_written_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert main(arguments(tmp_path / "file" / "sweep")) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"--out {tmp_path}/file/sweep: ")
-    assert "Not a directory" in line
+    for dry in ([], ["--dry-run"]):
+        assert main([*arguments(tmp_path / "file" / "sweep"), *dry]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"--out {tmp_path}/file/sweep: ")
+        assert "Not a directory" in line
 
 
 def test_a_cluster_that_is_not_there_is_named(

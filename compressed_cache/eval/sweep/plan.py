@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +130,11 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
         plan: whose tasks are not looked at.
         config: of the model, None where it is not known.
     """
+    known = []
     for policy in plan.policies:
         try:
             option_names(policy)
+            known.append(policy)
         except ValueError as error:
             yield f"--policies: {error}"
     if strangers := [name for name in plan.options if name and name not in plan.policies]:
@@ -140,7 +142,7 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
     if not plan.budgets and any(policy != "full" for policy in plan.policies):
         yield "--budgets must be given, all policies but full need one"
     heard = set()
-    for cell in plan.cells() if _all_known(plan) else []:
+    for cell in replace(plan, policies=known).cells():
         try:
             CompressedCache(cell.policy, config=config, **cell.cache_arguments)
         except (NotImplementedError, TypeError, ValueError) as error:
@@ -148,10 +150,3 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
             if (problem := f"{where}: {error}") not in heard:
                 heard.add(problem)
                 yield problem
-
-
-def _all_known(plan: Plan) -> bool:
-    try:
-        return all(option_names(policy) is not None for policy in plan.policies)
-    except ValueError:
-        return False
