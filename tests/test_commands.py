@@ -2,12 +2,16 @@
 
 import importlib
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 import compressed_cache
 from compressed_cache import wording
+from compressed_cache.hf.loading import load, progress_bars
+from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import PATH
 
 ROOT = Path(__file__).parent.parent
@@ -68,3 +72,26 @@ def test_the_command_for_what_is_missing_works(
     if not is_checkout:
         monkeypatch.setattr(wording, "_ROOT", tmp_path)
     assert wording.missing("rich", "demo") == f"rich is missing: pip install {expected}"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_bars_are_shown_where_somebody_waits_for_a_model(
+    is_terminal: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    load(MODEL_PATH)
+    assert capsys.readouterr().err == ""
+    shutil.copytree(MODEL_PATH, tmp_path / "mine")
+    load(tmp_path / "mine")
+    assert ("Loading weights" in capsys.readouterr().err) is is_terminal
+    # Whoever has switched them off has them off.
+    assert logging.is_progress_bar_enabled()
+    with progress_bars(False):
+        assert not logging.is_progress_bar_enabled()
+        with progress_bars(True):
+            assert not logging.is_progress_bar_enabled()
+        assert not logging.is_progress_bar_enabled()
+    assert logging.is_progress_bar_enabled()
