@@ -165,6 +165,22 @@ WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
             r"^h2o at 64: unknown option 'windw'",
         ],
     ),
+    "prompts that do not fit": (
+        {
+            "policies": "full,h2o,random",
+            "policy_args": "protect_prompt=true",
+            "budgets": "32,64",
+            "seeds": "2",
+        },
+        [
+            rf"^h2o at 32 on {EASY}: budget must be at least prompt \+ 1 .* got 32",
+            rf"^random at 32 on {EASY}: budget must be at least prompt \+ 1 .* got 32",
+        ],
+    ),
+    "a policy that reads twice": (
+        {"policies": "kvzip", "budgets": "64"},
+        [r"^kvzip at 64: 'kvzip' ranks a prompt by a second pass"],
+    ),
     "a dtype that is none": (
         {"dtype": "bf16"},
         [r"^--dtype must be one of 'auto', .*, got 'bf16'\. Did you mean 'bfloat16'\?$"],

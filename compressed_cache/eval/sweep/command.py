@@ -51,6 +51,8 @@ def carry_out(asked: Plan, options: Run, problems: Sequence[str] = ()) -> int:
     asked, further = _expanded(asked)
     sizes, missing = tasks.sizes(asked)
     problems = [*problems, *further, *(f"--tasks: {problem}" for problem in missing)]
+    # What is asked of the model and of data that are there.
+    problems += prompts.too_long(asked) if not problems else ()
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2

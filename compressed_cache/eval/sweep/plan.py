@@ -9,6 +9,7 @@ from typing import Any
 
 from compressed_cache.cache import CompressedCache
 from compressed_cache.eval.results.row import Agreement, Option, Result
+from compressed_cache.hf.checks import check_first_pass
 from compressed_cache.policies import option_names
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.wording import listing
@@ -144,7 +145,8 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
     heard = set()
     for cell in replace(plan, policies=known).cells():
         try:
-            CompressedCache(cell.policy, config=config, **cell.cache_arguments)
+            cache = CompressedCache(cell.policy, config=config, **cell.cache_arguments)
+            check_first_pass(cache.policy)
         except (NotImplementedError, TypeError, ValueError) as error:
             where = cell.policy if cell.budget is None else f"{cell.policy} at {cell.budget}"
             if (problem := f"{where}: {error}") not in heard:
