@@ -15,7 +15,7 @@ from typing import Any
 from bench.every_policy import EVERY, UNTRAINED
 from compressed_cache.cache import CompressedCache
 from compressed_cache.eval.demo import report
-from compressed_cache.eval.demo.measure import BUDGETS, Exam, Row, Setting, rows, settings
+from compressed_cache.eval.demo.measure import BUDGETS, Exam, Refusal, Row, Setting, rows, settings
 from compressed_cache.policies.capabilities import SharesBudget, find
 
 RESULTS = Path(__file__).resolve().parent / "results" / "catalogue.json"
@@ -23,7 +23,11 @@ RESULTS = Path(__file__).resolve().parent / "results" / "catalogue.json"
 
 def main(arguments: list[str] | None = None) -> None:
     """Takes all rows, or those that a file of the same conditions lacks, and writes them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.catalogue",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--problems", type=int, default=40, help="held-out problems per row")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -38,9 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     missing = [setting for setting in planned if setting not in found]
     measured = rows(exam, missing, workers=options.workers, threads=threads)
     for number, (setting, row) in enumerate(zip(missing, measured, strict=True), start=1):
+        if isinstance(row, Refusal):
+            print(f"{number}/{len(missing)} {setting}: {row.why}")
+            continue
         found[setting] = row
         print(f"{number}/{len(missing)} {setting}: {row.accuracy:.0%}")
-    report.write_json(document([found[setting] for setting in planned]), options.out)
+    kept = [found[setting] for setting in planned if setting in found]
+    report.write_json(document(kept), options.out)
 
 
 def _known(path: Path, conditions: dict[str, Any]) -> dict[Setting, Row]:

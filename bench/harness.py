@@ -9,6 +9,7 @@ Writes ``bench/results/harness.json``. Each cell is what this command prints::
         --model_args pretrained=$(python -m compressed_cache model),kv_press=h2o,kv_budget=256
 """
 
+import argparse
 import importlib.metadata
 import json
 import platform
@@ -66,8 +67,15 @@ def measure(policy: str, budget: int | None) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measures all cells and writes them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.harness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="the file of all numbers")
+    options = parser.parse_args(arguments)
     install()
     settings = [("full", None), *((p, b) for b in BUDGETS for p in CORE if p != "full")]
     packages = ("compressed-cache", "lm-eval", "torch", "transformers")
@@ -78,7 +86,7 @@ def main() -> None:
         "batch_size": BATCH,
         "rows": [row for setting in settings for row in measure(*setting)],
     }
-    OUT.write_text(json.dumps(document, indent=1) + "\n")
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

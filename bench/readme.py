@@ -1,5 +1,7 @@
 """Writes the tables of the README from results and docstrings, so that none is typed.
 
+Beside it the file of all policies that ``python -m compressed_cache policies`` reads.
+
     python -m compressed_cache demo --out bench/results
     python -m bench.catalogue
     python -m bench.harness
@@ -9,6 +11,7 @@
 Each part stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import Any
 
 from bench import markers
 from bench import report as bench_report
-from compressed_cache.eval.catalogue import entries, page
+from compressed_cache.eval.catalogue import entries, entry, page
 from compressed_cache.eval.catalogue.presses import PRESSES
 from compressed_cache.eval.demo import report as demo_report
 from compressed_cache.wording import markdown
@@ -118,7 +121,7 @@ def _names(policies: list[str]) -> str:
 
 def policies() -> str:
     """What ``python -m compressed_cache policies --markdown`` prints."""
-    return page.tables(entries.policies(), entries.modifiers())
+    return page.tables(entries.every())
 
 
 def presses() -> str:
@@ -201,9 +204,15 @@ def _full_length(document: dict[str, Any]) -> str:
     return f"{document['problems']['mean_prompt_tokens'] + full['mean_tokens']:.0f}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Rewrites README.md and draws what it shows."""
+    argparse.ArgumentParser(
+        prog="python -m bench.readme",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     bench_report.draw_peaks()
+    entry.FILE.write_text(entry.text(entries.every()), encoding="utf-8")
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text()))
 

@@ -24,7 +24,11 @@ from compressed_cache.policies import split_name
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one of the two commands."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.real_models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measures, or goes on where it was")
     run.add_argument("--model", required=True)

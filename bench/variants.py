@@ -55,7 +55,11 @@ _KEPT = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Reads the texts once beside all variants of a budget, and writes a row for each."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.variants",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--texts", type=Path, required=True, help="the folder of the cell of full")
     parser.add_argument("--policy", default="snapkv")

@@ -38,3 +38,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_HOME.get(name, "compressed_cache.policies")), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

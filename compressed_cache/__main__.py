@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from compressed_cache.wording import missing
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
@@ -76,6 +78,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:
         return _missing(error, "eval")
+    from compressed_cache.integrations.harness.adapter import is_refusal
     from compressed_cache.integrations.harness.autoload import install
     from compressed_cache.tasks import PATH
 
@@ -88,7 +91,13 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
         return 2
     install()
     sys.argv = ["lm_eval", *rest, "--include_path", str(PATH)]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
@@ -148,7 +157,7 @@ def _catalogue(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _missing(error: ModuleNotFoundError, extra: str) -> int:
-    print(f"{error.name} is missing: pip install 'compressed-cache[{extra}]'", file=sys.stderr)
+    print(missing(error.name, extra), file=sys.stderr)
     return 1
 
 
@@ -185,11 +194,16 @@ def _add_catalogue_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _names(text: str) -> list[str]:
-    return text.split(",")
+    return text.replace(",", " ").split()
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    parts = _names(text)
+    if strange := [part for part in parts if not part.lstrip("-").isdecimal()]:
+        raise argparse.ArgumentTypeError(
+            f"must be whole numbers with commas between, e.g. 128,256, got {strange[0]!r}"
+        )
+    return [int(part) for part in parts]
 
 
 def _add_sweep_options(sweep: argparse.ArgumentParser) -> None:

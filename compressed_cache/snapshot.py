@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
@@ -22,7 +21,7 @@ from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.policies.registry import make_policy, split_name
 from compressed_cache.step_counter import StepCounter
 from compressed_cache.stores.slots import SlotStore
-from compressed_cache.tensorfile import opened
+from compressed_cache.tensorfile import opened, write
 
 _FORMAT = "8"
 _COLUMNS = "columns"
@@ -112,7 +111,7 @@ class Snapshot:
             "counter": json.dumps(self.counter),
             "layers": json.dumps(described),
         }
-        save_file({name: part.contiguous() for name, part in tensors.items()}, path, metadata)
+        write(path, {name: part.contiguous() for name, part in tensors.items()}, metadata)
 
     @classmethod
     def load(

@@ -423,10 +423,11 @@ def test_a_full_cache_that_fails_leaves_the_others_to_do(
 def test_one_policy_that_fails_is_recorded_and_the_rest_go_on(
     groups: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typed = arguments(tmp_path, budgets="48")
-    assert main([*typed, "--policy-args=h2o:protect_prompt=true"]) == 1
+    # Its last layers have less than the budget.
+    typed = arguments(tmp_path, policies="pyramidkv,random", budgets="48")
+    assert main([*typed, "--policy-args=pyramidkv:protect_prompt=true"]) == 1
     captured = capsys.readouterr()
-    assert "h2o.48.0: failed, ValueError: budget must be at least prompt" in captured.out
+    assert "pyramidkv.48.0: failed, ValueError: budget must be at least prompt" in captured.out
     assert "1 of 3 cells failed" in captured.err
     assert list(essence(tmp_path)) == ["full None", "random 48"]
     # Of a process of its own, that goes to its log.

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compressed_cache import CompressedCache
 from compressed_cache.__main__ import main
+from compressed_cache.calibration import command
 from compressed_cache.calibration.command import CORPUS
 from compressed_cache.calibration.recording import CHUNK, chunks, collect
 from compressed_cache.calibration.statistics import STATISTICS
@@ -401,6 +403,8 @@ def test_the_command_writes_a_file_that_the_policy_takes(
     [
         ({"--policy": "qfilters"}, "--policy must be one of .* got 'qfilters'.*qfilter"),
         ({"--tokens": "0"}, "--tokens must be >= 1, got 0"),
+        ({"--device": "nowhere"}, "--device must be one that torch finds here, got 'nowhere': "),
+        ({"--out": "."}, "--out must name a file, got the folder \\."),
         ({"--text": "nowhere.txt"}, "--text must name files, got"),
     ],
 )
@@ -410,3 +414,46 @@ def test_the_command_refuses_in_words(
     options = {"--model": str(MODEL_PATH), "--policy": "qfilter", "--out": "x", **changes}
     assert main(["calibrate", *[part for item in options.items() for part in item]]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_is_refused_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--policy", "qfilter", "--out", "x", "--device", "cuda"]
+    assert main(["calibrate", "--model", str(MODEL_PATH), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--device must be one that torch finds here, got 'cuda': ")
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "load", lambda *_, **__: pytest.fail("it began"))
+    (tmp_path / "file").write_text("")
+    options = ["--policy", "qfilter", "--out", f"{tmp_path}/file/x"]
+    assert main(["calibrate", "--model", str(MODEL_PATH), *options]) == 1
+    assert capsys.readouterr().err == f"--out {tmp_path}/file/x: Not a directory\n"
+
+
+def test_ctrl_c_keeps_the_statistics_of_the_chunks_that_were_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = LlamaForCausalLM.forward
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return read(*arguments, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", interrupted)
+    (tmp_path / "text.txt").write_text("tax 9 goods 6 " * 1000)
+    options = ["--policy", "qfilter", "--text", str(tmp_path / "text.txt")]
+    out = tmp_path / "it.safetensors"
+    assert main(["calibrate", "--model", str(MODEL_PATH), *options, "--out", str(out)]) == 130
+    captured = capsys.readouterr()
+    assert captured.err == "stopped after 1 of 4 chunks\n"
+    assert files.describe(out)["tokens"] == str(CHUNK)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "--model", "/nope", "--policy", "qfilter", "--out", "x"]) == 1
+    assert capsys.readouterr().err == "--model /nope: there is no folder '/nope'\n"

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,7 @@ from bench.every_policy import COMBINATIONS, EVERY, statistics
 from bench.kvpress import ENVIRONMENT
 from compressed_cache import CompressedCache, compress
 from compressed_cache.__main__ import main
-from compressed_cache.eval.catalogue import entries, page
+from compressed_cache.eval.catalogue import entries, entry, page
 from compressed_cache.eval.catalogue.docstrings import text_of
 from compressed_cache.eval.catalogue.entries import Entry
 from compressed_cache.eval.catalogue.presses import FORK, KVPRESS, PRESSES, PressEquivalent
@@ -24,15 +25,15 @@ from compressed_cache.policies.capabilities import ReadsTwice
 from compressed_cache.reasoner.tokenizer import build_tokenizer
 from tests.conftest import distinct_tokens
 
-ENTRIES = {entry.name: entry for entry in (*entries.policies(), *entries.modifiers())}
+ENTRIES = {entry.name: entry for entry in entries.every()}
 EVICTING = [entry for entry in entries.policies() if entry.evicts]
 
 
 def test_every_policy_and_modifier_has_an_entry() -> None:
     assert list(ENTRIES) == [*POLICIES, *MODIFIERS]
-    tables = page.tables(entries.policies(), entries.modifiers())
-    for name, entry in ENTRIES.items():
-        assert f"[`{name}`]({entry.file})" in tables
+    tables = page.tables(entries.every())
+    for name, one in ENTRIES.items():
+        assert f"[`{name}`]({one.file})" in tables
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=list(ENTRIES))
@@ -139,6 +140,41 @@ def test_the_command_prints_all_or_one(capsys: pytest.CaptureFixture[str]) -> No
     assert "Did you mean 'snapkv'?" in capsys.readouterr().err
     assert main(["policies", "--markdown"]) == 0
     assert "| [`snapkv`]" in capsys.readouterr().out
+
+
+def test_what_the_command_reads_is_what_the_classes_say() -> None:
+    assert entry.FILE.read_text() == entry.text(entries.every())
+    # As JSON has no tuples, a default that is one would be told as a list.
+    assert entry.read() == entries.every()
+
+
+@pytest.mark.parametrize("name", ["snapkv", "knorm", "caote"])
+def test_markdown_of_one_is_of_that_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policies", name, "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^\| \[`(\w+)`\]", printed, re.MULTILINE) == [name]
+    assert ENTRIES[name].deviations in printed
+    assert all(option.meaning in printed for option in ENTRIES[name].options)
+    assert main(["policies", "snapvk", "--markdown"]) == 2
+    assert main(["presses", "SnapKVPress", "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert set(re.findall(r"^\| `(\w+)`", printed, re.MULTILINE)) == {"SnapKVPress"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", ["policies snapkv", "presses SnapKVPress", "--help"])
+def test_a_look_into_a_table_does_not_wait_for_torch(arguments: str) -> None:
+    program = (
+        "import sys\n"
+        "from compressed_cache.__main__ import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "finally:\n"
+        "    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program, *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_finds_a_press(capsys: pytest.CaptureFixture[str]) -> None:

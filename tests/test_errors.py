@@ -506,6 +506,28 @@ def test_files_that_are_not_a_saved_cache_are_refused(
     assert CompressedCache.load(tmp_path / "own", policy=Whole()).get_seq_length() == 20
 
 
+def test_a_file_that_cannot_be_written_is_named_and_the_cache_stays(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    cache = CompressedCache("h2o", 16)
+    model(distinct_tokens(1, 20), past_key_values=cache)
+    with pytest.raises(FileNotFoundError, match=r"^path must be in a folder that is there, got '/"):
+        cache.save(tmp_path / "missing" / "cache.safetensors")
+    with pytest.raises(OSError, match=rf"^'{tmp_path}' cannot be written: .*directory"):
+        cache.save(tmp_path)
+    cache.save(tmp_path / "cache.safetensors")
+    assert CompressedCache.load(tmp_path / "cache.safetensors").get_seq_length() == 20
+
+
+def test_a_model_is_no_config(model: LlamaForCausalLM) -> None:
+    message = "config must be a model's config, got a LlamaForCausalLM. Use config=model.config"
+    with pytest.raises(TypeError) as error:
+        CompressedCache("h2o", 64, config=model)  # type: ignore[arg-type]
+    assert str(error.value) == message
+    with pytest.raises(TypeError, match=r"^config must be a model's config, got a str$"):
+        CompressedCache("h2o", 64, config="some/model")  # type: ignore[arg-type]
+
+
 def test_policy_objects_are_accepted(model: LlamaForCausalLM) -> None:
     cache = CompressedCache(RKV(window=4, mix_lambda=0.5), 16)
     model.generate(distinct_tokens(1, 20), past_key_values=cache, max_new_tokens=8)

@@ -14,7 +14,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache import CompressedCache
+from compressed_cache.__main__ import main
 from compressed_cache.integrations.harness.arguments import take_press
+from compressed_cache.policies.methods.keydiff import KeyDiff
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import make_problem
 from compressed_cache.tasks.record import Record, Reply
@@ -365,6 +367,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"kv_press='snapkv': budget must be .*'many'",
     ),
     (
+        {"kv_press": "h2o", "kv_budget": 30, "kv_protect_prompt": True},
+        ValueError,
+        rf"^{EASY}, document 0: budget must be at least prompt \+ 1 with protect_prompt=True",
+    ),
+    (
         {"kv_press": "snapkv", "max_length": 300},
         ValueError,
         r"reasoning_shipped_easy: the prompt of document 0 has 40 tokens and its reply may have "
@@ -383,6 +390,41 @@ def test_bad_arguments_are_refused_before_the_weights_are_loaded(
 ) -> None:
     with pytest.raises(kind, match=message):
         evaluate([EASY], limit=2, model_args=arguments)
+
+
+def test_a_refusal_while_generating_leaves_no_frames_and_no_bar_of_theirs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # With a budget of each layer, the prompt is met when it is read.
+    budgets = "/".join(["30"] * 4)
+    arguments = {"kv_press": "h2o", "kv_budget": budgets, "kv_protect_prompt": True}
+    with pytest.raises(ValueError, match=r"^budget must be at least prompt") as caught:
+        evaluate([EASY], limit=2, model_args=arguments)
+    names = [Path(entry.path).name for entry in caught.traceback]
+    assert "huggingface.py" not in names and names[-1] == "adapter.py"
+    # Closed before the traceback is printed.
+    assert "Running generate_until requests" in capsys.readouterr().err
+
+
+def test_other_errors_while_generating_keep_their_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    # By PyTorch, in a line of this package.
+    monkeypatch.setattr(KeyDiff, "scores", lambda *_: None)
+    with pytest.raises((AttributeError, TypeError)) as caught:
+        evaluate([EASY], limit=2, model_args=H2O | {"kv_press": "keydiff"})
+    assert "huggingface.py" in [Path(entry.path).name for entry in caught.traceback]
+
+
+@pytest.mark.slow
+def test_eval_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", "hf", "--tasks", EASY, "--limit", "1", "--device", "cpu"]
+    arguments = f"pretrained={MODEL_PATH},kv_press=h2o,kv_budget=30,kv_protect_prompt=True"
+    monkeypatch.setattr("sys.argv", ["x"])
+    assert main(["eval", *options, "--model_args", arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(f"{EASY}, document 0: budget must be at least prompt")
+    assert "Traceback" not in error and error.count("budget must be") == 1
 
 
 @pytest.mark.usefixtures("no_weights")

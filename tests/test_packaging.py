@@ -62,6 +62,7 @@ def test_the_wheel_puts_only_compressed_cache_on_top_of_site_packages(tmp_path: 
     for folder in MAPPED:
         assert f"compressed_cache/{folder}/__init__.py" in names
     assert "compressed_cache/py.typed" in names
+    assert "compressed_cache/eval/catalogue/entries.json" in names
     assert "compressed_cache/reasoner/model/model.safetensors" in names
     # Used from elsewhere, with the dependencies of this environment and nothing of this checkout.
     site = tmp_path / "site"

@@ -11,8 +11,9 @@ import torch
 from lm_eval.utils import simple_parse_args_string
 from transformers import LlamaForCausalLM
 
+import compressed_cache
 from bench import readme
-from compressed_cache import CompressedCache, policies
+from compressed_cache import CompressedCache, policies, telemetry
 from compressed_cache.__main__ import main
 from compressed_cache.integrations.harness.arguments import take_press
 from tests.conftest import distinct_tokens
@@ -62,7 +63,7 @@ def test_the_policy_of_the_readme_runs(model: LlamaForCausalLM) -> None:
 
 def test_a_combination_is_the_same_in_python_and_in_arguments() -> None:
     section = TEXT[TEXT.index("### Combine") : TEXT.index("### Coming from kvpress")]
-    (source,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    source, of_objects = re.findall(r"```python\n(.*?)```", section, re.S)
     (arguments,) = re.findall(r"```\n(kv_.*?)\n```", section, re.S)
     names: dict[str, Any] = {"CompressedCache": CompressedCache}
     exec(source, names)
@@ -71,9 +72,18 @@ def test_a_combination_is_the_same_in_python_and_in_arguments() -> None:
     cache = press.make_cache()
     assert (cache.policy, cache.rules) == (names["cache"].policy, names["cache"].rules)
     assert cache.policy.label in source
-    (written,) = re.findall(r"`(PrefillDecode\(.*?)`", section)
-    made = eval(written.replace("MyPolicy", "KNorm"), vars(policies))
-    assert made == policies.make_policy("knorm/h2o")
+    names["MyPolicy"] = policies.POLICIES["knorm"]
+    exec(of_objects, names)
+    assert names["cache"].policy == policies.make_policy("knorm/h2o")
+
+
+def test_every_class_that_an_example_calls_is_imported_in_one() -> None:
+    code = "".join(re.findall(r"```python\n(.*?)```", TEXT, re.S))
+    ours = {*compressed_cache.__all__, *vars(policies), *telemetry.__all__}
+    called = {name for name in ours if re.search(rf"\b{name}\(", TEXT)} - {"decode", "compress"}
+    assert called >= {"CompressedCache", "PrefillDecode", "H2O"}
+    for name in called:
+        assert re.search(rf"from compressed_cache\S* import .*\b{name}\b", code), name
 
 
 def test_the_plan_of_a_sweep_is_what_the_command_prints(

@@ -2,6 +2,11 @@
 
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +14,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache.__main__ import main
-from compressed_cache.eval.demo.measure import CORE, STEPS, Exam, Setting, settings
+from compressed_cache.eval.demo import measure
+from compressed_cache.eval.demo.measure import CORE, STEPS, Exam, Row, Setting, settings
+from compressed_cache.eval.report.rows import groups, of_demo
 from compressed_cache.eval.results.row import Agreement, read
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import extract_answer, make_problem, split_of
@@ -143,6 +150,99 @@ def test_with_another_model_the_demo_is_agreement_and_goes_on_where_it_was(
     assert main(command) == 0
     assert (tmp_path / "shipped" / "results.jsonl").read_bytes() == before
     assert "h2o" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A demo of a moment, as typed."""
+    monkeypatch.setattr(measure, "STEPS", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    few = ["--problems", "2", "--workers", "1", "--out", str(tmp_path)]
+    return ["demo", *few, "--policies"]
+
+
+def test_a_row_that_cannot_be_is_a_dash_and_the_others_stay(
+    small_demo: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*small_demo, "full,pyramidkv,kvzip", "--budgets", "80"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "pyramidkv 80 kept - - - - -" in printed and "kvzip 80 - - - - - -" in printed
+    assert "- pyramidkv, budget 80 + prompt: budget must be at least prompt + 1" in printed
+    assert "- kvzip, budget 80: 'kvzip' ranks a prompt by a second pass" in printed
+    document = json.loads((tmp_path / "demo.json").read_text())
+    settings = [(row["policy"], row["protect_prompt"]) for row in document["rows"]]
+    assert settings == [("full", False), ("pyramidkv", False)]
+    assert len(document["refused"]) == 3
+    (group,) = groups(of_demo(document, "demo.json"))
+    assert len(group) == 2
+
+
+def test_what_the_demo_has_measured_is_kept_when_it_is_stopped(
+    small_demo: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    take = Exam.take
+
+    def take_one(exam: Exam, setting: Setting) -> Row:
+        if setting.policy == "full":
+            return take(exam, setting)
+        # What there is so far is in the file.
+        assert len(json.loads((tmp_path / "demo.json").read_text())["rows"]) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Exam, "take", take_one)
+    assert main([*small_demo, "full,h2o", "--budgets", "64"]) == 130
+    captured = capsys.readouterr()
+    assert captured.err == "stopped after 1 of 3 rows\n"
+    assert "full" in captured.out
+    assert len(json.loads((tmp_path / "demo.json").read_text())["rows"]) == 1
+    assert (tmp_path / "demo.png").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Exam, "__init__", lambda *_, **__: pytest.fail("it began"))
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", f"{tmp_path}/file/demo"]) == 1
+    assert capsys.readouterr().err == f"--out {tmp_path}/file/demo: Not a directory\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_processes_of_a_demo_at_once(tmp_path: Path) -> None:
+    options = ["--problems", "1", "--workers", "2", "--out", str(tmp_path), "--budgets", "64"]
+    command = [sys.executable, "-m", "compressed_cache", "demo", *options]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "demo.json").exists():
+        assert running.poll() is None
+        time.sleep(0.1)
+    # As a terminal does, to all of them.
+    os.killpg(running.pid, signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert re.fullmatch(r"stopped after \d+ of 17 rows\n", errors)
+    assert json.loads((tmp_path / "demo.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("prompt", [[], ["--prompt", "two plus two"]])
+def test_a_model_that_is_not_there_is_one_line(
+    prompt: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--model", "/nope", "--out", str(tmp_path), *prompt])
+    assert capsys.readouterr().err == "--model /nope: there is no folder '/nope'\n"
+
+
+def test_a_policy_that_cannot_serve_a_prompt_is_a_dash_among_texts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--policies", "kvzip,h2o", "--budgets", "8", "--max-new-tokens", "3"]
+    assert main(["demo", "--model", str(MODEL_PATH), "--prompt", "tax 9", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "refused: 'kvzip' ranks a prompt by a second pass" in printed
+    assert re.search(r"kvzip +. 8 +. - +. - +. - +. -", printed)
+    assert re.search(r"h2o +. 8 +. 3 ", printed)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from compressed_cache.eval.report.svg import Picture
 from compressed_cache.eval.report.tables import MISSING, Table
 from compressed_cache.eval.report.traces import POSITIONS, Head, Losses
 from compressed_cache.telemetry import Recorder, measure
+from compressed_cache.wording import missing
 from tests.conftest import distinct_tokens
 from tests.reports import (
     PROMPT,
@@ -293,7 +295,7 @@ def test_without_a_package_the_extra_is_named() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr == "jinja2 is missing: pip install 'compressed-cache[report]'\n"
+    assert done.stderr == f"{missing('jinja2', 'report')}\n"
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -347,6 +349,66 @@ def test_rows_are_named_by_the_options_that_tell_them_apart(tmp_path: Path) -> N
     ]
     found = read([str(write_sweep(tmp_path / "results.jsonl", rows))]).rows
     assert list(series(found)) == ["h2o (recent=4)", "h2o (recent=8)", "knorm"]
+
+
+def test_a_policy_is_one_line_as_it_was_asked_for(tmp_path: Path) -> None:
+    def rows(given: dict[str, int] | None, **options: int | None) -> list[dict[str, Any]]:
+        # Where nothing is asked for, recent is half a budget.
+        return [
+            result("h2o", budget, "10", options={"recent": budget // 2} | options, given=given)
+            for budget in (64, 128)
+        ]
+
+    def lines(*rows: list[dict[str, Any]]) -> dict[str, list[int | None]]:
+        found = read([str(write_sweep(tmp_path / "results.jsonl", [*chain(*rows)]))]).rows
+        return {name: [row.budget for row in own] for name, own in series(found).items()}
+
+    assert lines(rows({})) == {"h2o": [64, 128]}
+    # A file of before this was kept.
+    assert lines(rows(None)) == {"h2o": [64, 128]}
+    # At one budget it is the default.
+    asked = rows({"recent": 32}, recent=32)
+    assert lines(rows({}), asked) == {
+        "h2o": [64, 128],
+        "h2o (recent=32)": [64, 128],
+    }
+
+
+@pytest.mark.parametrize("given", [{}, None])
+def test_seeds_of_a_policy_that_draws_are_one_line_and_one_comparison(
+    given: dict[str, int] | None, tmp_path: Path
+) -> None:
+    rows = [result("full", None, "11", seed=seed) for seed in (0, 1)]
+    rows += [
+        result("random", budget, "10", seed=seed, options={"seed": seed}, given=given)
+        for seed in (0, 1)
+        for budget in (64, 128)
+    ]
+    inputs = read([str(write_sweep(tmp_path / "results.jsonl", rows))])
+    assert list(series(inputs.rows)) == ["full", "random"]
+    (table,) = comparison(inputs.results)[0].tables
+    assert texts(table, "budget") == ["64", "128"]
+    assert texts(table, "seeds") == ["2", "2"]
+
+
+def test_a_policy_has_the_same_colour_in_every_figure_of_a_page() -> None:
+    def looks(lines: dict[str, Curve]) -> list[dict[str, tuple[str, str]]]:
+        drawn = [figures.curves(part, x="x", y="y").axes[0] for part in figures.panels(lines)]
+        return [
+            {str(one.get_label()): (to_hex(one.get_color()), str(one.get_marker())) for one in own}
+            for own in (axes.get_lines() for axes in drawn)
+        ]
+
+    names = ["full", *(f"policy {number}" for number in range(7)), "random"]
+    with figures.same_looks():
+        first = looks({name: Curve([1, 2], [3, 4]) for name in names})
+        again = looks({name: Curve([1, 2], [3, 4]) for name in [*reversed(names), "another"]})
+    assert sorted(map(len, first)) == [2 + 3, 2 + 4]
+    known = {name: look for part in first for name, look in part.items()}
+    for part in again:
+        assert len({colour for colour, _ in part.values()}) == len(part)
+        assert all(known.get(name, look) == look for name, look in part.items())
+    assert {name for part in again for name in part} == {*names, "another"}
 
 
 def test_each_line_is_in_one_figure_and_what_they_are_compared_with_in_all() -> None:

@@ -13,7 +13,9 @@ import pytest
 from compressed_cache.eval.report.inputs import read
 from compressed_cache.eval.report.page import page as make_page
 from compressed_cache.eval.report.page import write
+from compressed_cache.eval.results.row import append
 from tests.reports import one_of_each
+from tests.results import make_agreement
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator
@@ -33,7 +35,11 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    write(make_page(read(one_of_each(folder))), folder / "report.html")
+    options = {"protect_prompt": True, "window": 32, "kernel_size": 5, "pool": "mean"}
+    for policy in ("random", "streaming_llm+key_rerotation"):
+        append(folder / "agreement.jsonl", make_agreement(policy=policy, options=options))
+    paths = [*one_of_each(folder), str(folder / "agreement.jsonl")]
+    write(make_page(read(paths)), folder / "report.html")
     return folder / "report.html"
 
 
@@ -184,6 +190,31 @@ def test_on_a_phone_only_tables_are_wider_than_the_screen(visit: Callable[..., V
         """() => [...document.querySelectorAll(".scroll")]
           .some((each) => each.scrollWidth > each.clientWidth)"""
     )
+
+
+TABLES = """async () => {
+  await new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(go)));
+  return [...document.querySelectorAll(".scroll")].map((each) => ({
+    name: each.getAttribute("aria-label"),
+    columns: each.querySelectorAll("th").length,
+    isCut: each.scrollWidth > each.clientWidth,
+    sign: each.previousElementSibling.hidden ? "" : each.previousElementSibling.textContent,
+  }));
+}"""
+
+
+def test_tables_are_whole_on_a_desktop_and_say_that_they_scroll_on_a_phone(
+    visit: Callable[..., Visit],
+) -> None:
+    tables = visit("desktop").page.evaluate(TABLES)
+    assert max(table["columns"] for table in tables) >= 18
+    assert [table["name"] for table in tables if table["isCut"] or table["sign"]] == []
+    tables = visit("phone").page.evaluate(TABLES)
+    cut = [table for table in tables if table["isCut"]]
+    assert len(cut) > 5
+    for table in tables:
+        sign = f"{table['columns']} columns, more of them to the right →"
+        assert table["sign"] == (sign if table["isCut"] else "")
 
 
 @pytest.mark.parametrize("screen", SCREENS)

@@ -15,6 +15,7 @@ from compressed_cache.eval.results.row import FILE, Result, read
 from compressed_cache.eval.sweep import estimate, tasks
 from compressed_cache.eval.sweep.folder import RESULT, Folder, write_error
 from compressed_cache.eval.sweep.plan import Cell, Plan
+from compressed_cache.wording import missing
 from tests.results import make_result, typed
 
 EASY = "reasoning_shipped_easy"
@@ -135,6 +136,59 @@ WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
     ),
     "no seeds": ({"seeds": "0"}, [r"--seeds must be >= 1, got 0"]),
     "no limit": ({"limit": "-1"}, [r"--limit must be >= 1, got -1"]),
+    "all options at once": (
+        {
+            "batch_size": "0",
+            "seeds": "0",
+            "limit": "-1",
+            "gpus_per_cell": "0.5",
+            "metadata": "{",
+            "gen_kwargs": "sample",
+            "model_args": "kv_budget=3",
+            "policy_args": "windw=4",
+            "policies": "h2o,snapvk",
+            "budgets": "64",
+            "tasks": "none_such",
+            "model": "/nowhere",
+        },
+        [
+            r"^--seeds must be >= 1, got 0$",
+            r"^--limit must be >= 1, got -1$",
+            r"^--batch-size must be >= 1, got 0$",
+            r"^--gpus-per-cell must come with --ray$",
+            r"^--gen-kwargs must be NAME=VALUE",
+            r"^--model-args must not have kv_budget",
+            r"^--metadata must be a JSON object",
+            r"^--tasks: unknown task 'none_such'",
+            r"^--model /nowhere: there is no folder '/nowhere'$",
+            r"^--policies: unknown policy 'snapvk'",
+            r"^h2o at 64: unknown option 'windw'",
+        ],
+    ),
+    "prompts that do not fit": (
+        {
+            "policies": "full,h2o,random",
+            "policy_args": "protect_prompt=true",
+            "budgets": "32,64",
+            "seeds": "2",
+        },
+        [
+            rf"^h2o at 32 on {EASY}: budget must be at least prompt \+ 1 .* got 32",
+            rf"^random at 32 on {EASY}: budget must be at least prompt \+ 1 .* got 32",
+        ],
+    ),
+    "a policy that reads twice": (
+        {"policies": "kvzip", "budgets": "64"},
+        [r"^kvzip at 64: 'kvzip' ranks a prompt by a second pass"],
+    ),
+    "a dtype that is none": (
+        {"dtype": "bf16"},
+        [r"^--dtype must be one of 'auto', .*, got 'bf16'\. Did you mean 'bfloat16'\?$"],
+    ),
+    "a dtype among the others": (
+        {"model_args": "dtype=int8"},
+        [r"^--dtype must be one of .*, got 'int8'$"],
+    ),
     "a share of no cluster": ({"gpus_per_cell": "0.5"}, [r"--gpus-per-cell must come with --ray"]),
 }
 
@@ -153,6 +207,28 @@ def test_all_that_is_wrong_is_said_before_anything_runs(
     for line, message in zip(lines, messages, strict=True):
         assert re.search(message, line), line
     assert not out.exists()
+
+
+@pytest.mark.parametrize("separator", [",", " ", ", "])
+def test_lists_may_have_spaces(
+    separator: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budgets, policies = separator.join(["64", "80"]), separator.join(["full", "h2o"])
+    typed = arguments(tmp_path / "sweep", budgets=budgets, policies=policies)
+    assert main([*typed, "--dry-run"]) == 0
+    assert f"| {EASY} | h2o | 64,80 | 1 | 2 | 0 | 0 |" in capsys.readouterr().out
+
+
+def test_what_is_no_number_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(tmp_path, budgets="128,25x"))
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(
+            "argument --budgets: must be whole numbers with commas between, e.g. 128,256, got '25x'"
+        )
+    )
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(
@@ -310,10 +386,11 @@ def test_a_folder_that_cannot_be_written_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert main(arguments(tmp_path / "file" / "sweep")) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"--out {tmp_path}/file/sweep: ")
-    assert "Not a directory" in line
+    for dry in ([], ["--dry-run"]):
+        assert main([*arguments(tmp_path / "file" / "sweep"), *dry]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"--out {tmp_path}/file/sweep: ")
+        assert "Not a directory" in line
 
 
 def test_a_cluster_that_is_not_there_is_named(
@@ -333,7 +410,7 @@ def test_ray_is_asked_for_where_it_is_missing(
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*arguments(tmp_path / "sweep"), "--ray=auto"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "ray is missing: pip install 'compressed-cache[cluster]'"
+    assert line == missing("ray", "cluster")
     assert not (tmp_path / "sweep").exists()
 
 

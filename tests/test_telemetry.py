@@ -1,6 +1,7 @@
 """What a run took: exact by a clock made for it, the same text, the same graphs."""
 
 import csv
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -279,6 +280,12 @@ def timing() -> Timing:
         peak_rss_bytes=1 << 40,
         step_s=(0.1, 0.2),
     )
+
+
+def test_what_is_printed_of_a_timing_is_short(timing: Timing) -> None:
+    long = dataclasses.replace(timing, step_s=(0.01,) * 2048)
+    assert len(repr(long)) < 320
+    assert "tokens_per_s=" in repr(long) and "step_s" not in repr(long)
 
 
 def test_json_has_every_field(timing: Timing, tmp_path: Path) -> None:

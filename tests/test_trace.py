@@ -388,7 +388,7 @@ def test_a_missing_pyarrow_is_told_in_one_line(
     trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'compressed-cache\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '/.*\[report\]'"):
         trace.write(tmp_path / "run.parquet")
 
 

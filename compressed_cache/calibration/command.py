@@ -1,18 +1,21 @@
 """What the calibrate command does with its options."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
+import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache.calibration.recording import chunks, collect
 from compressed_cache.calibration.statistics import STATISTICS
+from compressed_cache.hf.loading import load
 from compressed_cache.policies import statistics_file as files
 from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.tensorfile import check_folder
 from compressed_cache.wording import nearest
 
 CORPUS = Path(__file__).parent / "corpus.txt"
@@ -25,22 +28,28 @@ def run(options: argparse.Namespace) -> int:
     if problem := _problem(options):
         print(problem, file=sys.stderr)
         return 2
+    out = Path(options.out)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model: Any = AutoModelForCausalLM.from_pretrained(options.model)
+        check_folder(out.parent)
     except OSError as error:
+        print(f"--out {out}: {error.strerror}", file=sys.stderr)
+        return 1
+    try:
+        tokenizer, model = load(options.model, device=options.device)
+    except ValueError as error:
         print(f"--model {options.model}: {error}", file=sys.stderr)
         return 1
-    model.eval().to(options.device)
     texts = _texts(options.model, options.text)
     pieces = chunks((tokenizer(text).input_ids for text in texts), limit=options.tokens)
+    done: list[list[int]] = []
     try:
-        layers = collect(model, tqdm(pieces, unit="chunk", disable=None), options.policy)
+        read = _until_interrupted(pieces, done)
+        shown = tqdm(read, total=len(pieces), unit="chunk", disable=None)
+        layers = collect(model, shown, options.policy)
     except (NotImplementedError, ValueError) as error:
         print(f"--model {options.model}: {error}", file=sys.stderr)
         return 1
-    out = Path(options.out)
-    tokens = sum(map(len, pieces))
+    tokens = sum(map(len, done))
     files.save(
         out,
         policy=options.policy,
@@ -50,7 +59,32 @@ def run(options: argparse.Namespace) -> int:
         layers=layers,
     )
     print(f"{len(layers)} layers, {tokens} tokens, {out.stat().st_size} bytes: {out}")
+    if len(done) < len(pieces):
+        print(f"stopped after {len(done)} of {len(pieces)} chunks", file=sys.stderr)
+        return 130
     return 0
+
+
+def _until_interrupted(pieces: Iterable[list[int]], done: list[list[int]]) -> Iterator[list[int]]:
+    """The pieces, up to the one at which Ctrl-C is pressed; a second Ctrl-C ends the program.
+
+    A piece that was broken off would be in the sums of some layers only.
+    """
+    stopping = threading.Event()
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        for piece in pieces:
+            if stopping.is_set():
+                return
+            yield piece
+            done.append(piece)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _problem(options: argparse.Namespace) -> str | None:
@@ -61,6 +95,13 @@ def _problem(options: argparse.Namespace) -> str | None:
         )
     if options.tokens < 1:
         return f"--tokens must be >= 1, got {options.tokens}"
+    try:
+        torch.empty(0, device=options.device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        return f"--device must be one that torch finds here, got {options.device!r}: {reason}"
+    if Path(options.out).is_dir():
+        return f"--out must name a file, got the folder {options.out}"
     missing = [path for path in options.text or [] if not Path(path).is_file()]
     return f"--text must name files, got {missing}" if missing else None
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from compressed_cache.hf.module_identity import ModuleIdentity
@@ -252,7 +253,11 @@ def check_attention(layer: int, module: Any, arguments: dict[str, Any]) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Raises ``NotImplementedError`` for a model whose config tells that it cannot be served."""
+    """Raises ``NotImplementedError`` for a model whose config tells that it cannot be served, and
+    ``TypeError`` for what is no config."""
+    if not isinstance(config, PreTrainedConfig):
+        hint = ". Use config=model.config" if hasattr(config, "config") else ""
+        raise TypeError(f"config must be a model's config, got a {type(config).__name__}{hint}")
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError(
             _refusal("an encoder-decoder model attends to its encoder, where nothing is decoded")

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compressed_cache.policies import hub_files
 from compressed_cache.policies.hub_files import HubFormat
 from compressed_cache.policies.view import LayerContext
 from compressed_cache.reasoner import MODEL_PATH
-from compressed_cache.tensorfile import check_finite, opened
+from compressed_cache.tensorfile import check_finite, opened, write
 
 FORMAT = "compressed-cache statistics 1"
 SHIPPED = MODEL_PATH / "calibration"
@@ -103,7 +102,7 @@ def save(
         "tokens": str(tokens),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata)
+    write(path, tensors, metadata)
 
 
 def describe(path: str | Path) -> dict[str, str]:

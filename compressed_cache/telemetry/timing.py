@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Timing:
     """Most bytes PyTorch had of the CUDA devices since the start, None on a CPU."""
     peak_rss_bytes: int | None
     """Most bytes of host memory this process ever had, None where the system does not say."""
-    step_s: tuple[float, ...]
+    step_s: tuple[float, ...] = field(repr=False)
     """Seconds of each decode step, from one token to the next: choosing it is included."""
 
     def write_json(self, path: str | Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compressed_cache.wording import missing
+
 FORMAT = "1"
 KEY = b"compressed_cache"
 
@@ -196,6 +198,4 @@ def _arrow() -> tuple[Any, Any]:
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error.name} is missing: pip install 'compressed-cache[report]'", name=error.name
-        ) from None
+        raise ModuleNotFoundError(missing(error.name, "report"), name=error.name) from None

@@ -7,8 +7,10 @@ arguments every method does what it did.
 import functools
 import hashlib
 import importlib.metadata
+import linecache
 import logging
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +73,14 @@ def change_press(model: Any, press: PressArguments) -> None:
     model.compressed_cache = Session(press, model.compressed_cache.arguments)
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether this package raised an error itself, so that its message says all."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    # What PyTorch raises has its last frame here, too.
+    code = linecache.getline(frame.f_code.co_filename, line).strip()
+    return frame.f_globals["__name__"].startswith("compressed_cache.") and code.startswith("raise ")
+
+
 def _wrap(original: Any, wrapper: Any) -> Any:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,10 +120,18 @@ def generate_until(original: Any, self: Any, requests: Any, *args: Any, **kwargs
         return original(self, requests, *args, **kwargs)
     hook = self.cache_hook
     self.cache_hook = session.meter.listen(hook)
+    refused, texts = None, []
     try:
         texts = original(self, requests, *args, **kwargs)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        # Its frames hold the harness's progress bar, whose last state would stand below it.
+        refused = error.with_traceback(None)
     finally:
         self.cache_hook = hook
+    if refused is not None:
+        raise refused
     replies = session.meter.replies(requests, texts)
     _warn_without_eviction(session.press, requests, replies)
     return replies

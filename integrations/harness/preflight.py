@@ -19,7 +19,8 @@ def check_tasks(lm: Any, arguments: Mapping[str, Any], run: Mapping[str, Any] | 
         run: what ``simple_evaluate`` is given, None if nobody called it.
 
     Raises:
-        ValueError: a broken row, or a prompt that leaves no room for the reply.
+        ValueError: a broken row, a prompt that leaves no room for the reply, or one that is to be
+            protected and does not fit the budget.
         FileNotFoundError: no local rows where the user said they are.
         RuntimeError: a dataset that the hub does not give.
     """
@@ -73,8 +74,12 @@ def _template_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _check_prompts(
     lm: Any, task: Any, run: Mapping[str, Any], limit: int, template: dict[str, Any]
 ) -> None:
+    import torch
     from lm_eval.models.utils import normalize_gen_kwargs
 
+    from compressed_cache.hf.checks import check_prompt
+
+    eviction = lm.compressed_cache.press.make_cache(config=lm.config).eviction
     arguments = dict(task.config.generation_kwargs) | dict(run["gen_kwargs"] or {})
     normal: dict[str, Any] = {**normalize_gen_kwargs(arguments, lm.max_gen_toks)}
     reply = normal["max_gen_toks"]
@@ -88,6 +93,12 @@ def _check_prompts(
                 f"replies (--gen_kwargs max_gen_toks={max(1, limit - tokens)}) or, if the model "
                 "can read more, raise max_length in --model_args."
             )
+        # Budgets of layers or heads of their own are known only once a model reads.
+        if isinstance(eviction.budget, int):
+            try:
+                check_prompt(torch.tensor([tokens]), eviction, eviction.budget)
+            except ValueError as error:
+                raise ValueError(f"{task.config.task}, document {number}: {error}") from None
 
 
 def prompts(

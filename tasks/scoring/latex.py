@@ -6,6 +6,7 @@ from typing import Any
 
 from compressed_cache.tasks.scoring.numbers import parse_number
 from compressed_cache.tasks.scoring.plain import plain, unbracketed
+from compressed_cache.wording import missing
 
 _SECONDS = 5
 _BASE = re.compile(r"_\{?(\d+)\}?$")
@@ -62,9 +63,7 @@ def _verified(answer: str, gold: str) -> bool:
     try:
         import math_verify
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{error.name} is missing: pip install 'compressed-cache[eval]'"
-        ) from error
+        raise ImportError(missing(error.name, "eval")) from error
     # Its timeouts are signals, which only the main thread gets.
     main = threading.current_thread() is threading.main_thread()
     seconds: Any = _SECONDS if main else None

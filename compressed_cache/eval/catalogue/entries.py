@@ -1,12 +1,13 @@
 """Every policy and modifier with what a reader has to know, taken from its class."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
 import torch
 
 from compressed_cache.eval.catalogue.docstrings import fields_of, text_of
+from compressed_cache.eval.catalogue.entry import BUDGET, HEAD_DIM, Entry, Option
 from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.policies import MODIFIERS, POLICIES, Modifier, Policy
 from compressed_cache.policies.base import Defaults
@@ -22,45 +23,10 @@ from compressed_cache.stores import store_for
 from compressed_cache.stores.bound_policy import BoundPolicy
 from compressed_cache.stores.slots import SlotStore
 
-BUDGET = 256
-"""Where defaults are told."""
-HEAD_DIM = 128
-"""Where the size of the query ring is told, in bfloat16."""
 
-
-@dataclass(frozen=True)
-class Option:
-    """A field of a policy."""
-
-    name: str
-    type: str
-    default: Any
-    meaning: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A policy, or a modifier with what it adds to the policy before it."""
-
-    name: str
-    file: str
-    summary: str
-    papers: tuple[str, ...]
-    evicts: bool
-    phases: str
-    """When it does."""
-    needs: tuple[str, ...]
-    """What it looks at beside keys and positions."""
-    bytes_per_slot: int
-    """State of each slot of a key/value head, beside key, value and position."""
-    bytes_per_query_head: int
-    """State of each query head of a layer that does not grow with the slots."""
-    defaults: dict[str, int | bool]
-    """What ``None`` means at :data:`BUDGET`, where it is not 0 (1 for ``interval``)."""
-    options: tuple[Option, ...]
-    deviations: str
-    works_on: tuple[str, ...]
-    """Of a modifier: the policies it may stand behind."""
+def every() -> list[Entry]:
+    """All policies, then all modifiers."""
+    return [*policies(), *modifiers()]
 
 
 @cache

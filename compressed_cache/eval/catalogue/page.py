@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from compressed_cache.eval.catalogue.entries import BUDGET, HEAD_DIM, Entry, Option
+from compressed_cache.eval.catalogue.entry import BUDGET, HEAD_DIM, Entry, Option
 from compressed_cache.eval.catalogue.presses import KVPRESS, PressEquivalent
 from compressed_cache.wording import markdown
 
@@ -37,20 +37,13 @@ def press(row: PressEquivalent) -> str:
     return "\n".join([*lines, *([_indented(_bare(row.note))] if row.note else [])])
 
 
-def tables(policies: Sequence[Entry], modifiers: Sequence[Entry]) -> str:
+def tables(entries: Sequence[Entry]) -> str:
     """The Policies section of the README."""
-    entries = [*policies, *modifiers]
-    options = [
-        [f"`{entry.name}`", f"`{_typed(option)}`", option.meaning]
-        for entry in entries
-        for option in entry.options
-    ]
-    header = ("in one line", "paper", "evicts at", "looks at", "state", f"defaults at {BUDGET}")
-    added = ("in one line", "paper", "works at", "looks at", "state", "behind")
-    behind = len([policy for policy in policies if policy.evicts])
+    policies = [entry for entry in entries if not entry.is_modifier]
+    modifiers = [entry for entry in entries if entry.is_modifier]
     return "\n".join(
         [
-            _table(["policy", *header], [[*_cells(e), _defaults(e) or "-"] for e in policies]),
+            _policies(policies),
             "",
             "*Looks at*: beside keys and positions. *State*: beside key, value and position, in "
             "each slot of a key/value head, and where queries are looked at, in each layer for "
@@ -61,15 +54,9 @@ def tables(policies: Sequence[Entry], modifiers: Sequence[Entry]) -> str:
             "Modifiers go behind a policy, as in `h2o+caote`; what they look at and hold is beside "
             "what it does:",
             "",
-            _table(
-                ["modifier", *added],
-                [
-                    [*_cells(e), "any" if len(e.works_on) == behind else _names(e.works_on)]
-                    for e in modifiers
-                ],
-            ),
+            _modifiers(modifiers, any_policy=len([entry for entry in policies if entry.evicts])),
             "",
-            _folded("Options", _table(["of", "option", "meaning"], options)),
+            _folded("Options", _options(entries)),
             "",
             _folded(
                 "Where they differ from their papers",
@@ -77,6 +64,13 @@ def tables(policies: Sequence[Entry], modifiers: Sequence[Entry]) -> str:
             ),
         ]
     )
+
+
+def alone(entry: Entry) -> str:
+    """The same of one policy or modifier."""
+    row = _modifiers([entry]) if entry.is_modifier else _policies([entry])
+    options = _options([entry]) if entry.options else ""
+    return "\n\n".join(filter(None, [row, options, entry.deviations]))
 
 
 def presses(rows: Sequence[PressEquivalent]) -> str:
@@ -127,6 +121,29 @@ def _cells(entry: Entry) -> list[str]:
         _needs(entry),
         _state(entry),
     ]
+
+
+def _policies(entries: Iterable[Entry]) -> str:
+    header = ("in one line", "paper", "evicts at", "looks at", "state", f"defaults at {BUDGET}")
+    return _table(["policy", *header], [[*_cells(e), _defaults(e) or "-"] for e in entries])
+
+
+def _modifiers(entries: Sequence[Entry], any_policy: int | None = None) -> str:
+    """Those behind as many policies as there are stand behind any."""
+    header = ("in one line", "paper", "works at", "looks at", "state", "behind")
+    behind = {
+        e.name: "any" if len(e.works_on) == any_policy else _names(e.works_on) for e in entries
+    }
+    return _table(["modifier", *header], [[*_cells(e), behind[e.name]] for e in entries])
+
+
+def _options(entries: Iterable[Entry]) -> str:
+    rows = [
+        [f"`{entry.name}`", f"`{_typed(option)}`", option.meaning]
+        for entry in entries
+        for option in entry.options
+    ]
+    return _table(["of", "option", "meaning"], rows)
 
 
 def _needs(entry: Entry) -> str:

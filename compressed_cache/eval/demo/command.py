@@ -3,14 +3,25 @@
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compressed_cache.eval.demo import report, text
-from compressed_cache.eval.demo.measure import BUDGETS, CORE, Exam, rows, settings
+from compressed_cache.eval.demo.measure import (
+    BUDGETS,
+    CORE,
+    Exam,
+    Refusal,
+    Row,
+    Setting,
+    rows,
+    settings,
+)
 from compressed_cache.policies import make_policy
+from compressed_cache.tensorfile import check_folder
 
 # What the prompts and their answers exceed.
 _OF_MODELS: tuple[int, ...] = (96, 160)
@@ -43,25 +54,44 @@ def run(options: argparse.Namespace) -> int:
         budgets = options.budgets or [*_OF_MODELS]
         return agreement.run(console, options, policies, budgets)
     if options.model:
-        text.generate(console, options.model, options.prompt, policies, budgets, options)
-        return 0
+        return text.generate(console, options.model, options.prompt, policies, budgets, options)
 
+    folder = Path(options.out)
+    try:
+        check_folder(folder)
+    except OSError as error:
+        print(f"--out {folder}: {error.strerror}", file=sys.stderr)
+        return 1
+    return _on_shipped_model(console, options, settings(policies, budgets), folder)
+
+
+def _on_shipped_model(
+    console: Console, options: argparse.Namespace, planned: list[Setting], folder: Path
+) -> int:
     exam = Exam(problems=options.problems, seed=options.seed)
-    planned = settings(policies, budgets)
-    found = []
+    found: list[Row | Refusal] = []
     workers = min(options.workers, len(planned))
     threads = max(1, (os.cpu_count() or 1) // workers)
+    document = partial(report.document, exam, found, workers=workers, threads=threads)
+    status = 0
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(planned))
-        for row in rows(exam, planned, workers=workers, threads=threads):
-            found.append(row)
-            progress.update(task, advance=1, description=f"{row.policy} {row.accuracy:.0%}")
-    document = report.document(exam, found, workers=workers, threads=threads)
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write_json(document, folder / "demo.json")
-    report.draw(document, folder / "demo.png")
-    console.print(report.table(document))
+    try:
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            task = progress.add_task("", total=len(planned))
+            for row in rows(exam, planned, workers=workers, threads=threads):
+                found.append(row)
+                report.write_json(document(), folder / "demo.json")
+                told = f"{row.accuracy:.0%}" if isinstance(row, Row) else "-"
+                progress.update(task, advance=1, description=f"{row.policy} {told}")
+    except KeyboardInterrupt:
+        print(f"stopped after {len(found)} of {len(planned)} rows", file=sys.stderr)
+        status = 130
+    if not found:
+        return status
+    report.draw(document(), folder / "demo.png")
+    console.print(report.table(document()))
+    for setting, row in zip(planned, found, strict=False):
+        if isinstance(row, Refusal):
+            console.print(f"- {setting}: {row.why}", markup=False, highlight=False)
     console.print(f"written to {folder}/demo.json and {folder}/demo.png")
-    return 0
+    return status

@@ -1,17 +1,17 @@
 """Held-out problems, solved once per setting by the shipped model."""
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 from scipy.stats import binomtest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressed_cache.cache import CompressedCache
+from compressed_cache.hf.loading import load
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import extract_answer, make_problem
 from compressed_cache.versions import cache_argument
@@ -70,6 +70,16 @@ class Row:
     """Per head of the first layer, the most of all rows."""
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a setting gave nothing."""
+
+    policy: str
+    budget: int | None
+    protect_prompt: bool
+    why: str
+
+
 def settings(policies: list[str], budgets: list[int]) -> list[Setting]:
     """All rows of a demo: full once, the others at each budget with and without the prompt."""
     full = [Setting("full")] if "full" in policies else []
@@ -87,8 +97,7 @@ class Exam:
 
     def __init__(self, *, problems: int, seed: int) -> None:
         self.seed = seed
-        self.tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
+        self.tokenizer, self.model = load(MODEL_PATH)
         self.problems = [make_problem(seed + i, STEPS) for i in range(problems)]
         prompts = [problem.prompt for problem in self.problems]
         self.inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
@@ -97,7 +106,12 @@ class Exam:
         self.max_new_tokens = int(1.1 * max(traces))
 
     def take(self, setting: Setting) -> Row:
-        """Solves all problems under one setting."""
+        """Solves all problems under one setting.
+
+        Raises:
+            NotImplementedError: a policy that cannot serve the model.
+            ValueError: a setting that cannot work, such as a budget that is too small.
+        """
         cache = CompressedCache(
             setting.policy, setting.budget or 1, protect_prompt=setting.protect_prompt
         )
@@ -134,12 +148,21 @@ class Exam:
             evicted_tokens=cache.evicted_tokens,
         )
 
+    def attempt(self, setting: Setting) -> Row | Refusal:
+        """The same, or why it cannot be."""
+        try:
+            return self.take(setting)
+        except (NotImplementedError, ValueError) as error:
+            return Refusal(**asdict(setting), why=str(error))
 
-def rows(exam: Exam, planned: Sequence[Setting], *, workers: int, threads: int) -> Iterator[Row]:
+
+def rows(
+    exam: Exam, planned: Sequence[Setting], *, workers: int, threads: int
+) -> Iterator[Row | Refusal]:
     """Rows in the order planned, measured by ``workers`` processes of ``threads`` threads."""
     if workers == 1:
         torch.set_num_threads(threads)
-        yield from map(exam.take, planned)
+        yield from map(exam.attempt, planned)
         return
     with ProcessPoolExecutor(
         workers,
@@ -147,7 +170,13 @@ def rows(exam: Exam, planned: Sequence[Setting], *, workers: int, threads: int) 
         initializer=_start_worker,
         initargs=(len(exam.problems), exam.seed, threads),
     ) as pool:
-        yield from pool.map(_take, planned)
+        try:
+            yield from pool.map(_attempt, planned)
+        except BaseException:
+            # Else the pool would wait for them.
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 _worker: Exam
@@ -155,9 +184,11 @@ _worker: Exam
 
 def _start_worker(problems: int, seed: int, threads: int) -> None:
     global _worker
+    # Ctrl-C reaches all processes of a terminal; the demo itself ends these.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     _worker = Exam(problems=problems, seed=seed)
 
 
-def _take(setting: Setting) -> Row:
-    return _worker.take(setting)
+def _attempt(setting: Setting) -> Row | Refusal:
+    return _worker.attempt(setting)

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import compressed_cache
-from compressed_cache.eval.demo.measure import STEPS, Exam, Row
+from compressed_cache.eval.demo.measure import STEPS, Exam, Refusal, Row
 from compressed_cache.eval.report.figures import draw_accuracy
 from compressed_cache.eval.report.rows import of_demo, series, with_prompt
 from compressed_cache.eval.report.style import RC
@@ -32,8 +33,11 @@ COLUMNS = (
 )
 
 
-def document(exam: Exam, rows: list[Row], *, workers: int, threads: int) -> dict[str, Any]:
-    """Every number of a demo, with what produced it."""
+def document(
+    exam: Exam, found: Sequence[Row | Refusal], *, workers: int, threads: int
+) -> dict[str, Any]:
+    """Every number of a demo, with what produced it, and what was refused if anything was."""
+    refused = [asdict(each) for each in found if isinstance(each, Refusal)]
     return {
         "versions": {
             "compressed_cache": compressed_cache.__version__,
@@ -56,21 +60,29 @@ def document(exam: Exam, rows: list[Row], *, workers: int, threads: int) -> dict
             "mean_prompt_tokens": exam.inputs.attention_mask.sum(dim=1).float().mean().item(),
             "max_new_tokens": exam.max_new_tokens,
         },
-        "rows": [asdict(row) for row in rows],
-    }
+        "rows": [asdict(each) for each in found if isinstance(each, Row)],
+    } | ({"refused": refused} if refused else {})
 
 
 def write_json(document: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    """Writes the document whole or not at all."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(json.dumps(document, indent=1) + "\n")
+    beside.replace(path)
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """One row of the table, as text in the order of :data:`COLUMNS`."""
-    interval = f"[{100 * row['accuracy_low']:.0f}, {100 * row['accuracy_high']:.0f}]"
-    return (
+    """One row of the table, as text in the order of :data:`COLUMNS`; "-" where it was refused."""
+    setting = (
         row["policy"],
         "-" if row["budget"] is None else str(row["budget"]),
         "kept" if row["protect_prompt"] else "-",
+    )
+    if "why" in row:
+        return setting + ("-",) * (len(COLUMNS) - len(setting))
+    interval = f"[{100 * row['accuracy_low']:.0f}, {100 * row['accuracy_high']:.0f}]"
+    return (
+        *setting,
         f"{row['accuracy']:.0%} {interval}",
         f"{row['mean_tokens']:.0f}",
         f"{row['tokens_per_s']:.0f}",
@@ -99,7 +111,8 @@ def table(document: dict[str, Any]) -> Table:
     for column in printed.columns[3:]:
         column.justify = "right"
     group = None
-    for row in document["rows"]:
+    every = [*document["rows"], *document.get("refused", [])]
+    for row in sorted(every, key=lambda row: (row["budget"] or 0, row["protect_prompt"])):
         here = row["budget"], row["protect_prompt"]
         if group not in (None, here):
             printed.add_section()

@@ -5,14 +5,13 @@ from statistics import fmean
 
 from compressed_cache.eval.report import figures
 from compressed_cache.eval.report.parts import Part, told
-from compressed_cache.eval.report.rows import series
+from compressed_cache.eval.report.rows import PROTECT, series
 from compressed_cache.eval.report.svg import Picture
 from compressed_cache.eval.report.tables import Column, table
 from compressed_cache.eval.report.tables import field as column
 from compressed_cache.eval.results.row import Agreement
 
 MIB = 2**20
-PROTECT = "protect_prompt"
 
 
 def agreement(rows: Iterable[Agreement]) -> list[Part]:
@@ -34,9 +33,9 @@ def _part(group: Sequence[Agreement]) -> Part:
         column("agreement", "agreement %", ".1f", 0.01),
         column("agreement_se", "± %", ".1f", 0.01),
         Column("to random, points", lambda row: _to_random(row, group), "+.1f"),
-        column("divergence", "divergence, nats", ".3f"),
+        column("divergence", "KL, nats", ".3f"),
         column("divergence_se", "± nats", ".3f"),
-        column("lost", "lost log-probability", ".3f"),
+        column("lost", "lost, nats", ".3f"),
         column("first_difference", form=",.0f"),
         column("identical", "identical %", ".0f", 0.01),
         column("early_agreement", "early %", ".1f", 0.01),

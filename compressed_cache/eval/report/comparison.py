@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compressed_cache.eval.report.parts import Part, told
+from compressed_cache.eval.report.rows import PROTECT, settled
 from compressed_cache.eval.report.tables import Column, table
 from compressed_cache.eval.results.comparison import Comparison, compare
 from compressed_cache.eval.results.row import Measured, Option
-
-PROTECT = "protect_prompt"
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,10 @@ def comparison(
     refused: list[str] = []
     of_setting: dict[tuple[str, str], list[Measured]] = {}
     for row in results:
-        setting = row.policy, json.dumps(row.options, sort_keys=True)
+        setting = row.policy, json.dumps(settled(row), sort_keys=True)
         of_setting.setdefault(setting, []).append(row)
     for (policy, _), own in of_setting.items():
-        options = own[0].options
+        options = settled(own[0])
         for against, others in _others(policy, options, results).items():
             try:
                 compared = compare([*own, *others], policy, against)

@@ -2,7 +2,10 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -44,6 +47,7 @@ T = TypeVar("T")
 _LONGEST = 40
 """Characters of a name in a legend that fit on one line."""
 Series = Mapping[str, Sequence[Row]]
+_colours: ContextVar[dict[str, int]] = ContextVar("colours of lines")
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,32 @@ class Curve:
     y: Sequence[float]
 
 
+@contextmanager
+def same_looks() -> Iterator[None]:
+    """Within, a line has the same colour and marker in every figure."""
+    token = _colours.set({})
+    try:
+        yield
+    finally:
+        _colours.reset(token)
+
+
 def panels(lines: Mapping[str, T]) -> list[dict[str, T]]:
-    """Lines divided into as many figures as it takes to tell them apart, all in order.
+    """Lines divided into as many figures as it takes to tell them apart by colour, all in order.
 
     Those of :data:`BESIDE` are in every one.
     """
     beside = {name: line for name, line in lines.items() if name in BESIDE}
-    others = [name for name in lines if name not in BESIDE]
-    parts = np.array_split(np.arange(len(others)), max(1, math.ceil(len(others) / MOST)))
-    return [beside | {others[i]: lines[others[i]] for i in part} for part in parts]
+    parts: list[dict[str, T]] = []
+    count = len(lines) - len(beside)
+    even = math.ceil(count / max(1, math.ceil(count / MOST)))
+    seen: Counter[int] = Counter()
+    for name, colour in _coloured(lines, even).items():
+        if seen[colour] == len(parts):
+            parts.append(dict(beside))
+        parts[seen[colour]][name] = lines[name]
+        seen[colour] += 1
+    return parts or [beside]
 
 
 @matplotlib.rc_context(RC)
@@ -273,15 +294,27 @@ def _short(at: float, _: object = None) -> str:
 
 
 def _looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    others = [name for name in names if name not in BESIDE]
-    return BESIDE | {
-        name: {
-            "color": SERIES[number % MOST],
-            "marker": MARKERS[number % MOST],
-            "linestyle": LINES[number // MOST % len(LINES)],
+    looks = dict(BESIDE)
+    seen: Counter[int] = Counter()
+    for name, colour in _coloured(names, MOST).items():
+        looks[name] = {
+            "color": SERIES[colour],
+            "marker": MARKERS[colour],
+            # Where there are more lines than colours.
+            "linestyle": LINES[seen[colour] % len(LINES)],
         }
-        for number, name in enumerate(others)
-    }
+        seen[colour] += 1
+    return looks
+
+
+def _coloured(names: Iterable[str], count: int) -> dict[str, int]:
+    """The colour of each line by its number; lines that are new take so many in turn."""
+    known = _colours.get({})
+    others = [name for name in names if name not in BESIDE]
+    new = [name for name in others if name not in known]
+    first = len(others) - len(new)
+    known.update({name: i % count for i, name in enumerate(new, first)})
+    return {name: known[name] for name in others}
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

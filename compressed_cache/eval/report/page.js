@@ -22,3 +22,10 @@ for (const table of document.querySelectorAll("table")) {
     });
   });
 }
+
+// That a table goes on beyond the screen is said where it does.
+for (const table of document.querySelectorAll(".scroll")) {
+  new ResizeObserver(() => {
+    table.previousElementSibling.hidden = table.scrollWidth <= table.clientWidth;
+  }).observe(table);
+}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from compressed_cache.eval.report.figures import same_looks
 from compressed_cache.eval.report.inputs import Inputs
 from compressed_cache.eval.report.parts import told
 from compressed_cache.eval.report.sections import Section, sections, summary
@@ -25,7 +26,8 @@ def page(inputs: Inputs) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = sections(inputs)
+    with same_looks():
+        shown = sections(inputs)
     drawings = _drawings(shown)
     return environment.get_template("page.html").render(
         summary=summary(inputs),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, TypeVar
 
-from compressed_cache.eval.results.row import Agreement, Option, Result
+from compressed_cache.eval.results.row import Agreement, Measured, Option, Result
 
 _HARNESS = (
     *("task", "policy", "budget", "documents", "accuracy", "accuracy_low", "accuracy_high"),
@@ -13,6 +13,7 @@ _HARNESS = (
 )
 _RESULT = (*_HARNESS, "model", "seed", "evicted_tokens", "tokens_per_s")
 SHIPPED = "shipped model"
+PROTECT = "protect_prompt"
 T = TypeVar("T", "Row", Agreement)
 
 
@@ -30,6 +31,8 @@ class Row:
     protect_prompt: bool | None = None
     options: dict[str, Option] = field(default_factory=dict)
     """All others of the policy and the rules."""
+    given: dict[str, Option] | None = None
+    """Those of them that were asked for."""
     seed: int | None = None
     documents: int
     accuracy: float
@@ -83,11 +86,12 @@ def of_demo(document: dict[str, Any], source: str) -> list[Row]:
 
 def of_result(result: Result, source: str) -> Row:
     """A row of a sweep."""
-    options = dict(result.options)
+    options, given = dict(result.options), result.given
     return Row(
         source=source,
-        protect_prompt=bool(options.pop("protect_prompt", False)),
+        protect_prompt=bool(options.pop(PROTECT, False)),
         options=options,
+        given=given and {name: value for name, value in given.items() if name != PROTECT},
         **_taken(vars(result), *_RESULT),
     )
 
@@ -106,15 +110,18 @@ def groups(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def series(rows: Iterable[T]) -> dict[str, list[T]]:
-    """Rows of each policy by budget, under its name and those options that tell them apart."""
+    """Rows of each policy by budget, under its name and what was asked for where that tells them
+    apart. Defaults, which may depend on the budget, tell nothing."""
     of_policy: dict[str, list[T]] = {}
     for row in rows:
         of_policy.setdefault(row.policy, []).append(row)
     found: dict[str, list[T]] = {}
     for policy, own in of_policy.items():
-        differing = list(_differing([row.options for row in own]))
+        asked = {id(row): _asked(row, own) for row in own}
+        differing = list(_differing(asked.values()))
         for row in sorted(own, key=lambda row: row.budget or 0):
-            told = ", ".join(f"{name}={row.options.get(name)}" for name in differing)
+            own_options = asked[id(row)]
+            told = ", ".join(f"{n}={own_options[n]}" for n in differing if n in own_options)
             found.setdefault(f"{policy} ({told})" if told else policy, []).append(row)
     return found
 
@@ -139,11 +146,26 @@ def to_random(row: Row, rows: Iterable[Row]) -> float | None:
     return row.accuracy - fmean(random)
 
 
+def settled(row: Row | Measured) -> dict[str, Option]:
+    """The options of a row, but for the seed of a policy that draws, which is that of the row."""
+    return {k: v for k, v in row.options.items() if (k, v) != ("seed", row.seed)}
+
+
+def _asked(row: Row | Agreement, others: Iterable[Row | Agreement]) -> Mapping[str, Option]:
+    """What was asked for. Where a file does not say, the options that differ at one budget."""
+    if row.given is not None:
+        return row.given
+    same = [settled(other) for other in others if other.budget == row.budget]
+    own = settled(row)
+    return {name: own.get(name) for name in _differing(same)}
+
+
 def _taken(row: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: row[name] for name in names}
 
 
-def _differing(options: list[dict[str, Option]]) -> Iterator[str]:
+def _differing(options: Iterable[Mapping[str, Option]]) -> Iterator[str]:
+    options = list(options)
     for name in dict.fromkeys(name for each in options for name in each):
         if len({each.get(name) for each in options}) > 1:
             yield name

@@ -37,7 +37,9 @@ def sections(inputs: Inputs) -> list[Section]:
             "Agreement with the full cache",
             "Policies read texts of the full cache: the share of late positions (prompt and text "
             "so far are longer than the budget) at which their most likely token is the full "
-            "cache's. Means and standard errors are over documents.",
+            "cache's. KL: divergence from the distribution of the full cache; lost: the "
+            "log-probability that its most likely token has lost. Means and standard errors are "
+            "over documents.",
             agreement(inputs.agreements),
         ),
         Section(

@@ -6,6 +6,8 @@ from math import isnan
 from typing import Any, Generic, TypeVar
 
 MISSING = "–"  # noqa: RUF001
+_SHORT, _LONG = 12, 40
+"""Characters up to which words stay on a line, and from which they want a wide column."""
 T = TypeVar("T")
 Value = float | str | None
 
@@ -36,6 +38,15 @@ class Cell:
     key: str
     """Empty where there is no value, which is sorted last."""
     mark: str | None
+
+    @property
+    def kind(self) -> str:
+        """What it is to the style sheet."""
+        if self.is_number:
+            return "number"
+        if len(self.text) < _SHORT:
+            return "word"
+        return "words long" if len(self.text) > _LONG else "words"
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ class Measured:
     versions: dict[str, str]
     """Of Python and the packages."""
     machine: dict[str, str | int]
+    given: dict[str, Option] | None = None
+    """Those of the options that were asked for; the others are defaults, some of which depend on
+    the budget. None: the row is of before this was kept."""
 
     @property
     def scores(self) -> dict[str, float]:
@@ -58,6 +61,7 @@ class Measured:
         Raises:
             ValueError: fields that are missing, unknown or of another type.
         """
+        values = {"given": None} | values
         names = {field.name for field in fields(cls)}
         if names != set(values):
             raise ValueError(f"must have the fields of a row, differs in {names ^ set(values)}")

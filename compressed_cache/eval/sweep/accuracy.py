@@ -52,6 +52,7 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
         correct={_identity(sample): sample["accuracy"] for sample in samples},
         versions=loaded.versions(),
         machine=loaded.machine(),
+        given=plan.given(cell.policy),
     )
     return [Finished(result, samples)]
 

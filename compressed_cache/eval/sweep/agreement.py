@@ -52,6 +52,7 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
             seconds=seconds,
             versions=loaded.versions(),
             machine=loaded.machine(),
+            given=plan.given(cell.policy),
             weights=weights,
             **summary(documents),
         )

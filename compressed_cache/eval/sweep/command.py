@@ -3,10 +3,10 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.utils import simple_parse_args_string
@@ -19,6 +19,12 @@ from compressed_cache.eval.sweep import estimate, plan, processes, prompts, task
 from compressed_cache.eval.sweep.folder import ERROR, Folder
 from compressed_cache.eval.sweep.group import Group, together
 from compressed_cache.eval.sweep.plan import Cell, Plan, named
+from compressed_cache.hf.loading import why
+from compressed_cache.wording import listing, missing, nearest
+
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+"""Those that weights are loaded in."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,19 +41,18 @@ class Run:
 
 def run(options: argparse.Namespace) -> int:
     """Runs all cells that are still to do, or prints which those are."""
-    try:
-        asked = _plan(options)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return carry_out(asked, Run(**{part.name: getattr(options, part.name) for part in fields(Run)}))
+    asked, problems = _plan(options)
+    given = {part.name: getattr(options, part.name) for part in fields(Run)}
+    return carry_out(asked, Run(**given), problems)
 
 
-def carry_out(asked: Plan, options: Run) -> int:
-    """The same of a plan."""
-    asked, problems = _expanded(asked)
+def carry_out(asked: Plan, options: Run, problems: Sequence[str] = ()) -> int:
+    """The same of a plan, unless there are problems with it or with how it was asked for."""
+    asked, further = _expanded(asked)
     sizes, missing = tasks.sizes(asked)
-    problems += [f"--tasks: {problem}" for problem in missing]
+    problems = [*problems, *further, *(f"--tasks: {problem}" for problem in missing)]
+    # What is asked of the model and of data that are there.
+    problems += prompts.too_long(asked) if not problems else ()
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2
@@ -159,7 +164,7 @@ def _has_ray() -> bool:
     try:
         import ray  # noqa: F401
     except ModuleNotFoundError:
-        print("ray is missing: pip install 'compressed-cache[cluster]'", file=sys.stderr)
+        print(missing("ray", "cluster"), file=sys.stderr)
         return False
     return True
 
@@ -203,51 +208,81 @@ def _agreement(row: Agreement) -> str:
     )
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    for name in ("seeds", "limit", "batch_size", "processes", "max_new_tokens"):
-        value = getattr(options, name)
+def _plan(options: argparse.Namespace) -> tuple[Plan, list[str]]:
+    """The plan and everything that is wrong with the options, in whose place is what works."""
+    problems = []
+    counts = ("seeds", "limit", "batch_size", "processes", "max_new_tokens")
+    count = {name: getattr(options, name) for name in counts}
+    for name, value in count.items():
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+            problems.append(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+            count[name] = 1
     if options.gpus_per_cell is not None and not options.ray:
-        raise ValueError("--gpus-per-cell must come with --ray")
-    try:
-        metadata = json.loads(options.metadata)
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise ValueError(f"--metadata must be a JSON object, got {options.metadata!r}")
-    model_args = _pairs("--model-args", options.model_args)
-    if taken := [name for name in model_args if name == "pretrained" or name.startswith("kv_")]:
-        raise ValueError(
-            f"--model-args must not have {', '.join(taken)}: a sweep fills that in. Use --model, "
-            "--policies, --budgets and --policy-args."
-        )
+        problems.append("--gpus-per-cell must come with --ray")
+
+    def tried(read: Callable[[], T], otherwise: T) -> T:
+        try:
+            return read()
+        except ValueError as error:
+            problems.append(str(error))
+            return otherwise
+
     is_agreement = options.measure == Agreement.measure
-    gen_kwargs = _pairs("--gen-kwargs", options.gen_kwargs)
-    if is_agreement and (others := [name for name in gen_kwargs if name != "max_gen_toks"]):
-        raise ValueError(
-            f"--gen-kwargs must have max_gen_toks alone with --measure agreement, got "
-            f"{', '.join(others)}: the full cache writes the most likely token each time"
-        )
     policies = list(dict.fromkeys(options.policies))
     if is_agreement and "full" not in policies:
         policies = ["full", *policies]
-    return Plan(
+    gen_kwargs = tried(lambda: _gen_kwargs(options.gen_kwargs, is_agreement), {})
+    plan = Plan(
         model=named(options.model),
         tasks=options.tasks,
         policies=policies,
         budgets=list(dict.fromkeys(options.budgets)),
-        seeds=options.seeds,
-        options=_policy_options(options.policy_args),
-        limit=options.limit,
-        batch_size=options.batch_size,
-        gen_kwargs=gen_kwargs,
-        model_args=model_args | ({"dtype": options.dtype} if options.dtype else {}),
+        seeds=count["seeds"],
+        options=tried(lambda: _policy_options(options.policy_args), {}),
+        limit=count["limit"],
+        batch_size=count["batch_size"],
+        gen_kwargs=gen_kwargs or ({"max_gen_toks": 1} if options.text else {}),
+        model_args=tried(lambda: _model_args(options.model_args, options.dtype), {}),
         chat=options.apply_chat_template,
-        metadata=metadata,
+        metadata=tried(lambda: _metadata(options.metadata), {}),
         measure=options.measure,
-        prompts=_paragraphs(options.text) if options.text else [],
+        prompts=tried(lambda: _paragraphs(options.text), [""]) if options.text else [],
     )
+    return plan, problems
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"--metadata must be a JSON object, got {text!r}")
+    return found
+
+
+def _model_args(text: str, dtype: str | None) -> dict[str, Any]:
+    found = _pairs("--model-args", text) | ({"dtype": dtype} if dtype else {})
+    if taken := [name for name in found if name == "pretrained" or name.startswith("kv_")]:
+        raise ValueError(
+            f"--model-args must not have {', '.join(taken)}: a sweep fills that in. Use --model, "
+            "--policies, --budgets and --policy-args."
+        )
+    name = found.get("dtype", "auto")
+    if name not in DTYPES:
+        hint = nearest(str(name), DTYPES)
+        raise ValueError(f"--dtype must be one of {listing(DTYPES)}, got {name!r}{hint}")
+    return found
+
+
+def _gen_kwargs(text: str, is_agreement: bool) -> dict[str, Any]:
+    found = _pairs("--gen-kwargs", text)
+    if is_agreement and (others := [name for name in found if name != "max_gen_toks"]):
+        raise ValueError(
+            f"--gen-kwargs must have max_gen_toks alone with --measure agreement, got "
+            f"{', '.join(others)}: the full cache writes the most likely token each time"
+        )
+    return found
 
 
 def _paragraphs(file: str) -> list[str]:
@@ -286,8 +321,7 @@ def _expanded(asked: Plan) -> tuple[Plan, list[str]]:
                     "it out, or take a model that was trained to chat"
                 )
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        problems.append(f"--model {asked.model}: {first_line}")
+        problems.append(f"--model {asked.model}: {why(asked.pretrained, error)}")
     asked = replace(asked, tasks=names)
     # Options and budgets are the same for all tasks.
     one = replace(asked, tasks=names[:1] or ["any"])

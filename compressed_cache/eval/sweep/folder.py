@@ -8,6 +8,7 @@
 A cell is written under a name that begins with a dot, and renamed when it is complete.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -58,7 +59,18 @@ class Folder:
             ) from None
 
     def check(self, plan: Plan) -> None:
-        """Raises ``ValueError`` if the folder holds another plan or something else."""
+        """Refuses a folder that cannot be used, and leaves it as it is.
+
+        Raises:
+            NotADirectoryError: one inside a file.
+            PermissionError: one that cannot be written to.
+            ValueError: a folder of another plan, or of something else.
+        """
+        there = next(one for one in (self.path, *self.path.absolute().parents) if one.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(there))
+        if not os.access(there, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied", str(there))
         path = self.path / "sweep.json"
         if not path.exists():
             return

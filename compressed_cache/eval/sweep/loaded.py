@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compressed_cache.eval.sweep.plan import Plan
+from compressed_cache.hf.loading import progress_bars
 from compressed_cache.integrations.harness import adapter
 
 _SAMPLE = 2**18
@@ -59,4 +60,5 @@ def _model(arguments: str, batch_size: int) -> Any:
     adapter.patch(HFLM)
     model: Any = HFLM
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model(**json.loads(arguments), kv_press="full", device=device, batch_size=batch_size)
+    with progress_bars(False):
+        return model(**json.loads(arguments), kv_press="full", device=device, batch_size=batch_size)

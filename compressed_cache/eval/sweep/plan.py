@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from compressed_cache.cache import CompressedCache
 from compressed_cache.eval.results.row import Agreement, Option, Result
+from compressed_cache.hf.checks import check_first_pass
 from compressed_cache.policies import option_names
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.wording import listing
@@ -105,6 +106,11 @@ class Plan:
             return []
         return [policy for policy in self.policies if not self._draws(policy)]
 
+    def given(self, policy: str) -> dict[str, Option]:
+        """The options that were asked for of a policy."""
+        shared = {} if policy == "full" else self.options.get("", {})
+        return shared | self.options.get(policy, {})
+
     def to_json(self) -> dict[str, Any]:
         """What the folder keeps."""
         prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
@@ -112,13 +118,10 @@ class Plan:
         return {"format": FORMAT} | asdict(self) | text
 
     def _options(self, policy: str, seed: int) -> dict[str, Option]:
-        shared = {} if policy == "full" else self.options.get("", {})
-        drawn = {"seed": seed} if self._draws(policy) else {}
-        return drawn | shared | self.options.get(policy, {})
+        return ({"seed": seed} if self._draws(policy) else {}) | self.given(policy)
 
     def _draws(self, policy: str) -> bool:
-        given = self.options.get("", {}) | self.options.get(policy, {})
-        return "seed" in option_names(policy) and "seed" not in given
+        return "seed" in option_names(policy) and "seed" not in self.given(policy)
 
 
 def problems(plan: Plan, config: Any) -> Iterator[str]:
@@ -128,9 +131,11 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
         plan: whose tasks are not looked at.
         config: of the model, None where it is not known.
     """
+    known = []
     for policy in plan.policies:
         try:
             option_names(policy)
+            known.append(policy)
         except ValueError as error:
             yield f"--policies: {error}"
     if strangers := [name for name in plan.options if name and name not in plan.policies]:
@@ -138,18 +143,12 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
     if not plan.budgets and any(policy != "full" for policy in plan.policies):
         yield "--budgets must be given, all policies but full need one"
     heard = set()
-    for cell in plan.cells() if _all_known(plan) else []:
+    for cell in replace(plan, policies=known).cells():
         try:
-            CompressedCache(cell.policy, config=config, **cell.cache_arguments)
+            cache = CompressedCache(cell.policy, config=config, **cell.cache_arguments)
+            check_first_pass(cache.policy)
         except (NotImplementedError, TypeError, ValueError) as error:
             where = cell.policy if cell.budget is None else f"{cell.policy} at {cell.budget}"
             if (problem := f"{where}: {error}") not in heard:
                 heard.add(problem)
                 yield problem
-
-
-def _all_known(plan: Plan) -> bool:
-    try:
-        return all(option_names(policy) is not None for policy in plan.policies)
-    except ValueError:
-        return False

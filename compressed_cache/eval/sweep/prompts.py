@@ -1,13 +1,19 @@
 """The prompts that the full cache goes on with."""
 
+import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
+from compressed_cache.cache import CompressedCache
 from compressed_cache.eval.sweep import tasks
 from compressed_cache.eval.sweep.plan import Plan
+from compressed_cache.hf.checks import check_prompt
 from compressed_cache.integrations.harness.preflight import check_tasks, model_limit, prompts
 
 
@@ -52,7 +58,7 @@ def load(plan: Plan, name: str, lm: Any) -> Prompts:
     """
     if plan.prompts:
         limit = plan.gen_kwargs["max_gen_toks"]
-        texts = dict(enumerate(_of_user(plan, lm)))
+        texts = dict(enumerate(_of_user(plan, lm.apply_chat_template)))
     else:
         run = tasks.evaluation(plan, name)
         check_tasks(lm, plan.model_args, run)
@@ -69,9 +75,41 @@ def load(plan: Plan, name: str, lm: Any) -> Prompts:
     return Prompts(ids, limit)
 
 
-def _of_user(plan: Plan, lm: Any) -> Iterator[str]:
+def too_long(plan: Plan) -> Iterator[str]:
+    """Which prompts are to be protected and do not fit the budget."""
+    longest = functools.cache(functools.partial(_longest, plan))
+    found: dict[str, None] = {}
+    for cell in plan.cells():
+        eviction = CompressedCache(cell.policy, **cell.cache_arguments).eviction
+        if not eviction.protect_prompt or eviction.prompt_yields:
+            continue
+        try:
+            check_prompt(torch.tensor([longest(cell.task)]), eviction, cell.budget or 1)
+        except ValueError as error:
+            found[f"{cell.policy} at {cell.budget} on {cell.task}: {error}"] = None
+    return iter(found)
+
+
+def _longest(plan: Plan, name: str) -> int:
+    """Tokens of the longest prompt of a task."""
+    path = plan.model_args.get("tokenizer", plan.pretrained)
+    known = ("revision", "trust_remote_code")
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, **{key: plan.model_args[key] for key in known if key in plan.model_args}
+    )
+    apply = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    if plan.prompts:
+        texts = list(_of_user(plan, functools.partial(apply, add_generation_prompt=True)))
+    else:
+        run = tasks.evaluation(plan, name)
+        task: Any = run["task_manager"].load([name])["tasks"][name]
+        texts = [text for _, text in prompts(task, run, apply)]
+    return max(len(tokenizer(text).input_ids) for text in texts)
+
+
+def _of_user(plan: Plan, template: Callable[..., Any]) -> Iterator[str]:
     for text in plan.prompts[: plan.limit]:
-        yield lm.apply_chat_template([{"role": "user", "content": text}]) if plan.chat else text
+        yield template([{"role": "user", "content": text}]) if plan.chat else text
 
 
 def _check_lengths(ids: dict[str, list[int]], limit: int, most: int) -> None:
