@@ -141,8 +141,7 @@ class CompressedCache(Drafts, AnnouncedCalls):
             self.columns.begin_call()
             tokens = key_states.shape[2]
             if is_eager:
-                for observer in tuple(self.observers):
-                    observer.call_begins(self, tokens)
+                self.tell_call(tokens)
             steps = tokens if self.takes_step(tokens) else self.counter.drafted
             self.begin_call(tokens - steps, steps)
         if self.needs_hidden_states:

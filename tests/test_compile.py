@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM, StaticCache
 
 from compressed_cache import POLICIES, CompressedCache, compile_layers_once
+from compressed_cache.hf import announced_calls
 from compressed_cache.policies import SLOT_POLICIES
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
@@ -182,6 +183,45 @@ def test_no_limit_is_hit_where_a_model_compiled_by_hand_reads_prompts(
     # Only the second length makes other graphs, for prompts of any length.
     assert counts[0] == counts[1] <= 5
     assert counts[2] == counts[3] <= 7
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_steps_that_are_not_compiled_because_of_the_limit_are_told_of_once(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
+) -> None:
+    announced_calls._warn_uncompiled.cache_clear()
+    model, ids = make_model(), distinct_tokens(1, 30)
+
+    def generate(policy: str, **more: object) -> torch.Tensor:
+        return _generate(model, ids, CompressedCache(policy, 16, recent=8, interval=1), **more)
+
+    def compile_step(policy: str) -> torch.Tensor:
+        return generate(policy, compile_config=compiled(backend, fullgraph=False))
+
+    for policy in ("h2o", "tova"):
+        compile_step(policy)
+    with pytest.warns(UserWarning, match=r"recompile_limit allows 2 of them.*reset\(\)") as caught:
+        late = compile_step("knorm")
+    assert [one.category for one in caught].count(UserWarning) == 1
+    assert backend.graphs == 2
+    # Neither again, nor of those that are compiled, nor where nothing is to be.
+    assert torch.equal(late, compile_step("knorm"))
+    compile_step("h2o")
+    assert torch.equal(late, generate("knorm"))
+    torch._dynamo.reset()
+    assert torch.equal(late, compile_step("knorm"))
+    assert backend.graphs == 3
+
+
+def test_what_is_not_to_be_compiled_is_no_cause_for_a_warning(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
+) -> None:
+    announced_calls._warn_uncompiled.cache_clear()
+    model, ids = make_model(), distinct_tokens(1, 30)
+    _generate(model, ids, CompressedCache("h2o", 16))
+    for chunk in (None, 10, 29):
+        options = dict(prefill_chunk_size=chunk, compile_config=compiled(backend, fullgraph=False))
+        _generate(model, ids, CompressedCache("h2o", 16), **options)
 
 
 @pytest.mark.parametrize("chunk", [None, 10])
