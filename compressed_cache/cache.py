@@ -187,9 +187,10 @@ class CompressedCache(Drafts, AnnouncedCalls):
         """Whether ``generate`` may compile the decode step, as it does for its own static cache.
 
         Not while somebody is told what each layer reads, which compiled code does not do; nor while
-        it drafts, where another number of drafted tokens would be another graph each time.
+        it drafts, where another number of drafted tokens would be another graph each time; nor
+        while a prompt is read, which is done eagerly.
         """
-        return not self.readers
+        return not self.readers and not self.counter.in_parts
 
     def reset(self) -> None:
         """Makes the cache as new, in place: buffers are kept for the next prompt."""

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from torch._C._dynamo import eval_frame
 from transformers import LlamaForCausalLM, StaticCache
 
 from compressed_cache import POLICIES, CompressedCache, compile_layers_once
@@ -185,6 +185,7 @@ def test_no_limit_is_hit_where_a_model_compiled_by_hand_reads_prompts(
     assert counts[2] == counts[3] <= 7
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_steps_that_are_not_compiled_because_of_the_limit_are_told_of_once(
     make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
@@ -224,18 +225,44 @@ def test_what_is_not_to_be_compiled_is_no_cause_for_a_warning(
         _generate(model, ids, CompressedCache("h2o", 16), **options)
 
 
-@pytest.mark.parametrize("chunk", [None, 10])
 def test_a_prompt_compiled_as_one_graph_is_refused_in_words_that_help(
-    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend, chunk: int | None
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
 ) -> None:
     model, ids, cache = make_model(), distinct_tokens(1, 30), CompressedCache("h2o", 16)
+    step: Any = torch.compile(model.forward, backend=backend, fullgraph=True)
     with pytest.raises(RuntimeError, match="fullgraph=False"):
-        if chunk is None:
-            step: Any = torch.compile(model.forward, backend=backend, fullgraph=True)
-            step(ids, **cache_argument(cache))
-        else:
-            options = dict(prefill_chunk_size=chunk, compile_config=compiled(backend))
-            _generate(model, ids, cache, **options)
+        step(ids, **cache_argument(cache))
+
+
+@pytest.mark.slow
+def test_chunks_are_read_eagerly_and_steps_after_them_are_compiled(
+    make_model: Callable[..., LlamaForCausalLM],
+    backend: CountingBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also those of later calls without chunks; a call is counted where it is not compiled."""
+    model, ids, eager = make_model(), distinct_tokens(1, 31), list[int]()
+    tell_call = CompressedCache.tell_call
+
+    def count(self: CompressedCache, tokens: int) -> None:
+        # Nor may the compiler see it and then give it up.
+        assert eval_frame.get_eval_frame_callback() is None
+        eager.append(tokens)
+        tell_call(self, tokens)
+
+    monkeypatch.setattr(CompressedCache, "tell_call", count)
+    for chunk in (10, None, 10):
+        config = compiled(backend)
+        options = dict(prefill_chunk_size=chunk, compile_config=config)
+        got = _generate(model, ids, CompressedCache("h2o", 16, protect_prompt=False), **options)
+        assert eager == ([31] if chunk is None else [10, 10, 10, 1])
+        assert backend.graphs == 1
+        eager.clear()
+        expected = _generate(
+            model, ids, CompressedCache("h2o", 16, protect_prompt=False), prefill_chunk_size=chunk
+        )
+        assert torch.equal(got, expected)
+        eager.clear()
 
 
 @pytest.mark.slow
@@ -298,30 +325,6 @@ def test_the_layer_whose_count_is_read_in_the_graph_stays_in_the_graph(
             ]
             assert torch.equal(*outputs)
     assert len(backend.regions) == 2
-
-
-def test_prompts_that_are_compiled_have_no_regions(
-    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
-) -> None:
-    model, ids = make_model(), distinct_tokens(1, 30)
-    expected = _generate(model, ids, CompressedCache("h2o", 16), prefill_chunk_size=10)
-    compile_layers_once(model)
-    options = dict(prefill_chunk_size=10, compile_config=compiled(backend, fullgraph=False))
-    assert torch.equal(_generate(model, ids, CompressedCache("h2o", 16), **options), expected)
-    assert backend.graphs == 1
-
-
-def test_a_last_chunk_of_one_token_is_not_compiled(
-    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
-) -> None:
-    model, ids = make_model(), distinct_tokens(1, 31)
-    make = partial(CompressedCache, "h2o", 40, protect_prompt=True, recent=4)
-    expected = _generate(model, ids, make(), prefill_chunk_size=10)
-    cache = make()
-    options = dict(prefill_chunk_size=10, compile_config=compiled(backend, fullgraph=False))
-    assert torch.equal(_generate(model, ids, cache, **options), expected)
-    assert backend.graphs == 1
-    assert cache.counter.prompt == 31
 
 
 def test_other_caches_are_compiled_as_before(
