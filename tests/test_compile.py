@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._C._dynamo import eval_frame
+from torch._inductor import compile_fx
 from transformers import LlamaForCausalLM, StaticCache
 
 from compressed_cache import POLICIES, CompressedCache, compile_layers_once
@@ -385,6 +386,14 @@ def test_inductor_reads_the_count_before_a_region_writes_it() -> None:
             ]
             torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
     torch._dynamo.reset()
+
+
+def test_what_inductor_says_of_precision_on_cuda_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    compile_fx._warn_tf32_disabled.__wrapped__()
 
 
 @pytest.mark.gpu

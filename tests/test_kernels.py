@@ -30,6 +30,8 @@ from compressed_cache.ops.kernels import decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+# Where there is a device, all of them run on it.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 NEEDS_CUDA = pytest.mark.skipif(
     DEVICE == "cpu", reason="the interpreter multiplies bfloat16 as if it were integers"
 )
@@ -39,10 +41,7 @@ RECENT, SEEN = 5, 500
 
 def in_each_dtype(*axes: list[Any]) -> list[Any]:
     """Any two values of two axes, in float32 or float16, and again in bfloat16."""
-    bfloat16 = [
-        pytest.param(torch.bfloat16, *point, marks=[pytest.mark.gpu, NEEDS_CUDA])
-        for point in pairwise(*axes)
-    ]
+    bfloat16 = [pytest.param(torch.bfloat16, *point, marks=NEEDS_CUDA) for point in pairwise(*axes)]
     return [*pairwise([torch.float32, torch.float16], *axes), *bfloat16]
 
 
@@ -346,6 +345,12 @@ def test_totals_pass_over_what_is_not_a_number() -> None:
     torch.testing.assert_close(found.sum(dim=-1), torch.full((1, 2), 40.0))
 
 
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    """Not that of the session, which stays where it is."""
+    return make_model().to(DEVICE)
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Whether layers use the kernels, whatever the device is."""
@@ -365,7 +370,7 @@ def generate(
     ids = ids * mask
     cache = CompressedCache(policy, 20, protect_prompt=protect_prompt)
     with torch.inference_mode():
-        text = model.to(DEVICE).generate(
+        text = model.generate(
             ids.to(DEVICE),
             attention_mask=mask.to(DEVICE),
             **cache_argument(cache),
