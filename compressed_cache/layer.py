@@ -358,7 +358,7 @@ class CompressedLayer(CacheLayerMixin):
         store: Any = self.store
         kind, settings = store_for(bound), (bound.policy, bound.eviction)
         if type(store) is kind and (store.bound.policy, store.bound.eviction) == settings:
-            store.bound = bound
+            store.rebind(bound)
         else:
             self.store = kind(bound, attention_hook.Owner(self).tag)
 

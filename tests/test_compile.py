@@ -62,12 +62,21 @@ def test_generate_compiles_once_and_never_again(
             got = _generate(model, ids, used, compile_config=compiled(backend))
             assert torch.equal(got, expected)
             assert backend.graphs == (graphs if policy != "full" else 1)
+            assert not [name for name in backend.moving if "layers" in name]
             assert used.get_seq_length() == eager.get_seq_length() == prompt + 29
             for layer in range(2):
                 assert held(used, layer) == held(eager, layer)
-        addresses = [t.data_ptr() for layer in cache.layers for t in layer.tensors()]
+        addresses = _addresses(cache)
         cache.reset()
-        assert [t.data_ptr() for layer in cache.layers for t in layer.tensors()] == addresses
+        _generate(model, ids, cache)
+        assert _addresses(cache) == addresses
+        cache.reset()
+
+
+def _addresses(cache: Any) -> list[int]:
+    tensors = [tensor for layer in cache.layers for tensor in layer.tensors()]
+    constants = [tensor for store in cache.stores() for tensor in store.bound.constants.values()]
+    return [tensor.data_ptr() for tensor in tensors + constants]
 
 
 def test_padding_needs_no_other_graph(
