@@ -407,18 +407,17 @@ def test_what_inductor_says_of_precision_on_cuda_is_no_error(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SLOT_POLICIES)
 def test_generate_replays_cuda_graphs(
     make_model: Callable[..., LlamaForCausalLM], policy: str
 ) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, ids = make_model().cuda(), distinct_tokens(2, 30).cuda()
-    expected = _generate(
-        model, ids, CompressedCache(policy, 16, protect_prompt=False), disable_compile=True
-    )
+    options = dict(recent=8, protect_prompt=False) | SMALL.get(policy, {})
+    expected = _generate(model, ids, CompressedCache(policy, 16, **options), disable_compile=True)
     for _ in range(2):
-        got = _generate(model, ids, CompressedCache(policy, 16, protect_prompt=False))
+        got = _generate(model, ids, CompressedCache(policy, 16, **options))
         assert torch.equal(got, expected)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     torch._dynamo.reset()
