@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,26 @@ def test_a_slot_of_one_and_a_group_of_one() -> None:
     check_step(1, 1, 1, 1, 8, 8, record="total")
 
 
+@pytest.mark.parametrize("record", ["weights", "total"])
+def test_a_large_group_is_remembered_in_parts(record: str) -> None:
+    check_step(1, 1, 64, 300, 16, 16, record=record)
+
+
+@pytest.mark.parametrize(
+    ("programs", "capacity", "expected"),
+    [(8, 4096, 32), (8, 256, 2), (64, 4096, 4), (132, 4096, 2), (133, 4096, 1), (512, 4096, 1)],
+)
+def test_no_more_programs_share_a_head_than_fit_the_device(
+    programs: int, capacity: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(multi_processor_count=132),
+    )
+    assert decode._splits(programs, capacity, torch.device("cuda")) == expected
+
+
 def test_a_broken_key_spoils_its_own_head_only() -> None:
     step = make_step(
         *(1, 2, 2, 40, 16, 16),
@@ -313,6 +334,29 @@ def row_sums(queries: Tensor, keys: Tensor, real: Tensor, transform: LogitTransf
         queries, keys, query_positions=positions, positions=positions[:, None], transform=transform
     )
     return sum((weights.mean(2).sum(2) for weights, _ in rows), torch.zeros(keys.shape[:3]))
+
+
+def test_a_grid_has_room_for_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA has 65,535 programs in any dimension but the first."""
+    grids: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("_log_sum_exp_kernel", "_column_sums_kernel"):
+        monkeypatch.setattr(sums, name, Kernel())
+    sums.attention_sums(
+        torch.empty(4096, 32, 130, 16, device="meta"),
+        torch.empty(4096, 32, 130, 16, device="meta"),
+        torch.empty(4096, device="meta"),
+        None,
+        scaling=1.0,
+        softcap=None,
+    )
+    assert [math.prod(grid) for grid in grids] == [4096 * 32 * 5] * 2
+    assert all(programs <= 65535 for grid in grids for programs in grid[1:])
 
 
 def test_a_broken_key_leaves_the_totals_of_the_others() -> None:
