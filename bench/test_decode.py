@@ -6,7 +6,6 @@ The table shows how long each token takes; the results keep medians, and ratios 
 baseline generated right before, which a drifting machine cannot distort.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 from statistics import median
 from typing import Protocol
@@ -43,13 +42,6 @@ LENGTHS = sorted({length for place in PLACES for length in place.lengths})
 
 # Of two models on one device there may be room for one only.
 make_model = lru_cache(maxsize=1)(contenders.make_model)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Continued(Protocol):

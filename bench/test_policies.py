@@ -1,10 +1,8 @@
 """Latency of decoding under every policy and modifier, as a ratio to DynamicCache."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers.cache_utils import Cache
 
@@ -12,13 +10,6 @@ from bench.contenders import BUDGET, EACH_PLACE, Place, compressed
 from bench.every_policy import EVERY, statistics
 from bench.test_decode import FEW_ROUNDS, make_model, measure
 from compressed_cache import CompressedCache
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @EACH_PLACE

@@ -141,8 +141,7 @@ class CompressedCache(Drafts, AnnouncedCalls):
             self.columns.begin_call()
             tokens = key_states.shape[2]
             if is_eager:
-                for observer in tuple(self.observers):
-                    observer.call_begins(self, tokens)
+                self.tell_call(tokens)
             steps = tokens if self.takes_step(tokens) else self.counter.drafted
             self.begin_call(tokens - steps, steps)
         if self.needs_hidden_states:
@@ -188,9 +187,10 @@ class CompressedCache(Drafts, AnnouncedCalls):
         """Whether ``generate`` may compile the decode step, as it does for its own static cache.
 
         Not while somebody is told what each layer reads, which compiled code does not do; nor while
-        it drafts, where another number of drafted tokens would be another graph each time.
+        it drafts, where another number of drafted tokens would be another graph each time; nor
+        while a prompt is read, which is done eagerly.
         """
-        return not self.readers
+        return not self.readers and not self.counter.in_parts
 
     def reset(self) -> None:
         """Makes the cache as new, in place: buffers are kept for the next prompt."""

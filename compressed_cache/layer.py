@@ -300,13 +300,12 @@ class CompressedLayer(CacheLayerMixin):
             result = None
         else:
             checks.check_first_pass(self.settings[0])
-            masks.check_left(real)
+            self.columns.begin_text(real)
             checks.check_attention(self.index, module, kwargs)
             checks.check_function(function, module)
             arguments = {"scaling": scaling, **kwargs}
             self._bind(bind_module(*self.settings, self.index, module, inputs, arguments))
             self._check_prompt(real[:, :count].sum(dim=1))
-            self.columns.extend(real, seen=0, next_position=real.sum(dim=1))
             prompt = (tensor[:, :, :count] for tensor in (query, key, value))
             own = masks.first_tokens(attention_mask, count, of=key.shape[2])
             result = function(module, *prompt, own, scaling=scaling, **kwargs)
@@ -359,7 +358,7 @@ class CompressedLayer(CacheLayerMixin):
         store: Any = self.store
         kind, settings = store_for(bound), (bound.policy, bound.eviction)
         if type(store) is kind and (store.bound.policy, store.bound.eviction) == settings:
-            store.bound = bound
+            store.rebind(bound)
         else:
             self.store = kind(bound, attention_hook.Owner(self).tag)
 

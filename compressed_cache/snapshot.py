@@ -20,6 +20,7 @@ from compressed_cache.policies.budgets import to_budget
 from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.policies.registry import make_policy, split_name
 from compressed_cache.step_counter import StepCounter
+from compressed_cache.stores.bound_policy import copied
 from compressed_cache.stores.slots import SlotStore
 from compressed_cache.tensorfile import opened, write
 
@@ -46,7 +47,8 @@ class LayerState(NamedTuple):
         copies = {name: tensor.clone() for name, tensor in store.named_tensors().items()}
         bound = store.bound
         budget = bound.head_budgets or bound.budget
-        return cls(store.sizes, copies, bound.transform, bound.window, budget, bound.constants)
+        constants = copied(bound.constants)
+        return cls(store.sizes, copies, bound.transform, bound.window, budget, constants)
 
 
 @dataclass(frozen=True)

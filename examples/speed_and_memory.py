@@ -40,6 +40,8 @@ def main() -> None:
     for length in map(int, options.lengths.split(",")):
         prompt = torch.randint(3, model.config.get_text_config().vocab_size, (1, length))
         for press in (None, *options.presses.split(",")):
+            # Each press takes graphs of its own, and torch makes only a few of one function.
+            torch._dynamo.reset()
             cache = CompressedCache(press, options.budget) if press else DynamicCache()
             with measure(model) as measured:
                 model.generate(

@@ -13,11 +13,14 @@ class CountingBackend:
     Attributes:
         graphs: how many there were.
         regions: of the last one, the name of what each call of a region runs.
+        moving: of the last one, the names of tensors that a CUDA graph would copy in each step,
+            because nobody says that they stay where they are.
     """
 
     def __init__(self) -> None:
         self.graphs = 0
         self.regions: list[str] = []
+        self.moving: list[str] = []
 
     def __deepcopy__(self, memo: object) -> "CountingBackend":
         return self
@@ -28,6 +31,11 @@ class CountingBackend:
             op="call_function", target=torch.ops.higher_order.invoke_subgraph
         )
         self.regions = [call.args[1] for call in calls]
+        self.moving = [
+            given.name
+            for given in graph.graph.find_nodes(op="placeholder")
+            if given.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is None
+        ]
         return graph.forward
 
 

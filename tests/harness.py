@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("lm_eval")
 import lm_eval
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager

@@ -23,15 +23,17 @@ from compressed_cache.eval.agreement.writing import write
 from compressed_cache.eval.results.comparison import compare
 from compressed_cache.eval.results.row import Agreement
 from compressed_cache.eval.results.row import read as rows_of
+from compressed_cache.reasoner import MODEL_PATH
+from tests.conftest import distinct_tokens
+from tests.families import FAMILIES, LINEAR, Family
+from tests.results import make_agreement, typed
+
+pytest.importorskip("lm_eval")
 from compressed_cache.eval.sweep import processes, prompts
 from compressed_cache.eval.sweep.cell import take
 from compressed_cache.eval.sweep.folder import Folder
 from compressed_cache.eval.sweep.group import MOST, Group, together
 from compressed_cache.eval.sweep.plan import Cell, Plan
-from compressed_cache.reasoner import MODEL_PATH
-from tests.conftest import distinct_tokens
-from tests.families import FAMILIES, LINEAR, Family
-from tests.results import make_agreement, typed
 
 EASY = "reasoning_shipped_easy"
 BUDGET, LENGTHS, LONGEST = 20, (9, 30, 17), 24

@@ -2,15 +2,17 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from torch._C._dynamo import eval_frame
+from torch._inductor import compile_fx
 from transformers import LlamaForCausalLM, StaticCache
 
 from compressed_cache import POLICIES, CompressedCache, compile_layers_once
+from compressed_cache.hf import announced_calls
 from compressed_cache.policies import SLOT_POLICIES
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
@@ -60,12 +62,21 @@ def test_generate_compiles_once_and_never_again(
             got = _generate(model, ids, used, compile_config=compiled(backend))
             assert torch.equal(got, expected)
             assert backend.graphs == (graphs if policy != "full" else 1)
+            assert not [name for name in backend.moving if "layers" in name]
             assert used.get_seq_length() == eager.get_seq_length() == prompt + 29
             for layer in range(2):
                 assert held(used, layer) == held(eager, layer)
-        addresses = [t.data_ptr() for layer in cache.layers for t in layer.tensors()]
+        addresses = _addresses(cache)
         cache.reset()
-        assert [t.data_ptr() for layer in cache.layers for t in layer.tensors()] == addresses
+        _generate(model, ids, cache)
+        assert _addresses(cache) == addresses
+        cache.reset()
+
+
+def _addresses(cache: Any) -> list[int]:
+    tensors = [tensor for layer in cache.layers for tensor in layer.tensors()]
+    constants = [tensor for store in cache.stores() for tensor in store.bound.constants.values()]
+    return [tensor.data_ptr() for tensor in tensors + constants]
 
 
 def test_padding_needs_no_other_graph(
@@ -184,18 +195,84 @@ def test_no_limit_is_hit_where_a_model_compiled_by_hand_reads_prompts(
     assert counts[2] == counts[3] <= 7
 
 
-@pytest.mark.parametrize("chunk", [None, 10])
+@pytest.mark.slow
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_steps_that_are_not_compiled_because_of_the_limit_are_told_of_once(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
+) -> None:
+    announced_calls._warn_uncompiled.cache_clear()
+    model, ids = make_model(), distinct_tokens(1, 30)
+
+    def generate(policy: str, **more: object) -> torch.Tensor:
+        return _generate(model, ids, CompressedCache(policy, 16, recent=8, interval=1), **more)
+
+    def compile_step(policy: str) -> torch.Tensor:
+        return generate(policy, compile_config=compiled(backend, fullgraph=False))
+
+    for policy in ("h2o", "tova"):
+        compile_step(policy)
+    with pytest.warns(UserWarning, match=r"recompile_limit allows 2 of them.*reset\(\)") as caught:
+        late = compile_step("knorm")
+    assert [one.category for one in caught].count(UserWarning) == 1
+    assert backend.graphs == 2
+    # Neither again, nor of those that are compiled, nor where nothing is to be.
+    assert torch.equal(late, compile_step("knorm"))
+    compile_step("h2o")
+    assert torch.equal(late, generate("knorm"))
+    torch._dynamo.reset()
+    assert torch.equal(late, compile_step("knorm"))
+    assert backend.graphs == 3
+
+
+def test_what_is_not_to_be_compiled_is_no_cause_for_a_warning(
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
+) -> None:
+    announced_calls._warn_uncompiled.cache_clear()
+    model, ids = make_model(), distinct_tokens(1, 30)
+    _generate(model, ids, CompressedCache("h2o", 16))
+    for chunk in (None, 10, 29):
+        options = dict(prefill_chunk_size=chunk, compile_config=compiled(backend, fullgraph=False))
+        _generate(model, ids, CompressedCache("h2o", 16), **options)
+
+
 def test_a_prompt_compiled_as_one_graph_is_refused_in_words_that_help(
-    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend, chunk: int | None
+    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
 ) -> None:
     model, ids, cache = make_model(), distinct_tokens(1, 30), CompressedCache("h2o", 16)
+    step: Any = torch.compile(model.forward, backend=backend, fullgraph=True)
     with pytest.raises(RuntimeError, match="fullgraph=False"):
-        if chunk is None:
-            step: Any = torch.compile(model.forward, backend=backend, fullgraph=True)
-            step(ids, **cache_argument(cache))
-        else:
-            options = dict(prefill_chunk_size=chunk, compile_config=compiled(backend))
-            _generate(model, ids, cache, **options)
+        step(ids, **cache_argument(cache))
+
+
+@pytest.mark.slow
+def test_chunks_are_read_eagerly_and_steps_after_them_are_compiled(
+    make_model: Callable[..., LlamaForCausalLM],
+    backend: CountingBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also those of later calls without chunks; a call is counted where it is not compiled."""
+    model, ids, eager = make_model(), distinct_tokens(1, 31), list[int]()
+    tell_call = CompressedCache.tell_call
+
+    def count(self: CompressedCache, tokens: int) -> None:
+        # Nor may the compiler see it and then give it up.
+        assert eval_frame.get_eval_frame_callback() is None
+        eager.append(tokens)
+        tell_call(self, tokens)
+
+    monkeypatch.setattr(CompressedCache, "tell_call", count)
+    for chunk in (10, None, 10):
+        config = compiled(backend)
+        options = dict(prefill_chunk_size=chunk, compile_config=config)
+        got = _generate(model, ids, CompressedCache("h2o", 16, protect_prompt=False), **options)
+        assert eager == ([31] if chunk is None else [10, 10, 10, 1])
+        assert backend.graphs == 1
+        eager.clear()
+        expected = _generate(
+            model, ids, CompressedCache("h2o", 16, protect_prompt=False), prefill_chunk_size=chunk
+        )
+        assert torch.equal(got, expected)
+        eager.clear()
 
 
 @pytest.mark.slow
@@ -260,30 +337,6 @@ def test_the_layer_whose_count_is_read_in_the_graph_stays_in_the_graph(
     assert len(backend.regions) == 2
 
 
-def test_prompts_that_are_compiled_have_no_regions(
-    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
-) -> None:
-    model, ids = make_model(), distinct_tokens(1, 30)
-    expected = _generate(model, ids, CompressedCache("h2o", 16), prefill_chunk_size=10)
-    compile_layers_once(model)
-    options = dict(prefill_chunk_size=10, compile_config=compiled(backend, fullgraph=False))
-    assert torch.equal(_generate(model, ids, CompressedCache("h2o", 16), **options), expected)
-    assert backend.graphs == 1
-
-
-def test_a_last_chunk_of_one_token_is_not_compiled(
-    make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
-) -> None:
-    model, ids = make_model(), distinct_tokens(1, 31)
-    make = partial(CompressedCache, "h2o", 40, protect_prompt=True, recent=4)
-    expected = _generate(model, ids, make(), prefill_chunk_size=10)
-    cache = make()
-    options = dict(prefill_chunk_size=10, compile_config=compiled(backend, fullgraph=False))
-    assert torch.equal(_generate(model, ids, cache, **options), expected)
-    assert backend.graphs == 1
-    assert cache.counter.prompt == 31
-
-
 def test_other_caches_are_compiled_as_before(
     make_model: Callable[..., LlamaForCausalLM], backend: CountingBackend
 ) -> None:
@@ -344,20 +397,27 @@ def test_inductor_reads_the_count_before_a_region_writes_it() -> None:
     torch._dynamo.reset()
 
 
+def test_what_inductor_says_of_precision_on_cuda_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    compile_fx._warn_tf32_disabled.__wrapped__()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", SLOT_POLICIES)
 def test_generate_replays_cuda_graphs(
     make_model: Callable[..., LlamaForCausalLM], policy: str
 ) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, ids = make_model().cuda(), distinct_tokens(2, 30).cuda()
-    expected = _generate(
-        model, ids, CompressedCache(policy, 16, protect_prompt=False), disable_compile=True
-    )
+    options = dict(recent=8, protect_prompt=False) | SMALL.get(policy, {})
+    expected = _generate(model, ids, CompressedCache(policy, 16, **options), disable_compile=True)
     for _ in range(2):
-        got = _generate(model, ids, CompressedCache(policy, 16, protect_prompt=False))
+        got = _generate(model, ids, CompressedCache(policy, 16, **options))
         assert torch.equal(got, expected)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     torch._dynamo.reset()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from compressed_cache.ops.kernels import decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+# Where there is a device, all of them run on it.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 NEEDS_CUDA = pytest.mark.skipif(
     DEVICE == "cpu", reason="the interpreter multiplies bfloat16 as if it were integers"
 )
@@ -39,10 +42,7 @@ RECENT, SEEN = 5, 500
 
 def in_each_dtype(*axes: list[Any]) -> list[Any]:
     """Any two values of two axes, in float32 or float16, and again in bfloat16."""
-    bfloat16 = [
-        pytest.param(torch.bfloat16, *point, marks=[pytest.mark.gpu, NEEDS_CUDA])
-        for point in pairwise(*axes)
-    ]
+    bfloat16 = [pytest.param(torch.bfloat16, *point, marks=NEEDS_CUDA) for point in pairwise(*axes)]
     return [*pairwise([torch.float32, torch.float16], *axes), *bfloat16]
 
 
@@ -234,6 +234,26 @@ def test_a_slot_of_one_and_a_group_of_one() -> None:
     check_step(1, 1, 1, 1, 8, 8, record="total")
 
 
+@pytest.mark.parametrize("record", ["weights", "total"])
+def test_a_large_group_is_remembered_in_parts(record: str) -> None:
+    check_step(1, 1, 64, 300, 16, 16, record=record)
+
+
+@pytest.mark.parametrize(
+    ("programs", "capacity", "expected"),
+    [(8, 4096, 32), (8, 256, 2), (64, 4096, 4), (132, 4096, 2), (133, 4096, 1), (512, 4096, 1)],
+)
+def test_no_more_programs_share_a_head_than_fit_the_device(
+    programs: int, capacity: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(multi_processor_count=132),
+    )
+    assert decode._splits(programs, capacity, torch.device("cuda")) == expected
+
+
 def test_a_broken_key_spoils_its_own_head_only() -> None:
     step = make_step(
         *(1, 2, 2, 40, 16, 16),
@@ -316,6 +336,29 @@ def row_sums(queries: Tensor, keys: Tensor, real: Tensor, transform: LogitTransf
     return sum((weights.mean(2).sum(2) for weights, _ in rows), torch.zeros(keys.shape[:3]))
 
 
+def test_a_grid_has_room_for_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA has 65,535 programs in any dimension but the first."""
+    grids: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("_log_sum_exp_kernel", "_column_sums_kernel"):
+        monkeypatch.setattr(sums, name, Kernel())
+    sums.attention_sums(
+        torch.empty(4096, 32, 130, 16, device="meta"),
+        torch.empty(4096, 32, 130, 16, device="meta"),
+        torch.empty(4096, device="meta"),
+        None,
+        scaling=1.0,
+        softcap=None,
+    )
+    assert [math.prod(grid) for grid in grids] == [4096 * 32 * 5] * 2
+    assert all(programs <= 65535 for grid in grids for programs in grid[1:])
+
+
 def test_a_broken_key_leaves_the_totals_of_the_others() -> None:
     queries, keys = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
     keys[0, 1, 5] = torch.nan
@@ -346,6 +389,12 @@ def test_totals_pass_over_what_is_not_a_number() -> None:
     torch.testing.assert_close(found.sum(dim=-1), torch.full((1, 2), 40.0))
 
 
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    """Not that of the session, which stays where it is."""
+    return make_model().to(DEVICE)
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Whether layers use the kernels, whatever the device is."""
@@ -365,7 +414,7 @@ def generate(
     ids = ids * mask
     cache = CompressedCache(policy, 20, protect_prompt=protect_prompt)
     with torch.inference_mode():
-        text = model.to(DEVICE).generate(
+        text = model.generate(
             ids.to(DEVICE),
             attention_mask=mask.to(DEVICE),
             **cache_argument(cache),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache, decode
 from compressed_cache.layer import CompressedLayer
+from compressed_cache.policies import Policy
+from compressed_cache.policies.view import LayerContext, Slots
 from compressed_cache.telemetry import Recorder, measure
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
@@ -234,3 +237,39 @@ def test_another_process_goes_on(
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.strip() == str(_generate(model, cache, more).tolist())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shifted(Policy):
+    """Its only constant is a buffer of the model."""
+
+    def constants(self, context: LayerContext) -> dict[str, Tensor]:
+        return {"shift": context.module.shift}
+
+    def scores(self, slots: Slots) -> Tensor:
+        return -slots.keys.float().norm(dim=-1) * slots.constants["shift"]
+
+
+def test_constants_of_another_model_change_neither_a_model_nor_a_snapshot(
+    make_model: Callable[..., LlamaForCausalLM],
+) -> None:
+    models = [make_model(), make_model()]
+    for shift, model in enumerate(models):
+        for layer in model.model.layers:
+            layer.self_attn.register_buffer("shift", torch.tensor([float(shift)]))
+    cache = CompressedCache(_Shifted(), 16)
+
+    def constants() -> list[float]:
+        return [store.bound.constants["shift"].item() for store in cache.stores()]
+
+    with torch.inference_mode():
+        _generate(models[0], cache)
+    assert constants() == [0.0, 0.0]
+    snapshot = cache.snapshot()
+    cache.reset()
+    _generate(models[1], cache)
+    assert constants() == [1.0, 1.0]
+    for shift, model in enumerate(models):
+        assert [layer.self_attn.shift.item() for layer in model.model.layers] == [shift, shift]
+    cache.restore(snapshot)
+    assert constants() == [0.0, 0.0]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaForCausalLM
 
 from compressed_cache import CompressedCache
@@ -450,3 +451,47 @@ def test_padding_steps_that_were_read_as_text_are_dropped(model: Any) -> None:
             _assert_close(logits[row, -1], expected[0, -1])
             assert held(batch, 1, row) == held(alone, 1)
             assert int(batch.layers[0].store.next_position[row]) == text.shape[1]
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what would wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_prompt_is_waited_for_as_often_with_more_layers(
+    make_model: Callable[..., LlamaForCausalLM],
+) -> None:
+    ids = distinct_tokens(2, 20)
+    ids[0, :7] = 0
+    counts = []
+    for layers in (2, 5):
+        model = make_model(num_hidden_layers=layers)
+        with _Waits() as waits, torch.no_grad():
+            _call(model, CompressedCache("snapkv", 16), ids, (ids != 0).long())
+        counts.append(waits.count)
+    assert 0 < counts[0] == counts[1]
+
+
+def test_padding_of_a_prompt_that_failed_is_forgotten(model: Any) -> None:
+    ids = distinct_tokens(1, 12)
+    cache, masks = CompressedCache("full", 16), torch.ones(2, 1, 12, dtype=torch.int64)
+    masks[0, :, :5] = 0
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compressed_cache.layer.read_call", fail)
+        with pytest.raises(RuntimeError, match="memory"):
+            _call(model, cache, ids, masks[0])
+    _call(model, cache, ids, masks[1])
+    assert cache.columns.known is not None and bool(cache.columns.known.all())

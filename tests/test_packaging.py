@@ -1,5 +1,6 @@
 """What gets installed, and what importing it costs."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -46,6 +47,30 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         "assert not late & set(sys.modules), late & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_tests_are_collected_without_the_harness(tmp_path: Path) -> None:
+    """As where a machine with a GPU has what the core needs and no more."""
+    (tmp_path / "without.py").write_text(
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class Finder(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        found = name.partition('.')[0] == 'lm_eval'\n"
+        "        return None if found else PathFinder.find_spec(name, path, target)\n"
+        "sys.meta_path[sys.meta_path.index(PathFinder)] = Finder\n"
+    )
+    command = "-m", "pytest", "-p", "without", "-q", "--collect-only", "-m", "gpu", "tests"
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval.utils import simple_parse_args_string
 from transformers import LlamaForCausalLM
 
 import compressed_cache
@@ -62,12 +61,13 @@ def test_the_policy_of_the_readme_runs(model: LlamaForCausalLM) -> None:
 
 
 def test_a_combination_is_the_same_in_python_and_in_arguments() -> None:
+    utils = pytest.importorskip("lm_eval.utils")
     section = TEXT[TEXT.index("### Combine") : TEXT.index("### Coming from kvpress")]
     source, of_objects = re.findall(r"```python\n(.*?)```", section, re.S)
     (arguments,) = re.findall(r"```\n(kv_.*?)\n```", section, re.S)
     names: dict[str, Any] = {"CompressedCache": CompressedCache}
     exec(source, names)
-    press = take_press(simple_parse_args_string(arguments))
+    press = take_press(utils.simple_parse_args_string(arguments))
     assert press is not None
     cache = press.make_cache()
     assert (cache.policy, cache.rules) == (names["cache"].policy, names["cache"].rules)

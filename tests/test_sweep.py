@@ -12,11 +12,13 @@ import pytest
 
 from compressed_cache.__main__ import main
 from compressed_cache.eval.results.row import FILE, Result, read
+from tests.results import make_result, typed
+
+pytest.importorskip("lm_eval")
 from compressed_cache.eval.sweep import estimate, tasks
 from compressed_cache.eval.sweep.folder import RESULT, Folder, write_error
 from compressed_cache.eval.sweep.plan import Cell, Plan
 from compressed_cache.wording import missing
-from tests.results import make_result, typed
 
 EASY = "reasoning_shipped_easy"
 PLAN = Plan(model="shipped", tasks=[EASY], policies=["full", "h2o"], budgets=[64, 80], seeds=2)

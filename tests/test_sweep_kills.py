@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from compressed_cache.eval.results.row import FILE, from_json, read
+
+pytest.importorskip("lm_eval")
 from compressed_cache.eval.sweep.cell import take
 from compressed_cache.eval.sweep.folder import RESULT, Folder
 from compressed_cache.eval.sweep.group import Group

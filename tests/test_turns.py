@@ -219,24 +219,6 @@ def test_a_prompt_in_chunks_is_protected_as_a_whole(model: Any) -> None:
         _generate(model, distinct_tokens(1, 30), cache, prefill_chunk_size=7)
 
 
-@pytest.mark.slow
-def test_chunks_may_be_compiled_with_graph_breaks(
-    make_model: Callable[..., LlamaForCausalLM],
-) -> None:
-    model, ids = make_model(), distinct_tokens(1, 40)
-    expected = _generate(model, ids, CompressedCache("h2o", 16), prefill_chunk_size=10)
-    torch._dynamo.reset()
-    options = dict(prefill_chunk_size=10)
-    broken = compiled(CountingBackend(), fullgraph=False)
-    got = _generate(model, ids, CompressedCache("h2o", 16), compile_config=broken, **options)
-    assert torch.equal(got, expected)
-    torch._dynamo.reset()
-    whole = compiled(CountingBackend())
-    with pytest.raises(Exception, match="fullgraph=False"):
-        _generate(model, ids, CompressedCache("h2o", 16), compile_config=whole, **options)
-    torch._dynamo.reset()
-
-
 # Snapshots, rows and files.
 
 

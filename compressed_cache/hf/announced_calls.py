@@ -1,9 +1,13 @@
 """What ``generate`` and models tell a cache before they call it."""
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch._C._dynamo import eval_frame
 from transformers import PreTrainedConfig
 
 from compressed_cache.hf import checks
@@ -30,6 +34,18 @@ class AnnouncedCalls(Observed):
     def stores(self) -> Iterator[Any]:
         """The stores of all layers that have one."""
         raise NotImplementedError
+
+    def takes_step(self, tokens: int) -> bool:
+        """Whether a call with ``tokens`` tokens is a decode step."""
+        raise NotImplementedError
+
+    def tell_call(self, tokens: int) -> None:
+        """Says that a call begins which is not compiled, with ``tokens`` tokens of each row."""
+        # So it is where compiled code is run but none is made any more.
+        if eval_frame.get_eval_frame_callback() is False and self.takes_step(tokens):
+            _warn_uncompiled()
+        for observer in tuple(self.observers):
+            observer.call_begins(self, tokens)
 
     def expect_model(self, model: Any) -> None:
         """Says what model is about to generate.
@@ -107,3 +123,14 @@ class AnnouncedCalls(Observed):
             for store in self.stores():
                 store.renumber(moved)
         self.columns.known = real.expand(len(next_position), -1)
+
+
+@functools.cache
+def _warn_uncompiled() -> None:
+    limit = torch._dynamo.config.recompile_limit
+    warnings.warn(
+        "decode steps that were to be compiled run eagerly: each policy and each shape takes a "
+        f"graph or two, and torch._dynamo.config.recompile_limit allows {limit} of them. Call "
+        "torch._dynamo.reset() between policies, or raise the limit.",
+        stacklevel=4,
+    )

@@ -21,8 +21,8 @@ _TAG = "_compressed_layer"
 _TAKES_ALL = "_takes_all_arguments"
 
 PROMPTS = (
-    "CompressedCache reads prompts eagerly. Use CompileConfig(fullgraph=False) with "
-    "prefill_chunk_size."
+    "CompressedCache reads prompts eagerly. Compile the model with fullgraph=False, or let "
+    "generate compile it."
 )
 
 

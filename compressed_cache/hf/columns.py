@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compressed_cache.hf import checks
-from compressed_cache.ops.masks import own_entry, positions_without
+from compressed_cache.ops.masks import check_left, own_entry, positions_without
 
 
 class Columns:
@@ -31,11 +31,13 @@ class Columns:
         self.is_built = self.is_asked = False
         self.announced: Any = None
         self.announced_at = -1
+        self._has_begun = False
         self._step: tuple[Any, Tensor | None] | None = None
 
     def begin_call(self) -> None:
         """A call begins."""
         self.is_built, self.is_asked = self.is_asked, False
+        self._has_begun = False
         self._step = None
 
     def real_of_step(self, attention_mask: Any, batch: int) -> Tensor | None:
@@ -118,6 +120,17 @@ class Columns:
         checks.check_shown(known, past)
         hidden = known & ~past
         return positions_without(hidden, known) if bool(hidden.any()) else None
+
+    def begin_text(self, real: Tensor) -> None:
+        """Notes the columns ``[B, L]`` bool of a first prompt, for all layers by the first of them.
+
+        Raises:
+            ValueError: padding after a real token.
+        """
+        # Each look at it waits for the device.
+        if not self._has_begun:
+            check_left(real)
+            self.known, self._has_begun = real, True
 
     def extend(self, real: Tensor, *, seen: int, next_position: Tensor) -> None:
         """Notes new columns ``[B, L]`` bool that follow ``seen`` ones; known ones stay.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressed_cache.ops import eviction
 from compressed_cache.ops.attention import LogitTransform
@@ -141,3 +141,31 @@ class BoundPolicy:
         rows = AttentionRows(weights.float(), query_positions, positions)
         state = self.observer.accumulate(state, rows)
         return self.shard.mean(state) if self.needs.all_heads else state
+
+
+# In place of one born in inference mode nothing could be written outside of it.
+@torch.inference_mode(False)
+@torch.no_grad()
+def copied(
+    constants: Mapping[str, Tensor], *, into: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Constants of a layer in memory of their own, but parameters, which stay those of the model.
+
+    Args:
+        constants: by name.
+        into: copies made before, which are overwritten where they are alike.
+    """
+    copies = {}
+    for name, tensor in constants.items():
+        held = None if into is None else into.get(name)
+        if isinstance(tensor, nn.Parameter):
+            copies[name] = tensor
+        elif held is None or isinstance(held, nn.Parameter) or _kind(held) != _kind(tensor):
+            copies[name] = tensor.clone()
+        else:
+            copies[name] = held.copy_(tensor)
+    return copies
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device

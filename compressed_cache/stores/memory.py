@@ -8,7 +8,7 @@ from torch import Tensor
 from compressed_cache.ops.kernels import operators
 from compressed_cache.ops.rings import moved_to, places_of
 from compressed_cache.ops.tokens import Sizes, Tokens
-from compressed_cache.stores.bound_policy import BoundPolicy
+from compressed_cache.stores.bound_policy import BoundPolicy, copied
 from compressed_cache.stores.inputs import AttentionInputs
 
 _SMALLEST_CAPACITY = 256
@@ -44,6 +44,7 @@ class SlotMemory:
     query_positions: Tensor
 
     def __init__(self, bound: BoundPolicy, tag: Callable[[Tensor], None]) -> None:
+        bound.constants = copied(bound.constants)
         self.bound = bound
         self.tag = tag
         """Marks keys as those of a layer."""
@@ -51,6 +52,13 @@ class SlotMemory:
         self.query_state: dict[str, Tensor] = {}
         self.is_fused = False
         self.has_gradients = False
+
+    def rebind(self, bound: BoundPolicy) -> None:
+        """Goes on with the policy as it is for another text; constants stay where they are."""
+        bound.constants = copied(bound.constants, into=self.bound.constants)
+        self.bound = bound
+        if self.sizes is not None:
+            self.mark()
 
     @property
     def next_position(self) -> Tensor:
@@ -162,8 +170,9 @@ class SlotMemory:
 
     def mark(self) -> None:
         """Says what these tensors are to attention, and to the compiler that they stay."""
-        # Without it every in-place write would make the compiler give up CUDA graphs.
-        for tensor in self.named_tensors().values():
+        # Without it every in-place write would make the compiler give up CUDA graphs, and what is
+        # only read would be copied in each step.
+        for tensor in (*self.named_tensors().values(), *self.bound.constants.values()):
             torch._dynamo.mark_static_address(tensor)
         self.tag(self.tokens.keys)
 

@@ -69,8 +69,14 @@ def change_press(model: Any, press: PressArguments) -> None:
         ValueError: a press that cannot serve this model.
         NotImplementedError: likewise.
     """
+    import torch
+
     press.make_cache(config=model.config)
-    model.compressed_cache = Session(press, model.compressed_cache.arguments)
+    before = model.compressed_cache
+    if press != before.press:
+        # Each takes graphs of its own, and torch makes only a few of one function.
+        torch._dynamo.reset()
+    model.compressed_cache = Session(press, before.arguments)
 
 
 def is_refusal(error: BaseException) -> bool:

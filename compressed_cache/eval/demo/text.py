@@ -36,6 +36,8 @@ def generate(
         for policy, budget in runs:
             shown = "" if budget is None else str(budget)
             console.rule(f"{policy} {shown}", align="left")
+            # Each policy takes graphs of its own, and torch makes only a few of one function.
+            torch._dynamo.reset()
             started = time.perf_counter()
             try:
                 cache = CompressedCache(policy, budget or 1)

@@ -30,15 +30,23 @@ def _logits(queries, keys, rows, columns, padding, scaling, softcap, SOFTCAP: tl
 
 
 @triton.jit
+def _place(length, BLOCK: tl.constexpr):
+    """Which block of which head is that of this program."""
+    # All in one dimension of the grid, because the others have no more than 65,535 programs.
+    number, blocks = tl.program_id(0), tl.cdiv(length, BLOCK)
+    return number % blocks, (number // blocks).to(tl.int64)
+
+
+@triton.jit
 def _log_sum_exp_kernel(
     queries, keys, paddings, sinks, found, num_queries, length, scaling, softcap,
     query_batch, query_head, query_token, key_batch, key_head, key_token,
     GROUPS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
+    block, program = _place(length, BLOCK)
     # The last queries see most keys, so they go first.
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK
-    program = tl.program_id(1).to(tl.int64)
+    start = (tl.cdiv(length, BLOCK) - 1 - block) * BLOCK
     row, query = program // num_queries, program % num_queries
     padding = tl.load(paddings + row)
     column = tl.arange(0, DIM_PAD)
@@ -81,8 +89,8 @@ def _column_sums_kernel(
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     # The first keys are seen by most queries, so they go first.
-    start = tl.program_id(0) * BLOCK
-    program = tl.program_id(1).to(tl.int64)
+    block, program = _place(length, BLOCK)
+    start = block * BLOCK
     row, head = program // num_heads, program % num_heads
     padding = tl.load(paddings + row)
     column = tl.arange(0, DIM_PAD)
@@ -147,13 +155,13 @@ def attention_sums(
         "SOFTCAP": softcap is not None,
         "num_warps": _WARPS[element],
     }
-    _log_sum_exp_kernel[(blocks, batch * num_queries)](
+    _log_sum_exp_kernel[(blocks * batch * num_queries,)](
         *(queries, keys, padding, padding if sinks is None else sinks, found),
         *(num_queries, length, scaling, softcap or 1.0, *strides),
         SINKS=sinks is not None,
         **common,
     )
-    _column_sums_kernel[(blocks, batch * heads)](
+    _column_sums_kernel[(blocks * batch * heads,)](
         *(queries, keys, padding, found, totals),
         *(heads, length, scaling, softcap or 1.0, *strides),
         **common,

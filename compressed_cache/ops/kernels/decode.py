@@ -27,6 +27,8 @@ _TILE_BYTES = {2: 1 << 14, 4: 1 << 13}
 """Bytes of keys that a program holds at once, by those of an element: what leaves no variable
 without a register, and fits the shared memory of any device with values and the next of both."""
 _WARPS = {2: 4, 4: 8}
+_REMEMBERED = 1 << 14
+"""Weights that a program has at once when it adds them up: more would not fit the registers."""
 _SHORTEST_SPLIT = 128  # slots
 _NEVER = tl.constexpr(1 << 62)
 _HIGHEST_SCORE = tl.constexpr(HIGHEST_SCORE)
@@ -341,7 +343,7 @@ def decode_step(
     sinks = step.memory if step.sinks is None else step.sinks
     slot = victims if step.slot is None else step.slot.contiguous()
     reals = victims if step.real is None else step.real.long()
-    rank_block = min(1024, max(16, triton.next_power_of_2(capacity)))
+    rank_block = min(_REMEMBERED // groups_pad, max(16, triton.next_power_of_2(capacity)))
     common = {
         "GROUPS": groups,
         "VALUE_DIM": value_dim,
@@ -380,9 +382,9 @@ def decode_step(
 
 
 def _splits(programs: int, capacity: int, device: torch.device) -> int:
-    """How many programs share a head, so that the device has two for each of its processors."""
+    """How many programs share a head, so that the device has up to two for each processor."""
     if device.type != "cuda":
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = triton.cdiv(2 * processors, programs)
+    wanted = 2 * processors // programs
     return max(1, min(wanted, capacity // _SHORTEST_SPLIT))
