@@ -127,3 +127,9 @@ def test_a_policy_has_few_members_and_a_modifier_overrides_fewer() -> None:
 def test_a_step_and_a_prompt_are_read_in_one_file_each() -> None:
     for name in ("decode_step", "prefill"):
         assert len(FILES[f"{PACKAGE}.stores.{name}"].read_text().splitlines()) <= 150
+
+
+def test_the_main_path_is_short() -> None:
+    stores = [f"stores.{name}" for name in ("slots", "ranking", "prefill", "decode_step")]
+    files = [FILES[f"{PACKAGE}.{name}"] for name in ("cache", "layer", "policies.base", *stores)]
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 1500

@@ -1,23 +1,14 @@
 """What a policy is: numbers, what it needs to be shown, and a function that scores tokens."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from compressed_cache.policies.fields import check_fields, own_options
 from compressed_cache.policies.former_names import check_names
-from compressed_cache.policies.needs import Needs
+from compressed_cache.policies.needs import Defaults, Needs
 from compressed_cache.policies.view import AttentionRows, LayerContext, Slots
-
-
-class Defaults(NamedTuple):
-    """What ``None`` means for the arguments of ``CompressedCache`` under one policy."""
-
-    interval: int = 1
-    sinks: int = 0
-    recent: int = 0
-    protect_prompt: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +116,3 @@ class Policy:
             NotImplementedError: a model that the policy cannot work with.
         """
         return {}
-
-
-def usual_interval(budget: int, *, longest: int = 64) -> int:
-    """Steps between two rankings where one costs more than a step: an eighth of the budget goes
-    before the next, and no more than ``longest``."""
-    return max(1, min(longest, budget // 8))

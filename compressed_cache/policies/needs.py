@@ -1,4 +1,4 @@
-"""What a policy has to be shown."""
+"""What a policy asks of a cache: what to be shown, and what to do where the user does not say."""
 
 from typing import NamedTuple
 
@@ -48,3 +48,18 @@ class Needs(NamedTuple):
             hidden_states=self.hidden_states or other.hidden_states,
             model=tuple(dict.fromkeys(self.model + other.model)),
         )
+
+
+class Defaults(NamedTuple):
+    """What ``None`` means for the arguments of ``CompressedCache`` under one policy."""
+
+    interval: int = 1
+    sinks: int = 0
+    recent: int = 0
+    protect_prompt: bool = False
+
+
+def usual_interval(budget: int, *, longest: int = 64) -> int:
+    """Steps between two rankings where one costs more than a step: an eighth of the budget goes
+    before the next, and no more than ``longest``."""
+    return max(1, min(longest, budget // 8))

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, Policy
 from compressed_cache.policies.draws import check_seed, gauss
+from compressed_cache.policies.needs import usual_interval
 from compressed_cache.policies.view import Slots
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.rotary import Rotary, rotary_of
-from compressed_cache.policies.base import Defaults, Needs, usual_interval
+from compressed_cache.policies.base import Defaults, Needs
 from compressed_cache.policies.methods.calibrated import Calibrated
+from compressed_cache.policies.needs import usual_interval
 from compressed_cache.policies.view import LayerContext, Slots
 
 _BLOCK = 1024

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops.eviction import per_head
-from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, Policy
 from compressed_cache.policies.capabilities import Repetition
+from compressed_cache.policies.needs import usual_interval
 from compressed_cache.policies.view import Slots
 
 _NEW = -1.0  # the note of a token that the second pass did not see; attention is never below 0

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
-from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, Policy
+from compressed_cache.policies.needs import usual_interval
 from compressed_cache.policies.view import Slots
 
 

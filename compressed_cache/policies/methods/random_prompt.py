@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from compressed_cache.policies.base import Defaults, usual_interval
+from compressed_cache.policies.base import Defaults
 from compressed_cache.policies.methods.random import Random
+from compressed_cache.policies.needs import usual_interval
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import pool_by_position
-from compressed_cache.policies.base import Defaults, Needs, usual_interval
+from compressed_cache.policies.base import Defaults, Needs
 from compressed_cache.policies.methods.window_votes import WindowVotes, window_logits
+from compressed_cache.policies.needs import usual_interval
 from compressed_cache.policies.view import Slots
 
 _BLOCK_ROWS = 512

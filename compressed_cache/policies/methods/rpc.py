@@ -8,8 +8,9 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import places, pool_by_position
-from compressed_cache.policies.base import Defaults, usual_interval
+from compressed_cache.policies.base import Defaults
 from compressed_cache.policies.methods.window_votes import WindowVotes, check_choice, window_logits
+from compressed_cache.policies.needs import usual_interval
 from compressed_cache.policies.view import Slots
 
 

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from compressed_cache.ops.attention import masked_softmax
 from compressed_cache.ops.eviction import per_head, places, pool_by_position
-from compressed_cache.policies.base import Defaults, Needs, usual_interval
+from compressed_cache.policies.base import Defaults, Needs
 from compressed_cache.policies.draws import check_seed, token_hash, uniform
 from compressed_cache.policies.methods.window_votes import (
     WindowVotes,
     causal,
     window_logits,
 )
+from compressed_cache.policies.needs import usual_interval
 from compressed_cache.policies.view import Slots
 
 _LARGE = 1e9

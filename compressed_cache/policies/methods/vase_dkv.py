@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, Policy
 from compressed_cache.policies.draws import check_seed, gauss
+from compressed_cache.policies.needs import usual_interval
 from compressed_cache.policies.view import Slots
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compressed_cache.policies.base import Defaults, Needs, Policy, usual_interval
+from compressed_cache.policies.base import Defaults, Needs, Policy
+from compressed_cache.policies.needs import usual_interval
 from compressed_cache.policies.view import Slots
 
 
