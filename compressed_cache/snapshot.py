@@ -24,7 +24,7 @@ from compressed_cache.step_counter import StepCounter
 from compressed_cache.stores.slots import SlotStore
 from compressed_cache.tensorfile import opened
 
-_FORMAT = "8"
+_FORMAT = "9"
 _COLUMNS = "columns"
 _CONSTANT = "constants."
 

@@ -263,8 +263,15 @@ MUTANTS = (
     Mutant(
         "a default of recent refuses a protected prompt",
         "hf/checks.py",
-        "eviction.recent if eviction.least_recent is None else eviction.least_recent",
-        "eviction.recent",
+        "recent = eviction.least_recent",
+        "recent = eviction.recent",
+        "test_cache.py",
+    ),
+    Mutant(
+        "a default of recent is the same as the value given",
+        "policies/eviction_config.py",
+        "least_recent = max(recent or 0, kept)",
+        "least_recent = kept",
         "test_cache.py",
     ),
     Mutant(

@@ -425,8 +425,9 @@ def test_a_policy_without_scores_says_so(model: LlamaForCausalLM) -> None:
         (
             lambda cache: cache.restore(CompressedCache("h2o", 9).snapshot()),
             "snapshot must be of a cache like this one (H2O(), EvictionConfig(budget=8, "
-            "interval=1, sinks=0, recent=4, protect_prompt=False)), got one with H2O(), "
-            "EvictionConfig(budget=9, interval=1, sinks=0, recent=4, protect_prompt=False)",
+            "interval=1, sinks=0, recent=4 by default, protect_prompt=False)), got one with H2O(), "
+            "EvictionConfig(budget=9, interval=1, sinks=0, recent=4 by default, "
+            "protect_prompt=False)",
         ),
     ],
 )
@@ -495,7 +496,7 @@ def test_files_that_are_not_a_saved_cache_are_refused(
     with pytest.raises(ValueError, match="is not a safetensors file"):
         CompressedCache.load(tmp_path / "text")
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights")
-    message = r"must be written by CompressedCache.save in format 8, got format None"
+    message = r"must be written by CompressedCache.save in format 9, got format None"
     with pytest.raises(ValueError, match=message):
         CompressedCache.load(tmp_path / "weights")
     cache = CompressedCache(Whole(), 16)

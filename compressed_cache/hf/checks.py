@@ -149,7 +149,7 @@ def check_prompt(lengths: Tensor, eviction: EvictionConfig, budget: int) -> None
     if not eviction.protect_prompt or eviction.prompt_yields:
         return
     longest = int(lengths.max())
-    recent = eviction.recent if eviction.least_recent is None else eviction.least_recent
+    recent = eviction.least_recent
     least = longest + recent + 1
     if least > budget:
         named, lower = (" + recent", ", lower recent") if recent else ("", "")
