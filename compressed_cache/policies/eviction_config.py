@@ -16,6 +16,7 @@ from compressed_cache.policies.budgets import (
 )
 from compressed_cache.policies.capabilities import (
     MergesValues,
+    Protected,
     PrunesChannels,
     Rerotates,
     SharesBudget,
@@ -65,6 +66,11 @@ class EvictionConfig:
             own["protect_prompt"] = None
         return own
 
+    @property
+    def least(self) -> Protected:
+        """What each head keeps, whatever its prompt."""
+        return Protected(self.sinks, self.recent, self.least_recent)
+
     def described(self) -> dict[str, Any]:
         """The same by what they mean, for readers."""
         own = {name: value for name, value in vars(self).items() if name in _ARGUMENTS}
@@ -82,7 +88,7 @@ class EvictionConfig:
         if not self.prompt_yields:
             return prompts.clamp(min=self.sinks)
         fits = prompts + self.recent < budget
-        half = min(budget // 2, budget - self.recent - 1)
+        half = min(budget // 2, budget - self.least_recent - 1)
         return torch.where(fits, prompts, half).clamp(min=self.sinks)
 
 
@@ -189,11 +195,10 @@ def share_budget(
     budget: Budget = eviction.budget
     if isinstance(budget, int):
         sharing = find(policy, SharesBudget)
-        protected = eviction.sinks + eviction.recent
         budget = (
             (budget,) * len(layers)
             if sharing is None
-            else to_budget(sharing.budgets(budget, heads, protected, model))
+            else to_budget(sharing.budgets(budget, heads, eviction.least, model))
         )
     assert not isinstance(budget, int)
     if len(budget) != len(layers):

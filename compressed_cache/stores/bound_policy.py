@@ -12,6 +12,7 @@ from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.ops.tensor_parallel import Shard
 from compressed_cache.policies.base import Policy
 from compressed_cache.policies.capabilities import (
+    KeepsFirstTokens,
     MergesValues,
     ObservesQueries,
     PrunesChannels,
@@ -83,6 +84,11 @@ class BoundPolicy:
         if sharing is not None:
             # As written: 0.07 * 100 is more than 7.
             self.floor = math.ceil(Fraction(str(sharing.head_floor)) * self.budget)
+        self.first_tokens: Tensor | None = None
+        keeping = find(policy, KeepsFirstTokens)
+        if keeping is not None:
+            least = eviction.least_recent
+            self.first_tokens = keeping.first_tokens(self.budget, least, self.constants)
         blocks = find(policy, RanksBlocks)
         self.prompt_block = None if blocks is None else blocks.prompt_block
 
@@ -96,13 +102,20 @@ class BoundPolicy:
             )
         return self.shard.mean(scores) if self.is_same_for_all_heads else scores
 
+    def prefix(self, protected: Tensor) -> Tensor:
+        """Positions below it are never evicted, ``[B]`` or ``[B, H]`` int64, by what the cache
+        protects, ``[B]``."""
+        if self.first_tokens is None:
+            return protected
+        return torch.maximum(protected[:, None], self.first_tokens)
+
     def protect(self, scores: Tensor, slots: Slots) -> Tensor:
         """Scores ``[B, H, S]`` of these tokens with protection applied."""
         return eviction.protect(
             scores,
             slots.positions,
-            next_position=slots.next_position,
-            protected_prefix=slots.protected_prefix,
+            next_position=slots.text_end,
+            protected_prefix=self.prefix(slots.protected_prefix),
             recent=slots.recent,
         )
 
