@@ -56,7 +56,7 @@ POLICIES = (
 )
 _FACTS = 16  # in a text
 _ANSWER = 12  # tokens, at most
-_FILLER = (
+_FILLER: tuple[str, ...] = (
     "The grass is green.",
     "The sky is blue.",
     "The sun is yellow.",

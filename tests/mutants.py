@@ -284,8 +284,8 @@ MUTANTS = (
     Mutant(
         "first tokens of streaming heads go before a default of recent",
         "stores/bound_policy.py",
-        "self.first_tokens = keeping.first_tokens(self.budget, least, self.constants)",
-        "self.first_tokens = None",
+        "return torch.maximum(protected[:, None], first)",
+        "return protected",
         "test_budgets.py -k streaming",
     ),
     Mutant(
@@ -322,6 +322,13 @@ MUTANTS = (
         "slots.oldest_recent[:, None, None]",
         "(slots.next_position - slots.recent)[:, None, None]",
         "test_reference.py -k 'test_library_keeps and snapkv+chunk'",
+    ),
+    Mutant(
+        "kvzip: a question is of the prompt",
+        "second_pass.py",
+        'before.counter | {"is_first_prompt": False}',
+        "before.counter",
+        "test_kvzip.py -k after_a_protected",
     ),
     Mutant(
         "recent is one more",

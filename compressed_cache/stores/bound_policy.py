@@ -84,11 +84,7 @@ class BoundPolicy:
         if sharing is not None:
             # As written: 0.07 * 100 is more than 7.
             self.floor = math.ceil(Fraction(str(sharing.head_floor)) * self.budget)
-        self.first_tokens: Tensor | None = None
-        keeping = find(policy, KeepsFirstTokens)
-        if keeping is not None:
-            least = eviction.least_recent
-            self.first_tokens = keeping.first_tokens(self.budget, least, self.constants)
+        self.keeping = find(policy, KeepsFirstTokens)
         blocks = find(policy, RanksBlocks)
         self.prompt_block = None if blocks is None else blocks.prompt_block
 
@@ -105,9 +101,11 @@ class BoundPolicy:
     def prefix(self, protected: Tensor) -> Tensor:
         """Positions below it are never evicted, ``[B]`` or ``[B, H]`` int64, by what the cache
         protects, ``[B]``."""
-        if self.first_tokens is None:
+        if self.keeping is None:
             return protected
-        return torch.maximum(protected[:, None], self.first_tokens)
+        recent = self.eviction.least_recent
+        first = self.keeping.first_tokens(self.budget, recent, self.constants)
+        return torch.maximum(protected[:, None], first)
 
     def protect(self, scores: Tensor, slots: Slots) -> Tensor:
         """Scores ``[B, H, S]`` of these tokens with protection applied."""
