@@ -331,6 +331,13 @@ MUTANTS = (
         "test_kvzip.py -k after_a_protected",
     ),
     Mutant(
+        "a modifier with scores of its own is taken for attention",
+        "policies/modifier.py",
+        "            cls.scores_attention = False\n",
+        "            pass\n",
+        "test_combinations.py -k 'says_so or something_else'",
+    ),
+    Mutant(
         "recent is one more",
         "ops/eviction.py",
         "oldest_recent = (next_position - recent)",

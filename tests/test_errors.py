@@ -1,5 +1,6 @@
 """Every message a user can meet, word for word, and that the cache is still good after it."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,28 @@ def test_a_protected_prompt_that_leaves_no_room_says_what_to_do(model: LlamaForC
     assert torch.equal(
         got, model.generate(shorter, past_key_values=fresh, max_new_tokens=8, do_sample=False)
     )
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "message"),
+    [
+        ("morphkv", {"window": 30}, "(40 + 30 + 1 = 71), got 64. Raise budget, lower window, or"),
+        (
+            "rkv",
+            {"window": 30, "recent": 31},
+            "(40 + 31 + 1 = 72), got 64. Raise budget, lower re",
+        ),
+        ("pyramidkv", {}, "(40 + 1 = 41), got 34 in layer 1 (its share of 64). Raise budget, or"),
+        ("h2o", {"budget": [64, 40]}, "(40 + 1 = 41), got 40 in layer 1. Raise budget, or"),
+        ("h2o", {"budget": [[64, 40], [64, 64]]}, "got 40 in a head of layer 0. Raise budget, or"),
+    ],
+)
+def test_a_prompt_that_leaves_no_room_is_told_where_and_what_to_lower(
+    model: LlamaForCausalLM, policy: str, options: dict[str, Any], message: str
+) -> None:
+    cache = CompressedCache(policy, **({"budget": 64, "protect_prompt": True} | options))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(distinct_tokens(1, 40), past_key_values=cache)
 
 
 def test_a_padded_row_does_not_count_its_padding_as_prompt(model: LlamaForCausalLM) -> None:

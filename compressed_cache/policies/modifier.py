@@ -36,9 +36,15 @@ class Modifier(Policy):
     """
 
     scores_attention: ClassVar[bool] = True
-    """Whether scores are still attention, if those of the base are."""
+    """Whether scores are still attention, if those of the base are. A class that defines ``scores``
+    must say so; left out, they are not."""
     base: Policy
     """The policy that is modified."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "scores" in vars(cls) and "scores_attention" not in vars(cls):
+            cls.scores_attention = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
