@@ -221,7 +221,7 @@ class _SecondPass(Observer):
             policy, eviction = self._cache.policy, self._cache.eviction
             module = layer.module.module
             bound = bind_module(policy, eviction, layer.index, module, inputs, arguments)
-            checks.check_prompt(self._lengths, bound)
+            checks.check_prompt(self._lengths, policy, eviction, bound.budget, bound.place)
             self._bound[layer.index] = bound
 
     def _scored(self, scores: Tensor, layer: CompressedLayer, inputs: AttentionInputs) -> Tensor:

@@ -314,6 +314,9 @@ def test_the_pipeline_puts_the_end_of_a_turn_before_what_is_repeated(pipe: Any) 
     whole = torch.cat([first, tokens(f"{question} solve answer")], dim=1)
     output = pipe.model.generate(whole, past_key_values=cache, max_new_tokens=12, do_sample=False)
     assert got == pipe.tokenizer.decode(output[0, whole.shape[1] :])
+    # Room for the context alone is enough to protect it.
+    protected = dict(budget=first.shape[1] + 1, protect_prompt=True)
+    assert pipe(context, question=question, max_new_tokens=2, **(arguments | protected))
 
 
 def test_a_question_after_a_protected_context_is_not_protected(

@@ -11,8 +11,8 @@ from transformers.models.auto import modeling_auto
 from compressed_cache.hf.module_identity import ModuleIdentity
 from compressed_cache.ops.tokens import Sizes
 from compressed_cache.policies.base import Policy
-from compressed_cache.policies.capabilities import ReadsTwice, find
-from compressed_cache.stores.bound_policy import BoundPolicy
+from compressed_cache.policies.capabilities import ReadsTwice, find, needs_of
+from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.versions import CACHE
 
 ATTENTION = ("full_attention", "sliding_attention")
@@ -144,23 +144,19 @@ def hidden_states(layer: int, shown: Any, module: Any, query: Tensor) -> Tensor:
     return given
 
 
-def check_prompt(lengths: Tensor, bound: BoundPolicy) -> None:
+def check_prompt(
+    lengths: Tensor, policy: Policy, eviction: EvictionConfig, budget: int, place: str = ""
+) -> None:
     """Raises ``ValueError`` if protected prompts of these ``lengths`` ``[B]`` leave no room in a
-    layer."""
-    eviction, budget = bound.eviction, bound.budget
+    budget, which is that of a ``place``."""
     if not eviction.protect_prompt or eviction.prompt_yields:
         return
     longest = int(lengths.max())
     recent = eviction.least_recent
     least = longest + recent + 1
     if least > budget:
-        lowered = "window" if recent == bound.needs.recent else "recent"
+        lowered = "window" if recent == needs_of(policy).recent else "recent"
         named, lower = (" + recent", f", lower {lowered}") if recent else ("", "")
-        place = ""
-        if budget != eviction.budget:
-            head = "a head of " if bound.head_budgets else ""
-            whole = f" (its share of {eviction.budget})" * isinstance(eviction.budget, int)
-            place = f" in {head}layer {bound.layer}{whole}"
         raise ValueError(
             f"budget must be at least prompt{named} + 1 with protect_prompt=True "
             f"({longest}{f' + {recent}' if recent else ''} + 1 = {least}), got {budget}"

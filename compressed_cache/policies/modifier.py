@@ -60,14 +60,14 @@ class Modifier(Policy):
         is_alike = self.same_for_all_heads or keeps_scores
         if decides_for_all_heads(self.base) and not is_alike:
             policies = [part for part in self.base.parts if not isinstance(part, Modifier)]
-            is_policy = any(decides_for_all_heads(part) for part in policies)
-            first = (
-                "" if is_policy else f"Write {self.name!r} before the modifier that does so, or "
-            )
-            hint = f"{first}use another policy."
+            hint = "Use another policy."
+            if not any(decides_for_all_heads(part) for part in policies):
+                hint = (
+                    f"Write {self.name!r} before the modifier that does so, or use another policy."
+                )
             raise ValueError(
                 f"{self.name} scores each head on its own, and {self.base.label!r} decides for all "
-                f"heads at once. {hint[0].upper()}{hint[1:]}"
+                f"heads at once. {hint}"
             )
         if find(self, RanksBlocks) and find_store(self) != "slots":
             raise ValueError(

@@ -88,6 +88,16 @@ class BoundPolicy:
         blocks = find(policy, RanksBlocks)
         self.prompt_block = None if blocks is None else blocks.prompt_block
 
+    @property
+    def place(self) -> str:
+        """Where in a model the budget is this one, if it is not that of the cache; for readers."""
+        whole = self.eviction.budget
+        if self.budget == whole:
+            return ""
+        head = "a head of " if self.head_budgets else ""
+        share = f" (its share of {whole})" if isinstance(whole, int) else ""
+        return f" in {head}layer {self.layer}{share}"
+
     def scores(self, slots: Slots) -> Tensor:
         """Scores ``[B, H, S]`` of the policy."""
         scores = self.policy.scores(slots)
