@@ -340,7 +340,7 @@ class CompressedLayer(CacheLayerMixin):
     def _check_prompt(self, lengths: Tensor) -> None:
         bound: BoundPolicy = self.store.bound
         if bound.policy.evicts:
-            checks.check_prompt(lengths, bound.eviction, bound.budget)
+            checks.check_prompt(lengths, bound.policy, bound.eviction, bound.budget, bound.place)
 
     def _tell(self, inputs: AttentionInputs) -> None:
         for reader in self.readers:

@@ -46,7 +46,8 @@ def compress(
 
     The context is read with a full cache, which is in memory twice until this returns. Then it is
     repeated part by part, and after each the cache is as it was. :meth:`CompressedCache.snapshot`
-    and :meth:`~CompressedCache.restore` let one compressed context begin many texts.
+    and :meth:`~CompressedCache.restore` let one compressed context begin many texts. With
+    ``protect_prompt=True`` it is the context that is protected, not what follows it.
 
     Args:
         model: the model.
@@ -108,7 +109,9 @@ def compress(
             read(model, ids, torch.cat([mask[rows], real], dim=1), whole)
             whole.restore(before)
     layers = tuple(second.cut(index, state) for index, state in enumerate(before.layers))
-    cache.restore(Snapshot(cache.policy, cache.eviction, before.counter, before.columns, layers))
+    # What comes next is a question, not more of the prompt.
+    counter = before.counter | {"is_first_prompt": False}
+    cache.restore(Snapshot(cache.policy, cache.eviction, counter, before.columns, layers))
     for timer in timers:
         timer.add_prompt(began, input_ids.shape[1])
     for own, other in zip(cache.layers, whole.layers, strict=True):
@@ -218,7 +221,7 @@ class _SecondPass(Observer):
             policy, eviction = self._cache.policy, self._cache.eviction
             module = layer.module.module
             bound = bind_module(policy, eviction, layer.index, module, inputs, arguments)
-            checks.check_prompt(self._lengths, eviction, bound.budget)
+            checks.check_prompt(self._lengths, policy, eviction, bound.budget, bound.place)
             self._bound[layer.index] = bound
 
     def _scored(self, scores: Tensor, layer: CompressedLayer, inputs: AttentionInputs) -> Tensor:

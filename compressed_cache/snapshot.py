@@ -24,7 +24,7 @@ from compressed_cache.stores.bound_policy import copied
 from compressed_cache.stores.slots import SlotStore
 from compressed_cache.tensorfile import opened, write
 
-_FORMAT = "8"
+_FORMAT = "9"
 _COLUMNS = "columns"
 _CONSTANT = "constants."
 

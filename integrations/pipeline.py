@@ -238,5 +238,10 @@ def _check_budget(request: Request, prompts: list[Prompt]) -> None:
         and isinstance(eviction.budget, int)
         and not find(request.cache.policy, SharesBudget)
     ):
-        lengths = [len(prompt.context) + max(map(len, prompt.questions)) for prompt in prompts]
-        check_prompt(torch.tensor(lengths), eviction, eviction.budget)
+        policy = request.cache.policy
+        # A question after a second pass is not of the prompt.
+        asked = not find(policy, ReadsTwice)
+        lengths = [
+            len(prompt.context) + asked * max(map(len, prompt.questions)) for prompt in prompts
+        ]
+        check_prompt(torch.tensor(lengths), policy, eviction, eviction.budget)

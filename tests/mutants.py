@@ -263,9 +263,79 @@ MUTANTS = (
     Mutant(
         "a default of recent refuses a protected prompt",
         "hf/checks.py",
-        "eviction.recent if eviction.least_recent is None else eviction.least_recent",
-        "eviction.recent",
+        "recent = eviction.least_recent",
+        "recent = eviction.recent",
         "test_cache.py",
+    ),
+    Mutant(
+        "a default of recent is the same as the value given",
+        "policies/eviction_config.py",
+        "least_recent = max(recent or 0, kept)",
+        "least_recent = kept",
+        "test_cache.py",
+    ),
+    Mutant(
+        "streaming heads have no more slots than duo_attention says",
+        "policies/methods/duo_attention.py",
+        "few = min(budget, max(few, first + recent + 1))",
+        "pass",
+        "test_budgets.py -k streaming",
+    ),
+    Mutant(
+        "first tokens of streaming heads go before a default of recent",
+        "stores/bound_policy.py",
+        "return torch.maximum(protected[:, None], first)",
+        "return protected",
+        "test_budgets.py -k streaming",
+    ),
+    Mutant(
+        "a default of recent holds in lazy layers",
+        "stores/lazy.py",
+        "few = (prefix + bound.eviction.least_recent + 1)",
+        "few = (prefix + bound.eviction.recent + 1)",
+        "test_simlayerkv.py",
+    ),
+    Mutant(
+        "a lazy layer keeps no sinks",
+        "stores/lazy.py",
+        "torch.where(self._is_lazy, prefix.clamp(min=self._lazy.sinks), prefix)",
+        "prefix.clone()",
+        "test_simlayerkv.py",
+    ),
+    Mutant(
+        "criticalkv protects the last tokens of each block",
+        "policies/methods/criticalkv.py",
+        "next_position=slots.text_end,",
+        "next_position=slots.next_position,",
+        "test_reference.py -k 'test_library_keeps and criticalkv+chunk'",
+    ),
+    Mutant(
+        "vase gives no votes to the last tokens of each block",
+        "policies/methods/vase.py",
+        "slots.oldest_recent[:, None, None]",
+        "(slots.next_position - slots.recent)[:, None, None]",
+        "test_reference.py -k 'test_library_keeps and vase+chunk'",
+    ),
+    Mutant(
+        "snapkv pools the last tokens of each block on their own",
+        "policies/methods/snapkv.py",
+        "slots.oldest_recent[:, None, None]",
+        "(slots.next_position - slots.recent)[:, None, None]",
+        "test_reference.py -k 'test_library_keeps and snapkv+chunk'",
+    ),
+    Mutant(
+        "kvzip: a question is of the prompt",
+        "second_pass.py",
+        'before.counter | {"is_first_prompt": False}',
+        "before.counter",
+        "test_kvzip.py -k after_a_protected",
+    ),
+    Mutant(
+        "a modifier with scores of its own is taken for attention",
+        "policies/modifier.py",
+        "            cls.scores_attention = False\n",
+        "            pass\n",
+        "test_combinations.py -k 'says_so or something_else'",
     ),
     Mutant(
         "recent is one more",
@@ -284,8 +354,8 @@ MUTANTS = (
     Mutant(
         "the first token after the prefix is protected",
         "ops/eviction.py",
-        "protected = positions < protected_prefix[:, None, None]",
-        "protected = positions <= protected_prefix[:, None, None]",
+        "protected = positions < _of_heads(protected_prefix)",
+        "protected = positions <= _of_heads(protected_prefix)",
         "test_slots.py",
     ),
     Mutant(
@@ -813,8 +883,8 @@ MUTANTS = (
     Mutant(
         "of a prompt that does not fit all but the recent is protected",
         "policies/eviction_config.py",
-        "half = min(budget // 2, budget - self.recent - 1)",
-        "half = budget - self.recent - 1",
+        "half = min(budget // 2, budget - self.least_recent - 1)",
+        "half = budget - self.least_recent - 1",
         "test_cache.py -k yields",
     ),
     Mutant(
@@ -1109,13 +1179,6 @@ MUTANTS = (
         "last = lengths - (lazy.slots - lazy.sinks) - 1",
         "test_simlayerkv.py -k 'test_lazy_layers_keep or from_its_share'",
     ),
-    Mutant(
-        "a lazy layer keeps no sinks",
-        "stores/lazy.py",
-        "first = slots.positions < self._lazy.sinks",
-        "first = slots.positions < 0",
-        "test_simlayerkv.py -k 'test_lazy_layers_keep or from_its_share'",
-    ),
     # Prompts off the device.
     Mutant(
         "outliers are fetched too",
@@ -1169,9 +1232,9 @@ MUTANTS = (
     ),
     Mutant(
         "recent tokens are those of each block",
-        "stores/prompt_blocks.py",
-        "counted = slots._replace(next_position=store.next_position)",
-        "counted = slots",
+        "policies/view.py",
+        "return self.next_position if self.prompt_end is None else self.prompt_end",
+        "return self.next_position",
         _BLOCKS,
     ),
     Mutant(

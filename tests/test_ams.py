@@ -241,8 +241,9 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
         ("snapkv+adakv+ams", "ams must know how many tokens a head keeps.*told by scores"),
         ("snapkv+ams+adakv", "ams must know how many tokens a head keeps"),
         ("snapkv+ams+caote", "caote needs a policy whose scores are attention"),
-        ("tova+ams", "'tova' decides for all heads at once"),
-        ("snapkv+chunkkv+ams", "decides for all heads at once"),
+        ("tova+ams", r"'tova' decides for all heads at once\. Use another policy\.$"),
+        ("rpc+ams", r"'rpc' decides for all heads at once\. Use another policy\.$"),
+        ("snapkv+chunkkv+ams", "all heads at once. Write 'ams' before the modifier that does so"),
     ],
 )
 def test_what_does_not_tell_how_many_tokens_stay_is_refused(name: str, message: str) -> None:

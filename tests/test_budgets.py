@@ -1,7 +1,6 @@
 """Budgets that differ from layer to layer and from head to head."""
 
-import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from itertools import product
@@ -20,6 +19,7 @@ from compressed_cache.integrations.harness.arguments import take_press
 from compressed_cache.policies import Policy
 from compressed_cache.policies import statistics_file as files
 from compressed_cache.policies.budgets import is_per_head
+from compressed_cache.policies.capabilities import Protected
 from compressed_cache.policies.methods.adakv import AdaKV
 from compressed_cache.policies.methods.criticalkv import CriticalKV
 from compressed_cache.policies.methods.duo_attention import DuoAttention
@@ -54,7 +54,8 @@ def pyramid(budget: int, num_layers: int, protected: int, beta: int) -> list[int
 def test_budgets_of_pyramidkv_fall_on_a_line_and_sum_to_those_of_a_uniform_one() -> None:
     policy = PyramidKV()
     for budget, num_layers, protected in product((33, 64, 127, 256), (2, 3, 4, 28), (0, 8, 32)):
-        budgets = policy.budgets(budget, 8, protected, LlamaConfig(num_hidden_layers=num_layers))
+        kept = Protected(sinks=0, recent=protected, least_recent=0)
+        budgets = policy.budgets(budget, 8, kept, LlamaConfig(num_hidden_layers=num_layers))
         assert budgets == pyramid(budget, num_layers, protected, beta=20)
         assert sum(budgets) == num_layers * budget
         assert budgets == sorted(budgets, reverse=True)
@@ -547,11 +548,22 @@ def gates(tmp_path: Path) -> str:
     return str(path)
 
 
-def duo(view: View, base: Score, *, streaming: set[tuple[int, int]], sinks: int) -> list[float]:
-    """First and last tokens in streaming heads, what ``base`` says in others."""
+def duo(view: View, base: Score, *, streaming: set[tuple[int, int]]) -> list[float]:
+    """Last tokens in streaming heads, what ``base`` says in others."""
     if (view.layer, view.head) not in streaming:
         return base(view)
-    return [math.inf if t.position < sinks else float(t.position) for t in view.held]
+    return [float(token.position) for token in view.held]
+
+
+@dataclass(frozen=True)
+class DuoRules(Rules):
+    """Streaming heads have ``first`` tokens as sinks."""
+
+    streaming: frozenset[tuple[int, int]] = frozenset()
+    first: int = 0
+
+    def of_head(self, layer: int, head: int) -> Rules:
+        return replace(self, sinks=self.first) if (layer, head) in self.streaming else self
 
 
 @pytest.mark.parametrize("interval", [1, 3])
@@ -585,19 +597,17 @@ def test_duo_attention_keeps_the_tokens_of_the_reference(
     # 3 and 7 shrink to 2 and 6, half of the budget, where others can use what is left.
     own = OPTIONS[name]
     options = {"gates": gates, "sparsity": sparsity, "duo_sinks": 3, "duo_recent": 7, **own}
-    score = partial(
-        duo,
-        base=partial(POLICIES[name], **own),
-        streaming=streaming,
-        sinks=3 if sparsity == 1 else 2,
-    )
+    score = partial(duo, base=partial(POLICIES[name], **own), streaming=streaming)
+    expected = DuoRules(shares, interval, sinks=1, recent=5)
+    first = 3 if sparsity == 1 else 2
+    expected = replace(expected, streaming=frozenset(streaming), first=first)
     assert_agree(
         *(precise_model, reference, TEXTS, LENGTHS),
         name=f"{name}+duo_attention",
         rules=rules,
         tolerance=tolerance,
         score=score,
-        expected_rules=replace(rules, budget=shares),
+        expected_rules=expected,
         options=options,
     )
 
@@ -610,14 +620,49 @@ def test_streaming_heads_shrink_with_the_budget_and_leave_the_rest_to_the_others
     )
     policy = DuoAttention(base=H2O(), gates=gates)
     for budget, expected in [(1024, [1728, 320]), (640, [960, 320]), (100, [150, 50])]:
-        assert policy.budgets(budget, 2, 7, config) == [expected, expected]
-    assert policy.budgets(10, 2, 7, config) == [[12, 8], [12, 8]]
+        assert policy.budgets(budget, 2, Protected(0, 7, 7), config) == [expected, expected]
+    # One first token, 7 recent ones and the newest.
+    assert policy.budgets(10, 2, Protected(0, 7, 7), config) == [[11, 9], [11, 9]]
+    assert policy.budgets(10, 2, Protected(0, 7, 0), config) == [[15, 5], [15, 5]]
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize(
+    ("policy", "options", "first", "last"),
+    [
+        ("knorm", {}, 4, 12),
+        # What is given holds, the newest token comes on top.
+        ("knorm", {"sinks": 16}, 16, 1),
+        ("knorm", {"sinks": 2, "recent": 24}, 4, 25),
+        ("h2o", {"recent": 63}, 0, 64),
+        ("h2o", {"recent": 20, "duo_sinks": 64, "duo_recent": 256}, 6, 26),
+        # A default of recent, 32 here, yields.
+        ("h2o", {}, 4, 12),
+        ("h2o", {"duo_sinks": 10}, 10, 12),
+    ],
+)
+def test_streaming_heads_hold_first_and_last_tokens_and_what_is_protected(
+    gates: str, policy: str, options: dict[str, Any], first: int, last: int, interval: int
+) -> None:
+    model, ids = make_model(torch.float32), torch.tensor([distinct_tokens(100, seed=1)])
+    options = {"duo_sinks": 4, "duo_recent": 12, "interval": interval, **options}
+    cache = CompressedCache(f"{policy}+duo_attention", 64, gates=gates, **options)
+    with torch.no_grad():
+        model(ids[:, :80], past_key_values=cache)
+        for token in range(80, 100):
+            model(ids[:, token : token + 1], past_key_values=cache)
+    for layer in positions(cache):
+        retrieval, streaming = layer[0]
+        assert streaming == [*range(first), *range(100 - last, 100)]
+        assert len(retrieval) == min(100, 2 * 64 - len(streaming))
+        recent = cache.eviction.recent
+        assert set(retrieval) >= set(range(99 - recent + interval, 99))
 
 
 def test_gates_of_a_calibration_are_those_of_its_file() -> None:
     config = AutoConfig.from_pretrained(MODEL_PATH)
     heads = config.num_key_value_heads
-    shares = DuoAttention(base=H2O()).budgets(64, heads, 7, config)
+    shares = DuoAttention(base=H2O()).budgets(64, heads, Protected(0, 7, 7), config)
     counts = [slots for layer in shares for slots in layer]
     assert sum(counts) == config.num_hidden_layers * heads * 64
     found = files.load_layers("duo_attention", None, config, "gates")

@@ -185,6 +185,28 @@ def test_protection_by_default_is_still_one_in_a_restored_cache(
     assert torch.equal(loaded.layers[0].store.protected_prefix, torch.tensor([8]))
 
 
+@pytest.mark.parametrize(
+    ("policy", "given", "shown"),
+    [
+        ("raas", {"protect_prompt": True}, "protect_prompt=True by default"),
+        ("h2o", {"recent": 8}, "recent=8 by default"),
+    ],
+)
+def test_a_default_is_not_the_same_value_given(
+    model: LlamaForCausalLM, policy: str, given: dict[str, Any], shown: str
+) -> None:
+    cache, other = CompressedCache(policy, 16), CompressedCache(policy, 16, **given)
+    assert cache.eviction.recent == other.eviction.recent
+    with torch.no_grad():
+        model(distinct_tokens(1, 30), past_key_values=cache)
+    message = rf"must be of a cache like this one \(.*\), got one with .*{shown}"
+    with pytest.raises(ValueError, match=message):
+        other.restore(cache.snapshot())
+    same = CompressedCache(policy, 16)
+    same.restore(cache.snapshot())
+    assert held(same, 0) == held(cache, 0)
+
+
 @pytest.mark.parametrize("policy", slow_but(QUICK, EVICTING))
 def test_a_protected_prompt_is_never_evicted(model: LlamaForCausalLM, policy: str) -> None:
     options = {"window": 4} if policy == "rkv" else {}

@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from bench.conformance.pairs import PAIRS
 from bench.every_policy import COMBINATIONS, EVERY, statistics
 from bench.kvpress import ENVIRONMENT
 from compressed_cache import CompressedCache, compress
@@ -197,6 +199,38 @@ def test_what_is_to_be_typed_makes_a_cache(press: PressEquivalent) -> None:
         budget = "" if "budget=" in press.here else ", budget=4096"
         cache = eval(f"CompressedCache({press.here}{budget})")
         assert cache.policy.label == press.here.split('"')[1]
+
+
+def _options(call: str) -> dict[str, Any]:
+    """Those of a call, by name, that are written as numbers or texts."""
+    (statement,) = ast.parse(f"call({call})").body
+    assert isinstance(statement, ast.Expr)
+    assert isinstance(statement.value, ast.Call)
+    return {
+        keyword.arg: keyword.value.value
+        for keyword in statement.value.keywords
+        if keyword.arg and isinstance(keyword.value, ast.Constant)
+    }
+
+
+def test_presses_have_the_options_with_which_they_are_compared() -> None:
+    rows = {row.name: _options(row.here) for row in PRESSES if row.origin == KVPRESS}
+    pairs: dict[str, tuple[str, dict[str, Any]]] = {}
+    for pair in reversed(PAIRS):
+        name, _, arguments = pair.press.removesuffix(")").partition("(")
+        # Those around another press are shown around another one, and these find theirs elsewhere.
+        if "Press(" not in arguments and name not in ("FinchPress", "DuoAttentionPress"):
+            pairs[name] = arguments, _options(pair.here)
+    for name, (arguments, options) in pairs.items():
+        assert set(options) <= set(rows[name]), name
+        if not arguments:
+            assert options.items() <= rows[name].items(), name
+        for option in {"recent", "fit_prompt"} & set(options):
+            assert options[option] == rows[name][option], name
+    # The newest of the press counts beside the recent ones here.
+    assert "n_recent=17" in pairs["SimLayerKVPress"][0]
+    assert pairs["SimLayerKVPress"][1]["lazy_recent"] == 17 - 1
+    assert rows["SimLayerKVPress"]["lazy_recent"] == 1024 - 1
 
 
 def test_presses_are_named_once_and_in_order() -> None:

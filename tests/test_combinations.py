@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from compressed_cache import POLICIES, CompressedCache
 from compressed_cache.policies import MODIFIERS, make_policy, option_names
 from compressed_cache.policies.base import Needs, Policy
+from compressed_cache.policies.methods.adakv import AdaKV
 from compressed_cache.policies.methods.caote import CAOTE
 from compressed_cache.policies.methods.gkv import GKV
 from compressed_cache.policies.methods.h2o import H2O
@@ -266,6 +267,29 @@ class Noting(Modifier):
         held = slots.positions >= 0
         assert (slots.notes[..., -1] == slots.positions)[held].all()
         return super().scores(slots)
+
+
+def test_scores_of_a_modifier_are_attention_only_where_it_says_so() -> None:
+    class Silent(Modifier):
+        def scores(self, slots: Slots) -> Tensor:
+            return super().scores(slots)
+
+    class Spoken(Silent):
+        scores_attention = True
+
+    class Quiet(Modifier):
+        pass
+
+    assert AdaKV(base=Spoken(base=H2O())).base.label == "h2o+Spoken"
+    assert AdaKV(base=Quiet(base=H2O())).base.label == "h2o+Quiet"
+    with pytest.raises(ValueError, match=r"whose scores are attention.* got 'h2o.Silent'"):
+        AdaKV(base=Silent(base=H2O()))
+
+
+@pytest.mark.parametrize("name", ["caote+adakv", "duo_attention+criticalkv"])
+def test_what_asks_for_attention_is_not_given_something_else(name: str) -> None:
+    with pytest.raises(ValueError, match="whose scores are attention"):
+        make_policy(f"h2o+{name}")
 
 
 @pytest.mark.parametrize(

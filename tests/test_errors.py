@@ -1,5 +1,6 @@
 """Every message a user can meet, word for word, and that the cache is still good after it."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,6 +218,28 @@ def test_a_protected_prompt_that_leaves_no_room_says_what_to_do(model: LlamaForC
     )
 
 
+@pytest.mark.parametrize(
+    ("policy", "options", "message"),
+    [
+        ("morphkv", {"window": 30}, "(40 + 30 + 1 = 71), got 64. Raise budget, lower window, or"),
+        (
+            "rkv",
+            {"window": 30, "recent": 31},
+            "(40 + 31 + 1 = 72), got 64. Raise budget, lower re",
+        ),
+        ("pyramidkv", {}, "(40 + 1 = 41), got 34 in layer 1 (its share of 64). Raise budget, or"),
+        ("h2o", {"budget": [64, 40]}, "(40 + 1 = 41), got 40 in layer 1. Raise budget, or"),
+        ("h2o", {"budget": [[64, 40], [64, 64]]}, "got 40 in a head of layer 0. Raise budget, or"),
+    ],
+)
+def test_a_prompt_that_leaves_no_room_is_told_where_and_what_to_lower(
+    model: LlamaForCausalLM, policy: str, options: dict[str, Any], message: str
+) -> None:
+    cache = CompressedCache(policy, **({"budget": 64, "protect_prompt": True} | options))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(distinct_tokens(1, 40), past_key_values=cache)
+
+
 def test_a_padded_row_does_not_count_its_padding_as_prompt(model: LlamaForCausalLM) -> None:
     ids = distinct_tokens(1, 30)
     ids[:, :12] = 0
@@ -425,8 +448,9 @@ def test_a_policy_without_scores_says_so(model: LlamaForCausalLM) -> None:
         (
             lambda cache: cache.restore(CompressedCache("h2o", 9).snapshot()),
             "snapshot must be of a cache like this one (H2O(), EvictionConfig(budget=8, "
-            "interval=1, sinks=0, recent=4, protect_prompt=False)), got one with H2O(), "
-            "EvictionConfig(budget=9, interval=1, sinks=0, recent=4, protect_prompt=False)",
+            "interval=1, sinks=0, recent=4 by default, protect_prompt=False)), got one with H2O(), "
+            "EvictionConfig(budget=9, interval=1, sinks=0, recent=4 by default, "
+            "protect_prompt=False)",
         ),
     ],
 )
@@ -495,7 +519,7 @@ def test_files_that_are_not_a_saved_cache_are_refused(
     with pytest.raises(ValueError, match="is not a safetensors file"):
         CompressedCache.load(tmp_path / "text")
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights")
-    message = r"must be written by CompressedCache.save in format 8, got format None"
+    message = r"must be written by CompressedCache.save in format 9, got format None"
     with pytest.raises(ValueError, match=message):
         CompressedCache.load(tmp_path / "weights")
     cache = CompressedCache(Whole(), 16)

@@ -314,6 +314,28 @@ def test_the_pipeline_puts_the_end_of_a_turn_before_what_is_repeated(pipe: Any) 
     whole = torch.cat([first, tokens(f"{question} solve answer")], dim=1)
     output = pipe.model.generate(whole, past_key_values=cache, max_new_tokens=12, do_sample=False)
     assert got == pipe.tokenizer.decode(output[0, whole.shape[1] :])
+    # Room for the context alone is enough to protect it.
+    protected = dict(budget=first.shape[1] + 1, protect_prompt=True)
+    assert pipe(context, question=question, max_new_tokens=2, **(arguments | protected))
+
+
+def test_a_question_after_a_protected_context_is_not_protected(
+    precise_model: LlamaForCausalLM,
+) -> None:
+    context, rest = CONTEXTS[0], distinct_tokens(40, seed=80)
+    cache = CompressedCache("kvzip", len(context) + 4, protect_prompt=True, **OPTIONS)
+    compressed(precise_model, cache, [context])
+    with torch.no_grad():
+        # More than there is room for if it were of the prompt.
+        precise_model(torch.tensor([rest[:10]]), past_key_values=cache)
+        for token in rest[10:]:
+            precise_model(torch.tensor([[token]]), past_key_values=cache)
+    newest = len(context) + len(rest) - 1
+    for layer in kept(cache, 0):
+        for head in layer:
+            assert head[: len(context)] == tuple(range(len(context)))
+            assert len(head) == len(context) + 4
+            assert head[-1] == newest
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,41 @@ def test_a_protected_prompt_stays_in_lazy_layers_too(model: LlamaForCausalLM) ->
             assert set(range(16)) <= set(head.tolist())
 
 
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize(
+    ("policy", "options", "first", "last"),
+    [
+        ("knorm", {}, 4, 16),
+        # What is given holds, the newest token comes on top.
+        ("knorm", {"recent": 24}, 4, 25),
+        ("knorm", {"sinks": 16, "recent": 10}, 16, 11),
+        ("h2o", {"recent": 10, "lazy_sinks": 16, "lazy_recent": 48}, 8, 24),
+        # A default of recent, 32 here, yields.
+        ("h2o", {}, 4, 16),
+        ("h2o", {"protect_prompt": True}, 40, 1),
+        ("h2o", {"protect_prompt": True, "recent": 8}, 40, 9),
+    ],
+)
+def test_lazy_layers_hold_first_and_last_tokens_and_what_is_protected(
+    model: LlamaForCausalLM,
+    policy: str,
+    options: dict[str, Any],
+    first: int,
+    last: int,
+    interval: int,
+) -> None:
+    lazy: dict[str, Any] = {"lazy_threshold": 0.0, "lazy_sinks": 4, "lazy_recent": 16}
+    cache = CompressedCache(f"{policy}+simlayerkv", 64, interval=interval, **(lazy | options))
+    text = torch.tensor([distinct_tokens(100, seed=1)])
+    with torch.no_grad():
+        model(text[:, :40], past_key_values=cache)
+        for token in range(40, 100):
+            model(text[:, token : token + 1], past_key_values=cache)
+    for layer in cache.layers:
+        for head in layer.held().positions[0]:
+            assert sorted(head.tolist()) == [*range(first), *range(100 - last, 100)]
+
+
 def test_turns_rows_files_and_snapshots_keep_closed_slots_closed(
     model: LlamaForCausalLM, tmp_path: Path
 ) -> None:

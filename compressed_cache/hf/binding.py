@@ -125,11 +125,10 @@ def _fitted(
 ) -> int:
     """Slots of every head of a layer for this prompt."""
     assert isinstance(eviction.budget, int)
-    protected = eviction.sinks + eviction.recent
     layer = compressed_layers(context.config).index(context.layer)
     lengths = sorted(set(inputs.real.sum(dim=1).tolist()))
     shares = {
-        fitting.fitted(eviction.budget, protected, context.config, length)[layer]
+        fitting.fitted(eviction.budget, eviction.least, context.config, length)[layer]
         for length in lengths
     }
     if len(shares) > 1:

@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 from compressed_cache.hf.module_identity import ModuleIdentity
 from compressed_cache.ops.tokens import Sizes
 from compressed_cache.policies.base import Policy
-from compressed_cache.policies.capabilities import ReadsTwice, find
+from compressed_cache.policies.capabilities import ReadsTwice, find, needs_of
 from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.versions import CACHE
 
@@ -145,19 +145,23 @@ def hidden_states(layer: int, shown: Any, module: Any, query: Tensor) -> Tensor:
     return given
 
 
-def check_prompt(lengths: Tensor, eviction: EvictionConfig, budget: int) -> None:
-    """Raises ``ValueError`` if protected prompts of these ``lengths`` ``[B]`` leave no room."""
+def check_prompt(
+    lengths: Tensor, policy: Policy, eviction: EvictionConfig, budget: int, place: str = ""
+) -> None:
+    """Raises ``ValueError`` if protected prompts of these ``lengths`` ``[B]`` leave no room in a
+    budget, which is that of a ``place``."""
     if not eviction.protect_prompt or eviction.prompt_yields:
         return
     longest = int(lengths.max())
-    recent = eviction.recent if eviction.least_recent is None else eviction.least_recent
+    recent = eviction.least_recent
     least = longest + recent + 1
     if least > budget:
-        named, lower = (" + recent", ", lower recent") if recent else ("", "")
+        lowered = "window" if recent == needs_of(policy).recent else "recent"
+        named, lower = (" + recent", f", lower {lowered}") if recent else ("", "")
         raise ValueError(
             f"budget must be at least prompt{named} + 1 with protect_prompt=True "
-            f"({longest}{f' + {recent}' if recent else ''} + 1 = {least}), got {budget}. "
-            f"Raise budget{lower}, or set protect_prompt=False."
+            f"({longest}{f' + {recent}' if recent else ''} + 1 = {least}), got {budget}"
+            f"{place}. Raise budget{lower}, or set protect_prompt=False."
         )
 
 

@@ -47,14 +47,15 @@ def protect(
         scores: ``[B, H, S]`` float32, larger is kept longer.
         positions: ``[B, H, S]`` int64.
         next_position: ``[B]`` int64, position of the incoming token of each row.
-        protected_prefix: ``[B]`` int64, positions below it are never evicted (sinks or prompt).
+        protected_prefix: ``[B]`` or ``[B, H]`` int64, positions below it are never evicted: sinks
+            or prompt.
         recent: tokens right before the incoming one that are never evicted.
 
     Returns:
         ``[B, H, S]`` float32: ``+inf`` below the prefix, :data:`RECENT_SCORE` where recent.
     """
     oldest_recent = (next_position - recent)[:, None, None]
-    protected = positions < protected_prefix[:, None, None]
+    protected = positions < _of_heads(protected_prefix)
     scores = scores.masked_fill(scores.isnan(), -torch.inf).clamp(max=HIGHEST_SCORE)
     scores = scores.masked_fill(positions >= oldest_recent, RECENT_SCORE)
     return scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
@@ -135,17 +136,18 @@ def next_victims(
         scores: ``[B, H, S]`` float32 with protection applied.
         positions: ``[B, H, S]`` int64.
         next_position: ``[B]`` int64, that of the first token to come.
-        protected_prefix: ``[B]`` int64, positions below it are never evicted.
+        protected_prefix: ``[B]`` or ``[B, H]`` int64, positions below it are never evicted.
         count: how many steps.
 
     Returns:
         ``[B, H, count]`` int64 slot numbers.
     """
-    for_good = (positions >= 0) & (positions < protected_prefix[:, None, None])
+    prefix = _of_heads(protected_prefix)
+    for_good = (positions >= 0) & (positions < prefix)
     order = sort_slots(scores, positions.masked_fill(for_good, _NO_POSITION))
     num_slots = (~for_good).sum(dim=-1, keepdim=True)
     # Of a prompt that is shorter than the prefix.
-    first = (protected_prefix - next_position)[:, None, None].clamp(min=0).minimum(num_slots - 1)
+    first = (prefix - _of_heads(next_position)).clamp(min=0).minimum(num_slots - 1)
     step = torch.arange(count, device=order.device)
     return order.gather(
         -1, torch.where(step < first, step, first + (step - first) % (num_slots - first))
@@ -168,7 +170,7 @@ def next_open_victims(
         scores: ``[B, H, S]`` float32.
         positions: ``[B, H, S]`` int64.
         next_position: ``[B]`` int64.
-        protected_prefix: ``[B]`` int64.
+        protected_prefix: ``[B]`` or ``[B, H]`` int64.
         count: how many steps.
     """
     # The others are made to look protected for good, as if below the prefix.
@@ -229,6 +231,11 @@ def tokens_of_heads(scores: Tensor, positions: Tensor, *, floor: int, count: int
     place = places(*as_one_head(protect_best(scores, positions, count=floor), positions))
     stays = (place >= place.shape[-1] - count).view_as(positions) & (positions >= 0)
     return stays.sum(dim=-1, keepdim=True)
+
+
+def _of_heads(numbers: Tensor) -> Tensor:
+    """Numbers ``[B]`` or ``[B, H]`` as ``[B, H | 1, 1]``."""
+    return numbers.view(numbers.shape[0], -1, 1)
 
 
 def per_head(numbers: Sequence[int], like: Tensor) -> Tensor:

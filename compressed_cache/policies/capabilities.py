@@ -172,25 +172,36 @@ class RanksBlocks(Protocol):
         ...
 
 
+class Protected(NamedTuple):
+    """How many tokens of each head are never evicted."""
+
+    sinks: int
+    """First ones."""
+    recent: int
+    """Last ones."""
+    least_recent: int
+    """Last ones where ``recent`` is a default, which yields; else as many."""
+
+
 @runtime_checkable
 class SharesBudget(Protocol):
     """Shares out the slots of a model among its layers or heads."""
 
     def budgets(
-        self, budget: int, num_heads: int, protected: int, config: Any
+        self, budget: int, num_heads: int, protected: Protected, config: Any
     ) -> Sequence[int] | Sequence[Sequence[int]]:
         """As many slots in all as with ``budget`` everywhere.
 
         Args:
             budget: slots of a head on average.
             num_heads: ``H`` of the whole layer.
-            protected: tokens of each head that are never evicted; below ``budget``.
+            protected: what each head keeps; ``sinks + recent`` is below ``budget``.
             config: the model's text config.
 
         Returns:
             Slots of every head, or of each head, of each of the
             :func:`~compressed_cache.policies.budgets.compressed_layers`; all more than
-            ``protected``.
+            ``sinks + least_recent``.
         """
         ...
 
@@ -204,7 +215,9 @@ class FitsPrompt(Protocol):
         """Whether it does, with these options."""
         ...
 
-    def fitted(self, budget: int, protected: int, config: Any, prompt_length: int) -> Sequence[int]:
+    def fitted(
+        self, budget: int, protected: Protected, config: Any, prompt_length: int
+    ) -> Sequence[int]:
         """What :meth:`SharesBudget.budgets` is for a prompt of ``prompt_length`` tokens."""
         ...
 
@@ -216,6 +229,21 @@ class SharesSlots(Protocol):
     @property
     def head_floor(self) -> float:
         """The part of the budget that each head keeps."""
+        ...
+
+
+@runtime_checkable
+class KeepsFirstTokens(Protocol):
+    """Never evicts the first tokens of some heads, beside the ``sinks`` of the cache."""
+
+    def first_tokens(self, budget: int, recent: int, constants: Mapping[str, Tensor]) -> Tensor:
+        """How many of each head, ``[H]`` int64.
+
+        Args:
+            budget: slots of the head with the fewest.
+            recent: last tokens that each head keeps.
+            constants: what ``Policy.constants`` gave for this layer.
+        """
         ...
 
 
@@ -242,7 +270,7 @@ class HasLazyLayers(Protocol):
 
         Args:
             budget: slots of a head of the layer.
-            protected: as for :meth:`SharesBudget.budgets`.
+            protected: how many tokens of each head are never evicted.
         """
         ...
 

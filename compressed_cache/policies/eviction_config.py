@@ -1,6 +1,6 @@
 """The arguments of a cache once checked and resolved."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from compressed_cache.policies.budgets import (
 )
 from compressed_cache.policies.capabilities import (
     MergesValues,
+    Protected,
     PrunesChannels,
     Rerotates,
     SharesBudget,
@@ -39,23 +40,36 @@ class EvictionConfig:
     sinks: int
     recent: int
     protect_prompt: bool
-    prompt_yields: bool = field(default=False, repr=False, compare=False)
+    prompt_yields: bool = False
     """Whether a prompt that does not fit is protected as far as :meth:`protected` says, and not
     refused: where protection is the policy's default."""
 
-    least_recent: int | None = field(default=None, repr=False, compare=False)
-    """How many recent tokens stay whatever room a protected prompt leaves, where ``recent`` is the
-    policy's default; None where it was given."""
+    least_recent: int = 0
+    """How many recent tokens stay whatever room a protected prompt leaves: all where ``recent`` was
+    given, and what the policy cannot do without where it is a default."""
+
+    def __repr__(self) -> str:
+        own = {name: repr(value) for name, value in vars(self).items() if name in _ARGUMENTS}
+        if self.recent > self.least_recent:
+            own["recent"] += " by default"
+        if self.prompt_yields:
+            own["protect_prompt"] += " by default"
+        return f"EvictionConfig({', '.join(f'{name}={value}' for name, value in own.items())})"
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of ``CompressedCache`` that stand for this."""
         own = {name: value for name, value in vars(self).items() if name in _ARGUMENTS}
-        if self.least_recent is not None:
+        if self.recent > self.least_recent:
             own["recent"] = None
         if self.prompt_yields:
             own["protect_prompt"] = None
         return own
+
+    @property
+    def least(self) -> Protected:
+        """What each head keeps, whatever its prompt."""
+        return Protected(self.sinks, self.recent, self.least_recent)
 
     def described(self) -> dict[str, Any]:
         """The same by what they mean, for readers."""
@@ -74,7 +88,7 @@ class EvictionConfig:
         if not self.prompt_yields:
             return prompts.clamp(min=self.sinks)
         fits = prompts + self.recent < budget
-        half = min(budget // 2, budget - self.recent - 1)
+        half = min(budget // 2, budget - self.least_recent - 1)
         return torch.where(fits, prompts, half).clamp(min=self.sinks)
 
 
@@ -106,8 +120,8 @@ def resolve_eviction(
     smallest = min(slots)
     defaults = policy.defaults(sum(slots) // len(slots))
     kept = needs_of(policy).recent
-    least_recent = kept if recent is None else None
-    room = smallest - (sinks or 0) - max(recent or 0, kept) - 1
+    least_recent = max(recent or 0, kept)
+    room = smallest - (sinks or 0) - least_recent - 1
     if sinks is None:
         sinks = max(0, min(defaults.sinks, room))
         room -= sinks
@@ -155,7 +169,7 @@ def resolve_eviction(
     config = EvictionConfig(
         budget, interval, sinks, recent, protect_prompt, prompt_yields, least_recent
     )
-    if store == "offloaded" and config != EvictionConfig(budget, 1, 0, 0, False):
+    if store == "offloaded" and (interval, sinks, recent, protect_prompt) != (1, 0, 0, False):
         raise ValueError(
             f"interval, sinks, recent and protect_prompt must be left alone with {policy.name!r}, "
             f"which evicts nothing, got {config}. Raise budget to fetch more in each step."
@@ -181,11 +195,10 @@ def share_budget(
     budget: Budget = eviction.budget
     if isinstance(budget, int):
         sharing = find(policy, SharesBudget)
-        protected = eviction.sinks + eviction.recent
         budget = (
             (budget,) * len(layers)
             if sharing is None
-            else to_budget(sharing.budgets(budget, heads, protected, model))
+            else to_budget(sharing.budgets(budget, heads, eviction.least, model))
         )
     assert not isinstance(budget, int)
     if len(budget) != len(layers):

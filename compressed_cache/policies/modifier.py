@@ -36,9 +36,15 @@ class Modifier(Policy):
     """
 
     scores_attention: ClassVar[bool] = True
-    """Whether scores are still attention, if those of the base are."""
+    """Whether scores are still attention, if those of the base are. A class that defines ``scores``
+    must say so; left out, they are not."""
     base: Policy
     """The policy that is modified."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "scores" in vars(cls) and "scores_attention" not in vars(cls):
+            cls.scores_attention = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,10 +59,15 @@ class Modifier(Policy):
         keeps_scores = type(self).scores is Modifier.scores
         is_alike = self.same_for_all_heads or keeps_scores
         if decides_for_all_heads(self.base) and not is_alike:
+            policies = [part for part in self.base.parts if not isinstance(part, Modifier)]
+            hint = "Use another policy."
+            if not any(decides_for_all_heads(part) for part in policies):
+                hint = (
+                    f"Write {self.name!r} before the modifier that does so, or use another policy."
+                )
             raise ValueError(
                 f"{self.name} scores each head on its own, and {self.base.label!r} decides for all "
-                f"heads at once. Write {self.name!r} before the modifier that does so, or use "
-                "another policy."
+                f"heads at once. {hint}"
             )
         if find(self, RanksBlocks) and find_store(self) != "slots":
             raise ValueError(

@@ -72,6 +72,19 @@ class Slots(NamedTuple):
     None."""
     interval: int = 1
     """Steps from one ranking of a decode step to the next, in each of which one token goes."""
+    prompt_end: Tensor | None = None
+    """``[B]`` int64, the prompt's length where these are a block of it that is ranked on its own,
+    and ``next_position`` the end of the block; else None."""
+
+    @property
+    def oldest_recent(self) -> Tensor:
+        """``[B]`` int64, the cache keeps positions from it on whatever their score."""
+        return self.text_end - self.recent
+
+    @property
+    def text_end(self) -> Tensor:
+        """``[B]`` int64, the ``next_position`` of the text, also in a block of it."""
+        return self.next_position if self.prompt_end is None else self.prompt_end
 
     @property
     def budgets(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.ops.tensor_parallel import Shard
 from compressed_cache.policies.base import Policy
 from compressed_cache.policies.capabilities import (
+    KeepsFirstTokens,
     MergesValues,
     ObservesQueries,
     PrunesChannels,
@@ -83,8 +84,19 @@ class BoundPolicy:
         if sharing is not None:
             # As written: 0.07 * 100 is more than 7.
             self.floor = math.ceil(Fraction(str(sharing.head_floor)) * self.budget)
+        self.keeping = find(policy, KeepsFirstTokens)
         blocks = find(policy, RanksBlocks)
         self.prompt_block = None if blocks is None else blocks.prompt_block
+
+    @property
+    def place(self) -> str:
+        """Where in a model the budget is this one, if it is not that of the cache; for readers."""
+        whole = self.eviction.budget
+        if self.budget == whole:
+            return ""
+        head = "a head of " if self.head_budgets else ""
+        share = f" (its share of {whole})" if isinstance(whole, int) else ""
+        return f" in {head}layer {self.layer}{share}"
 
     def scores(self, slots: Slots) -> Tensor:
         """Scores ``[B, H, S]`` of the policy."""
@@ -96,13 +108,22 @@ class BoundPolicy:
             )
         return self.shard.mean(scores) if self.is_same_for_all_heads else scores
 
+    def prefix(self, protected: Tensor) -> Tensor:
+        """Positions below it are never evicted, ``[B]`` or ``[B, H]`` int64, by what the cache
+        protects, ``[B]``."""
+        if self.keeping is None:
+            return protected
+        recent = self.eviction.least_recent
+        first = self.keeping.first_tokens(self.budget, recent, self.constants)
+        return torch.maximum(protected[:, None], first)
+
     def protect(self, scores: Tensor, slots: Slots) -> Tensor:
         """Scores ``[B, H, S]`` of these tokens with protection applied."""
         return eviction.protect(
             scores,
             slots.positions,
-            next_position=slots.next_position,
-            protected_prefix=slots.protected_prefix,
+            next_position=slots.text_end,
+            protected_prefix=self.prefix(slots.protected_prefix),
             recent=slots.recent,
         )
 

@@ -54,6 +54,12 @@ class LazyStore(SlotStore):
 
     # A prompt.
 
+    def protect_prefix(self, length: Tensor | None) -> None:
+        """Protects what every store does, and in lazy rows the first tokens."""
+        super().protect_prefix(length)
+        prefix = self.protected_prefix
+        prefix.copy_(torch.where(self._is_lazy, prefix.clamp(min=self._lazy.sinks), prefix))
+
     def held_for_chunk(
         self, inputs: AttentionInputs, *, is_first_prompt: bool
     ) -> tuple[Tokens, Tensor]:
@@ -96,17 +102,15 @@ class LazyStore(SlotStore):
         share = bound.shard.mean(mass) / lengths.clamp(min=1, max=lazy.queries)
         # Rounding may make more than 1 of it.
         is_lazy = (share.clamp(max=1.0) > lazy.threshold) & (lengths > lazy.slots)
-        protected = bound.eviction.protected(lengths, bound.budget)
-        few = (protected + bound.eviction.recent + 1).clamp(min=lazy.slots)
+        prefix = bound.eviction.protected(lengths, bound.budget).clamp(min=lazy.sinks)
+        few = (prefix + bound.eviction.least_recent + 1).clamp(min=lazy.slots)
         return torch.where(is_lazy, few, bound.budget).clamp(max=bound.budget)
 
     # Rank.
 
     def scores(self, slots: Slots) -> Tensor:
-        """Scores ``[B, H, S]`` of the policy; of lazy rows, first and last tokens are best."""
+        """Scores ``[B, H, S]`` of the policy; of lazy rows, the last tokens are best."""
         recency = slots.positions.float()
-        first = slots.positions < self._lazy.sinks
-        recency = recency.masked_fill(first, torch.finfo(torch.float32).max)
         return torch.where(self._is_lazy[:, None, None], recency, super().scores(slots))
 
     def room(self) -> Tensor:
@@ -130,7 +134,7 @@ class LazyStore(SlotStore):
         judge = find(self.bound.policy, HasLazyLayers)
         assert judge is not None
         eviction = self.bound.eviction
-        return judge.lazy_layer(self.bound.budget, eviction.sinks + eviction.recent)
+        return judge.lazy_layer(self.bound.budget, eviction.sinks + eviction.least_recent)
 
     @property
     def _is_lazy(self) -> Tensor:

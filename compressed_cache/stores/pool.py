@@ -93,7 +93,7 @@ class PoolStore(SlotStore):
                 scores,
                 positions,
                 next_position=self.next_position,
-                protected_prefix=self.protected_prefix,
+                protected_prefix=self.bound.prefix(self.protected_prefix),
                 count=steps,
             )
             return victims.transpose(1, 2).flatten(1, 2).unsqueeze(1)

@@ -84,6 +84,7 @@ def rank(
         slots = bound.revise(
             slots._replace(
                 next_position=block.end,
+                prompt_end=store.next_position,
                 prompt_length=block.end,
                 queries=queries,
                 query_positions=query_positions,
@@ -92,10 +93,7 @@ def rank(
             ),
             evicts,
         )
-        own = store.scores(slots)
-        # By the end of the prompt, not of the block.
-        counted = slots._replace(next_position=store.next_position)
-        place = eviction.places(bound.protect(own, counted), slots.positions)
+        place = eviction.places(bound.protect(store.scores(slots), slots), slots.positions)
         above = place.shape[2] - 1 - place
         size = (block.positions >= 0).sum(dim=1)[:, None, None].clamp(min=1)
         scores = block.put(scores, -(above + 0.5) / size)

@@ -87,6 +87,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "keydiff+chunk": {"block_length": 8},
     "rkv+chunk": {"window": 4, "kernel_size": 3, "mix_lambda": 0.4, "block_length": 6},
     "snapkv+chunk": {"window": 6, "kernel_size": 3, "block_length": 7},
+    "snapkv+criticalkv+chunk": {"window": 6, "kernel_size": 3, "block_length": 11},
+    "vase+chunk": {"window": 6, "kernel_size": 3, "seed": 5, "block_length": 8},
     "knorm+chunkkv": {"chunk_length": 4},
     "rkv+chunkkv": {"window": 4, "kernel_size": 3, "mix_lambda": 0.4, "chunk_length": 3},
     "snapkv+chunkkv": {"window": 6, "kernel_size": 3, "chunk_length": 3},

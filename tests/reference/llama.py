@@ -239,7 +239,7 @@ class _Row:
             queries=[without(query, lost) for query in self.queries[layer][head]],
             group_rows=[rows[first : first + self.model.group_size] for rows in self.rows[layer]],
             layer_rows=self.rows[layer],
-            rules=rules,
+            rules=rules.of_head(layer, head),
             prompt_length=self.prompt_length,
             memory=self.memory[layer][head],
             projections=self.model.projections(layer, head),
@@ -254,7 +254,7 @@ class _Row:
                 excess = self.prompt_length - rules.slots(layer, head)
                 if excess <= 0:
                     continue
-                ranking = rank(view, score, rules, prompt_length=self.prompt_length)
+                ranking = rank(view, score, view.rules, prompt_length=self.prompt_length)
                 if excess > len(ranking.positions):
                     raise ValueError("protected tokens do not fit into the budget")
                 # Within the dropped ones the order is irrelevant.
@@ -283,7 +283,8 @@ class _Row:
             for head in range(self.model.num_heads):
                 if turn == 0:
                     # Also where nothing has to go: a policy may write down what it saw.
-                    ranking = rank(views[head], score, rules, prompt_length=self.prompt_length)
+                    view = views[head]
+                    ranking = rank(view, score, view.rules, prompt_length=self.prompt_length)
                     num_dropped = ranking.scores.count(-math.inf)
                     self.drop(layer, head, ranking.positions[:num_dropped], score)
                     del ranking.positions[:num_dropped], ranking.scores[:num_dropped]
@@ -304,7 +305,7 @@ class _Row:
                     victim = min(
                         token.position
                         for token in self.held[layer][head]
-                        if not rules.protects_for_good(
+                        if not rules.of_head(layer, head).protects_for_good(
                             token.position, prompt_length=self.prompt_length
                         )
                     )

@@ -91,7 +91,8 @@ def presses(rows: Sequence[PressEquivalent]) -> str:
             "prompt of `n` tokens is `budget=int(n * (1 - r))`, which also holds while decoding; "
             "the `cache_budget` of the fork is `budget`. Policies rank at prefill and while "
             "decoding, so nothing wraps them for either; options are those of the press, with its "
-            "defaults.",
+            "defaults, and where its default does nothing (SimLayerKVPress, DuoAttentionPress, "
+            "ThinKPress), ours.",
             "",
             _table(["press", "its arguments", "here", "note"], cells),
             "",

@@ -93,7 +93,7 @@ _MANY: tuple[PressEquivalent, ...] = tuple(
             "CURPress",
             "num_sinks=4, leverage_type='kv_product', use_random_leverage=False, "
             "use_local_approximation=True, local_window_size=16",
-            '"curdkv", rank=0',
+            '"curdkv", rank=0, recent=0',
             "the product of both only; `rank=20` is `use_random_leverage=True`, and "
             "`local_window=0` is `use_local_approximation=False`",
         ),
@@ -213,9 +213,14 @@ _MANY: tuple[PressEquivalent, ...] = tuple(
         (
             "PyramidKVPress",
             "window_size=64, kernel_size=5, beta=20",
-            '"pyramidkv", window=64, kernel_size=5, beta=20',
+            '"pyramidkv", window=64, kernel_size=5, beta=20, fit_prompt=True',
         ),
-        ("QFilterPress", "", '"qfilter"', "filters come from a calibration, not from the hub"),
+        (
+            "QFilterPress",
+            "",
+            '"qfilter", recent=0',
+            "filters come from a calibration, not from the hub",
+        ),
         ("RandomPress", "seed=None", '"random", seed=0'),
         (
             "RestoreKVPress",
@@ -227,8 +232,9 @@ _MANY: tuple[PressEquivalent, ...] = tuple(
         (
             "SimLayerKVPress",
             "lazy_threshold=1.0, n_last=1, n_recent=1024, n_initial=4",
-            '"snapkv+simlayerkv", lazy_threshold=0.9, lazy_queries=1',
-            "behind any policy; layers that are not lazy keep to the budget too",
+            '"snapkv+simlayerkv", lazy_threshold=0.9, lazy_queries=1, lazy_recent=1023',
+            "`n_recent` counts a token whose weights it leaves out; behind any policy; layers that "
+            "are not lazy keep to the budget too",
         ),
         (
             "SnapKVPress",
@@ -243,7 +249,7 @@ _MANY: tuple[PressEquivalent, ...] = tuple(
             '"snapkv+think", think_window=32',
             "`channel_ratio` is the share left out, and it does save memory",
         ),
-        ("TOVAPress", "", '"tova"'),
+        ("TOVAPress", "", '"tova", recent=1'),
     )
 ) + tuple(
     PressEquivalent(FORK, *row)

@@ -32,6 +32,8 @@ class AdaKV(Modifier):
         super().__post_init__()
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor must be between 0 and 1, got {self.floor}")
+        if find_store(self.base) != "slots":
+            raise ValueError(f"adakv cannot share out the slots of {self.base.label!r}")
         if not scores_attention(self.base):
             hint = ""
             if scores_attention(self.base.parts[0]):
@@ -40,8 +42,6 @@ class AdaKV(Modifier):
                 f"adakv needs a policy whose scores are attention, such as 'snapkv+adakv', got "
                 f"{self.base.label!r}{hint}"
             )
-        if find_store(self.base) != "slots":
-            raise ValueError(f"adakv cannot share out the slots of {self.base.label!r}")
 
     @property
     def head_floor(self) -> float:

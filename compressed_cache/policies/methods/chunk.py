@@ -21,8 +21,9 @@ class Chunk(Modifier):
     block divided by the length of the block; queries have the angles of their own positions (there
     those of the end of the prompt); what the cache protects is protected in the text, not in each
     block; padding belongs to no block; and the first stage of ``criticalkv`` is a share of the
-    whole budget in each block (there of what the block keeps), so that it leaves nothing to the
-    second stage in a prompt of ``1 / first_stage_ratio`` blocks or more.
+    whole budget in each block (there of what the block keeps), as the large values of ``vase`` are,
+    so that it leaves nothing to the second stage in a prompt of ``1 / first_stage_ratio`` blocks or
+    more.
     """
 
     name: ClassVar[str] = "chunk"

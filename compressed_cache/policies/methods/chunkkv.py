@@ -29,6 +29,7 @@ class ChunkKV(Modifier):
     """
 
     name: ClassVar[str] = "chunkkv"
+    scores_attention: ClassVar = True
     same_for_all_heads: ClassVar = True
     chunk_length: int = 10
     """Positions of a chunk, counted from the start of the text (the paper's; kvpress has 20)."""

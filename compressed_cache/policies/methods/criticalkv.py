@@ -90,7 +90,7 @@ class CriticalKV(Modifier):
         base = protect(
             base.masked_fill(~(usable | always), -torch.inf),
             slots.positions,
-            next_position=slots.next_position,
+            next_position=slots.text_end,
             protected_prefix=slots.protected_prefix,
             recent=slots.recent,
         )

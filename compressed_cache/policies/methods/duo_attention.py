@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressed_cache.policies import statistics_file as files
 from compressed_cache.policies.budgets import compressed_layers, share_out
-from compressed_cache.policies.capabilities import SharesBudget, find, find_store
+from compressed_cache.policies.capabilities import Protected, SharesBudget, find, find_store
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.view import LayerContext, Slots
 from compressed_cache.tensorfile import check_finite
@@ -27,11 +27,13 @@ class DuoAttention(Modifier):
     smallest gates, are streaming heads: the first ``duo_sinks`` and the last ``duo_recent`` tokens.
     All other heads have the same number of slots, in which the policy before ``+`` decides.
 
-    Differs from the authors' code in four points: retrieval heads have a budget too (theirs keep
+    Differs from the authors' code in five points: retrieval heads have a budget too (theirs keep
     everything); with a budget below twice ``duo_sinks + duo_recent`` both shrink in proportion to
-    half the budget, or to what is protected; gates of the calibration are the attention that a
-    head pays to the middle (theirs are learned; their files are read too); and of equal gates those
-    of later heads stream first (they add noise).
+    half the budget, or to what is protected; streaming heads hold what ``sinks`` and a given
+    ``recent`` protect too, with as many slots as that takes, but a default of ``recent`` does not
+    hold there; gates of the calibration are the attention that a head pays to the middle (theirs
+    are learned; their files are read too); and of equal gates those of later heads stream first
+    (they add noise).
     """
 
     name: ClassVar[str] = "duo_attention"
@@ -63,7 +65,9 @@ class DuoAttention(Modifier):
         if self.gates is not None and not self._is_table:
             files.check_policy(self.gates, self.name)
 
-    def budgets(self, budget: int, num_heads: int, protected: int, config: Any) -> list[list[int]]:
+    def budgets(
+        self, budget: int, num_heads: int, protected: Protected, config: Any
+    ) -> list[list[int]]:
         layers, streaming = compressed_layers(config), self._streaming(config)
         for layer in layers:
             if len(streaming.get(layer, ())) != num_heads:
@@ -72,7 +76,10 @@ class DuoAttention(Modifier):
                     f"{len(streaming.get(layer, ()))}"
                 )
         kinds = [kind for layer in layers for kind in streaming[layer]]
-        few = min(self.duo_sinks + self.duo_recent, max(budget // 2, protected + 1))
+        recent = protected.least_recent
+        few = min(self._length, max(budget // 2, protected.sinks + recent + 1))
+        first = max(protected.sinks, few * self.duo_sinks // self._length)
+        few = min(budget, max(few, first + recent + 1))
         rest = kinds.count(False)
         left = budget * len(kinds) - few * (len(kinds) - rest)
         many = iter(share_out(left, [Fraction(1)] * rest) if rest else [])
@@ -88,13 +95,18 @@ class DuoAttention(Modifier):
         streaming = torch.tensor(own, device=context.device)
         return {"streaming": streaming}
 
-    def scores(self, slots: Slots) -> Tensor:
+    def first_tokens(self, budget: int, recent: int, constants: Mapping[str, Tensor]) -> Tensor:
         # Where there is a streaming head, it has the fewest slots.
-        length = self.duo_sinks + self.duo_recent
-        sinks = min(self.duo_sinks, slots.budget * self.duo_sinks // length)
-        recency = slots.positions.float()
-        recency = recency.masked_fill(slots.positions < sinks, torch.finfo(torch.float32).max)
-        return torch.where(slots.constants["streaming"][:, None], recency, super().scores(slots))
+        share = budget * self.duo_sinks // self._length
+        return constants["streaming"] * max(0, min(self.duo_sinks, share, budget - recent - 1))
+
+    def scores(self, slots: Slots) -> Tensor:
+        streaming = slots.constants["streaming"][:, None]
+        return torch.where(streaming, slots.positions.float(), super().scores(slots))
+
+    @property
+    def _length(self) -> int:
+        return self.duo_sinks + self.duo_recent
 
     @property
     def _is_table(self) -> bool:

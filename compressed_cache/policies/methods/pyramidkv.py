@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 from compressed_cache.policies.budgets import compressed_layers, share_out
+from compressed_cache.policies.capabilities import Protected
 from compressed_cache.policies.methods.snapkv import SnapKV
 
 
@@ -35,18 +36,21 @@ class PyramidKV(SnapKV):
         if self.beta < 1:
             raise ValueError(f"beta must be >= 1, got {self.beta}")
 
-    def budgets(self, budget: int, num_heads: int, protected: int, config: Any) -> list[int]:
-        return self._falling(budget, protected, len(compressed_layers(config)))
+    def budgets(self, budget: int, num_heads: int, protected: Protected, config: Any) -> list[int]:
+        kept = protected.sinks + protected.recent
+        return self._falling(budget, kept, len(compressed_layers(config)))
 
     @property
     def fits_prompt(self) -> bool:
         return self.fit_prompt
 
-    def fitted(self, budget: int, protected: int, config: Any, prompt_length: int) -> list[int]:
-        num_layers = len(compressed_layers(config))
-        if prompt_length < 2 * (budget - protected):
+    def fitted(
+        self, budget: int, protected: Protected, config: Any, prompt_length: int
+    ) -> list[int]:
+        num_layers, kept = len(compressed_layers(config)), protected.sinks + protected.recent
+        if prompt_length < 2 * (budget - kept):
             return [budget] * num_layers
-        return self._falling(budget, protected, num_layers, at_most=prompt_length - protected)
+        return self._falling(budget, kept, num_layers, at_most=prompt_length - kept)
 
     def _falling(
         self, budget: int, protected: int, num_layers: int, at_most: int | None = None

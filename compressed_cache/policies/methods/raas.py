@@ -20,8 +20,8 @@ class RaaS(Policy):
 
     Differs in three points: single tokens carry stamps and are evicted, where the paper does both
     by pages of 16 tokens with one representative key, so as to read less; each key/value head has
-    stamps of its own, by the mean weight of the query heads that share it; and a prompt that leaves
-    no room in the budget is refused.
+    stamps of its own, by the mean weight of the query heads that share it; and of a prompt that
+    leaves no room only the first ``budget // 2`` tokens are protected.
     """
 
     name: ClassVar[str] = "raas"

@@ -17,10 +17,10 @@ class RandomPrompt(Random):
     with other defaults: ``protect_prompt=True``, and as many recent tokens as steps between two
     rankings, which from a budget of 512 on are the paper's 64.
 
-    Differs in two points: a prompt that leaves no room in the budget is refused, where the paper
-    reads it whole and then keeps all of it but one token; and slots are overwritten one by one in
-    the order of the ranking, where the paper lets the cache grow by 64 tokens and cuts it back, so
-    the budget here includes that buffer.
+    Differs in two points: of a prompt that leaves no room only the first ``budget // 2`` tokens are
+    protected, where the paper reads it whole and then keeps all of it but one token; and slots are
+    overwritten one by one in the order of the ranking, where the paper lets the cache grow by 64
+    tokens and cuts it back, so the budget here includes that buffer.
     """
 
     name: ClassVar[str] = "random_prompt"

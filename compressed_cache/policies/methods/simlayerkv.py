@@ -18,11 +18,13 @@ class SimLayerKV(Modifier):
     decides within the budget. A layer that is lazy in all rows of a batch takes that much less
     memory, and one that is lazy in some leaves the slots of these rows empty.
 
-    Differs from the authors' code in five points: each row of a batch is judged for itself; a lazy
+    Differs from the authors' code in six points: each row of a batch is judged for itself; a lazy
     layer goes on giving up tokens while decoding (theirs is cut once); with a budget below twice
     ``lazy_sinks + lazy_recent`` both shrink in proportion to half the budget, or to what is
-    protected; a prompt that is no longer than that says nothing, and its layers are not lazy; and
-    of a prompt read in chunks the first one decides.
+    protected; a lazy layer holds what ``sinks``, a given ``recent`` and ``protect_prompt`` protect
+    too, with as many slots as that takes, or is not lazy where that is the whole budget, but a
+    default of ``recent`` does not hold there; a prompt that is no longer than the tokens that count
+    says nothing, and its layers are not lazy; and of a prompt read in chunks the first one decides.
     """
 
     name: ClassVar[str] = "simlayerkv"

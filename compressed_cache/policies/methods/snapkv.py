@@ -49,7 +49,7 @@ class SnapKV(WindowVotes):
         visible = causal(slots)[:, :, None]
         votes = masked_softmax(logits, visible, slots.transform.sink_logits(logits)).sum(dim=3)
         votes = votes.mean(dim=2)
-        before = slots.positions < (slots.next_position - slots.recent)[:, None, None]
+        before = slots.positions < slots.oldest_recent[:, None, None]
         pooled = pool_by_position(
             votes,
             slots.positions.masked_fill(~before, -1),

@@ -72,7 +72,7 @@ class VaSE(WindowVotes):
         )
 
     def scores(self, slots: Slots) -> Tensor:
-        before = slots.positions < (slots.next_position - slots.recent)[:, None, None]
+        before = slots.positions < slots.oldest_recent[:, None, None]
         visible = causal(slots) & before[:, :, None]
         votes = masked_softmax(window_logits(slots), visible[:, :, None]).mean(dim=2).sum(dim=2)
         seen = (slots.query_positions >= 0).sum(dim=1)[:, None, None]

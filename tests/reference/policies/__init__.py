@@ -132,6 +132,8 @@ POLICIES: dict[str, Callable[..., list[float]]] = {
     "keydiff+chunk": partial(chunk, base=keydiff),
     "rkv+chunk": partial(chunk, base=rkv),
     "snapkv+chunk": partial(chunk, base=snapkv),
+    "snapkv+criticalkv+chunk": partial(chunk, base=partial(criticalkv, base=snapkv)),
+    "vase+chunk": partial(chunk, base=vase),
     "knorm+chunkkv": partial(chunkkv, base=knorm),
     "rkv+chunkkv": partial(chunkkv, base=rkv),
     "snapkv+chunkkv": partial(chunkkv, base=snapkv),

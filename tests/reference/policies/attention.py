@@ -67,7 +67,7 @@ def snapkv(
                 votes[index] += row.get(token.position, 0.0)
     count = (view.incoming - first) * len(view.queries[-1])
     # Held tokens are in the order of their positions, so the recent ones are the last.
-    num_older = sum(t.position < view.incoming - view.rules.recent for t in view.held)
+    num_older = sum(t.position < view.text_end - view.rules.recent for t in view.held)
     shares = [vote / count for vote in votes]
     older = shares[:num_older]
     smooth = [pooled(older, index, kernel_size, pool) for index in range(num_older)]

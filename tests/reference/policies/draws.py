@@ -67,7 +67,7 @@ def vase(
     pooled among the same, with zeros beyond the ends. The first four tokens have a range of
     infinity where they are sinks; other tokens that never go have none.
     """
-    before = [t for t in view.held if t.position < view.incoming - view.rules.recent]
+    before = [t for t in view.held if t.position < view.text_end - view.rules.recent]
     votes = {token.position: 0.0 for token in view.held}
     window_queries = list(enumerate(view.queries))[-window:]
     for position, group in window_queries:

@@ -80,6 +80,7 @@ def chunk(
             group_rows=rows[:end],
             prompt_length=end,
             prompt_start=start,
+            block_of=view.incoming,
         )
         safe = [
             view.rules.protects(at, incoming=view.incoming, prompt_length=view.prompt_length)
@@ -126,7 +127,7 @@ def criticalkv(
         weighted.append((score / total + score_offset) * mean(norms))
     safe = [
         view.rules.protects(
-            token.position, incoming=view.incoming, prompt_length=view.prompt_length
+            token.position, incoming=view.text_end, prompt_length=view.prompt_length
         )
         for token in view.held
     ]

@@ -43,6 +43,7 @@ class View:
         rules: What is kept whatever its score, and the budget.
         prompt_length: Tokens of the prompt.
         prompt_start: Where a block of it begins that is ranked on its own.
+        block_of: Of such a block the number of tokens of the whole prompt.
         memory: What a policy wrote down about a position when it last ranked this head.
         projections: ``[hidden, D]`` for each query head of the group: its part of the matrix that
             attention ends with.
@@ -63,11 +64,17 @@ class View:
     hidden: Sequence[Vector] = ()
     layer_views: Sequence["View"] = ()
     prompt_start: int = 0
+    block_of: int | None = None
 
     @property
     def incoming(self) -> int:
         """Position of the token that comes in next; at prefill the length of the prompt."""
         return len(self.queries)
+
+    @property
+    def text_end(self) -> int:
+        """The same of the whole text, where this is a block of the prompt."""
+        return self.incoming if self.block_of is None else self.block_of
 
 
 Score = Callable[[View], list[float]]
@@ -94,6 +101,10 @@ class Rules:
             return self.budget
         share = self.budget[layer]
         return share if isinstance(share, int) else share[head]
+
+    def of_head(self, layer: int, head: int) -> "Rules":
+        """Those of one head; of another kind of rules others."""
+        return self
 
     def protects(self, position: int, *, incoming: int, prompt_length: int) -> bool:
         """Whether a token is safe at a ranking made before the token ``incoming`` is stored."""
