@@ -79,7 +79,8 @@ def _check_prompts(
 
     from compressed_cache.hf.checks import check_prompt
 
-    eviction = lm.compressed_cache.press.make_cache(config=lm.config).eviction
+    cache = lm.compressed_cache.press.make_cache(config=lm.config)
+    eviction = cache.eviction
     arguments = dict(task.config.generation_kwargs) | dict(run["gen_kwargs"] or {})
     normal: dict[str, Any] = {**normalize_gen_kwargs(arguments, lm.max_gen_toks)}
     reply = normal["max_gen_toks"]
@@ -96,7 +97,7 @@ def _check_prompts(
         # Budgets of layers or heads of their own are known only once a model reads.
         if isinstance(eviction.budget, int):
             try:
-                check_prompt(torch.tensor([tokens]), eviction, eviction.budget)
+                check_prompt(torch.tensor([tokens]), cache.policy, eviction, eviction.budget)
             except ValueError as error:
                 raise ValueError(f"{task.config.task}, document {number}: {error}") from None
 

@@ -80,11 +80,13 @@ def too_long(plan: Plan) -> Iterator[str]:
     longest = functools.cache(functools.partial(_longest, plan))
     found: dict[str, None] = {}
     for cell in plan.cells():
-        eviction = CompressedCache(cell.policy, **cell.cache_arguments).eviction
+        cache = CompressedCache(cell.policy, **cell.cache_arguments)
+        eviction = cache.eviction
         if not eviction.protect_prompt or eviction.prompt_yields:
             continue
         try:
-            check_prompt(torch.tensor([longest(cell.task)]), eviction, cell.budget or 1)
+            tokens = torch.tensor([longest(cell.task)])
+            check_prompt(tokens, cache.policy, eviction, cell.budget or 1)
         except ValueError as error:
             found[f"{cell.policy} at {cell.budget} on {cell.task}: {error}"] = None
     return iter(found)
