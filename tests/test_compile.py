@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch._C._dynamo import eval_frame
 from torch._inductor import compile_fx
+from torch._inductor.fx_passes import post_grad
+from torch._inductor.utils import fresh_cache
 from transformers import LlamaForCausalLM, StaticCache
 
 from compressed_cache import POLICIES, CompressedCache, compile_layers_once
@@ -373,6 +375,44 @@ def test_inductor_gives_the_tokens_of_eager(
     for layer in range(2):
         for row in range(2):
             assert held(caches[1], layer, row) == held(caches[0], layer, row)
+    torch._dynamo.reset()
+
+
+class _Seen(Exception):
+    """Ends a compilation of which enough is known."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["full", "streaming_llm", "h2o", "snapkv", "snapkv+adakv"])
+def test_inductor_copies_no_memory_to_write_a_token(
+    make_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """In a step that does not rank. What changes as a whole is written as a whole."""
+    torch._dynamo.reset()
+    copied: list[int] = []
+    reinplace = post_grad.reinplace_inplaceable_ops
+
+    def watch(*args: Any) -> None:
+        reinplace(*args)
+        copies = args[-1].find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+        copied.extend(copy.args[0].meta["val"].numel() for copy in copies)
+        raise _Seen
+
+    monkeypatch.setattr(post_grad, "reinplace_inplaceable_ops", watch)
+    model, ids = make_model(num_hidden_layers=1), distinct_tokens(1, 30)
+    options = {} if policy == "full" else dict(recent=8, protect_prompt=False)
+    cache = CompressedCache(policy, 20, interval=4, **options)
+    step = torch.compile(model.forward, fullgraph=True)
+    with torch.no_grad(), fresh_cache():
+        for part, forward in ((ids[:, :28], model), (ids[:, 28:29], model)):
+            forward(part, **cache_argument(cache))
+        with pytest.raises(Exception, match="_Seen"):
+            step(ids[:, 29:], **cache_argument(cache))
+    store = cache.layers[0].store
+    changes = [store.counts]
+    if store.bound.observer is not None:
+        changes.append(store.tokens.attention_state)
+    assert sorted(copied) == sorted(tensor.numel() for tensor in changes)
     torch._dynamo.reset()
 
 

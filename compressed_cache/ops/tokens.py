@@ -67,7 +67,21 @@ def scatter(memory: Tensor, dim: int, index: Tensor, new: Tensor, real: Tensor |
     # Without padding nothing is read, which keeps the write in place in a compiled step.
     if real is not None:
         new = where_real(real, new, memory.gather(dim, index))
-    memory.scatter_(dim, index, new)
+    if torch.compiler.is_compiling():
+        # For a scatter, Inductor copies all of the memory, there and back.
+        memory.index_put_(_places(dim, index), new)
+    else:
+        memory.scatter_(dim, index, new)
+
+
+def _places(dim: int, index: Tensor) -> tuple[Tensor, ...]:
+    """An index along ``dim`` as one for each dimension."""
+    places = [
+        torch.arange(size, device=index.device).view(-1, *[1] * (index.dim() - 1 - own))
+        for own, size in enumerate(index.shape)
+    ]
+    places[dim] = index
+    return tuple(places)
 
 
 def where_real(real: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
