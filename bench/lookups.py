@@ -159,7 +159,9 @@ class Asker:
 def main(arguments: list[str] | None = None) -> None:
     """Runs one of the two commands."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.lookups",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measures, or goes on where it was")

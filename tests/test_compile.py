@@ -383,7 +383,7 @@ class _Seen(Exception):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["full", "streaming_llm", "h2o", "snapkv", "snapkv+adakv"])
+@pytest.mark.parametrize("policy", ["full", "snapkv+adakv"])
 def test_inductor_copies_no_memory_to_write_a_token(
     make_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:

@@ -171,7 +171,9 @@ def rows(
         initargs=(len(exam.problems), exam.seed, threads),
     ) as pool:
         try:
-            yield from pool.map(_attempt, planned)
+            # With ``map``, what is left would be cancelled, and the pool fail to say that it broke.
+            for future in [pool.submit(_attempt, setting) for setting in planned]:
+                yield future.result()
         except BaseException:
             # Else the pool would wait for them.
             for process in multiprocessing.active_children():

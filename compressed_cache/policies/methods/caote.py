@@ -27,6 +27,8 @@ class CAOTE(Modifier):
     """
 
     name: ClassVar[str] = "caote"
+    # Of the output, and so as comparable among heads.
+    scores_attention: ClassVar = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
