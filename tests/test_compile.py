@@ -21,7 +21,7 @@ from tests.compiling import CountingBackend, compiled
 from tests.conftest import distinct_tokens, held
 from tests.families import FAMILIES
 from tests.grids import alternating, slow_but
-from tests.kinds import KINDS, SMALL
+from tests.kinds import SMALL
 
 
 @pytest.fixture
