@@ -1,14 +1,13 @@
 """How many facts of a long text a model still finds once its cache was compressed.
 
-    python -m bench.lookups run --model FOLDER
-    python -m bench.lookups page
+    python -m bench.lookups --model FOLDER
 
 Each text is filler in which numbers are hidden, as in the "needles" of RULER
 (https://arxiv.org/abs/2404.06654); most are asked for by nobody. A question is asked *after* the
 text was compressed, as in the pipeline, where one text serves many questions, or *with* it, so that
-the last queries of the prompt are those of the question. ``run`` writes a row for each policy and
+the last queries of the prompt are those of the question. It writes a row for each policy and
 way of asking as soon as it is there, leaves out what the file has, and can be stopped and gone on
-with; ``page`` fills in ``docs/results.md``.
+with; ``python -m bench.real_models page`` shows them in ``docs/results.md``.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.utils import logging
 
 import compressed_cache.integrations  # noqa: F401  (makes the task of the pipeline known)
-from bench.results_page import LOOKUPS, write
+from bench.results_page import LOOKUPS, read_lookups
 from compressed_cache import CompressedCache
 from compressed_cache.eval.sweep.loaded import digest
 from compressed_cache.integrations.pipeline import TASK
@@ -157,27 +156,20 @@ class Asker:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one of the two commands."""
+    """Measures, or goes on where it was."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.lookups",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measures, or goes on where it was")
-    run.add_argument("--model", required=True)
-    run.add_argument("--tokens", type=int, default=4000, help="of a text")
-    run.add_argument("--texts", type=int, default=10)
-    run.add_argument("--questions", type=int, default=4, help="to each text; half with it")
-    run.add_argument("--budgets", default="512")
-    run.add_argument("--policies", default=",".join(POLICIES))
-    run.add_argument("--out", type=Path, default=LOOKUPS)
-    commands.add_parser("page", help="fills in docs/results.md")
-    options = parser.parse_args(arguments)
-    if options.command == "page":
-        write()
-    else:
-        measure(options)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokens", type=int, default=4000, help="of a text")
+    parser.add_argument("--texts", type=int, default=10)
+    parser.add_argument("--questions", type=int, default=4, help="to each text; half with it")
+    parser.add_argument("--budgets", default="512")
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--out", type=Path, default=LOOKUPS)
+    measure(parser.parse_args(arguments))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -187,7 +179,8 @@ def measure(options: argparse.Namespace) -> None:
     name, weights = Path(options.model).name, digest(asker.model)
     budgets = [int(part) for part in options.budgets.split(",")]
     known = {
-        (row["model"], row["policy"], row["budget"], row["asked"]) for row in _rows(options.out)
+        (row["model"], row["policy"], row["budget"], row["asked"])
+        for row in read_lookups(options.out)
     }
     cells = [
         (policy, budget, asked)
@@ -221,10 +214,6 @@ def measure(options: argparse.Namespace) -> None:
         )
         with options.out.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -95,13 +95,17 @@ def _told(options: Any) -> str:
 
 def lookups(path: Path) -> str:
     """A table for each model: policies by what they find once the text is compressed."""
-    if not path.exists():
-        return "Not measured."
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return "\n\n".join(
+    rows = read_lookups(path)
+    tables = [
         _found([row for row in rows if row["model"] == model])
         for model in dict.fromkeys(row["model"] for row in rows)
-    )
+    ]
+    return "\n\n".join(tables) or "Not measured."
+
+
+def read_lookups(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``bench.lookups`` so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _found(rows: list[dict[str, Any]]) -> str:

@@ -109,13 +109,7 @@ def test_a_prompt_protected_by_default_yields_where_it_does_not_fit(
     ids = distinct_tokens(2, 26)
     ids[0, 0] = 0
     cache = CompressedCache(policy, 32, recent=6, interval=1)
-    output = model.generate(
-        ids,
-        attention_mask=(ids != 0).long(),
-        past_key_values=cache,
-        max_new_tokens=60,
-        do_sample=False,
-    )
+    output = _generate(model, ids, cache, 60, attention_mask=(ids != 0).long())
     assert output.shape == (2, 86)
     for layer in range(2):
         assert cache.layers[layer].store.protected_prefix.tolist() == [25, 16]
@@ -141,13 +135,7 @@ def test_recent_by_default_yields_to_a_prompt_that_is_to_be_protected(
     ids = distinct_tokens(2, 26)
     ids[0, :20] = 0
     cache = CompressedCache("h2o", 32, protect_prompt=True, interval=interval)
-    output = model.generate(
-        ids,
-        attention_mask=(ids != 0).long(),
-        past_key_values=cache,
-        max_new_tokens=60,
-        do_sample=False,
-    )
+    output = _generate(model, ids, cache, 60, attention_mask=(ids != 0).long())
     last = 85 - interval  # when slots were last ranked, or later
     for layer in range(2):
         for head in held(cache, layer, 1):

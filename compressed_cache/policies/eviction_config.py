@@ -49,7 +49,7 @@ class EvictionConfig:
     given, and what the policy cannot do without where it is a default."""
 
     def __repr__(self) -> str:
-        own = {name: repr(value) for name, value in vars(self).items() if name in _ARGUMENTS}
+        own = {name: repr(value) for name, value in self._values.items()}
         if self.recent > self.least_recent:
             own["recent"] += " by default"
         if self.prompt_yields:
@@ -59,7 +59,7 @@ class EvictionConfig:
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of ``CompressedCache`` that stand for this."""
-        own = {name: value for name, value in vars(self).items() if name in _ARGUMENTS}
+        own = self._values
         if self.recent > self.least_recent:
             own["recent"] = None
         if self.prompt_yields:
@@ -73,8 +73,11 @@ class EvictionConfig:
 
     def described(self) -> dict[str, Any]:
         """The same by what they mean, for readers."""
-        own = {name: value for name, value in vars(self).items() if name in _ARGUMENTS}
-        return own | ({"prompt_yields": True} if self.prompt_yields else {})
+        return self._values | ({"prompt_yields": True} if self.prompt_yields else {})
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _ARGUMENTS}
 
     def protected(self, prompts: Tensor, budget: int) -> Tensor:
         """How many positions of prompts of these lengths ``[B]`` are never evicted, ``[B]``.

@@ -49,8 +49,8 @@ def run(options: argparse.Namespace) -> int:
 def carry_out(asked: Plan, options: Run, problems: Sequence[str] = ()) -> int:
     """The same of a plan, unless there are problems with it or with how it was asked for."""
     asked, further = _expanded(asked)
-    sizes, missing = tasks.sizes(asked)
-    problems = [*problems, *further, *(f"--tasks: {problem}" for problem in missing)]
+    sizes, unknown = tasks.sizes(asked)
+    problems = [*problems, *further, *(f"--tasks: {problem}" for problem in unknown)]
     # What is asked of the model and of data that are there.
     problems += prompts.too_long(asked) if not problems else ()
     if problems:
