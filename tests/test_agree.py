@@ -322,9 +322,10 @@ def essence(out: Path) -> dict[str, Any]:
     """What does not depend on when a row was measured, and on what ran beside."""
     keys = ("agreement", "divergence", "lost", "first_difference", "early_agreement")
     return {
-        f"{row.policy} {row.budget}": tuple(getattr(row, key) for key in keys)
+        f"{row.policy} {row.budget} {key}": getattr(row, key)
         for row in rows_of(out)
         if isinstance(row, Agreement)
+        for key in keys
     }
 
 
@@ -362,7 +363,7 @@ def test_the_command_measures_resumes_and_is_compared_and_reported(
     assert main(arguments(out)) == 0
     assert groups == [[names[2]]]
     assert texts.stat().st_mtime_ns == written
-    assert essence(out) == before
+    assert essence(out) == pytest.approx(before, rel=1e-5)
 
     capsys.readouterr()
     assert main(["compare", str(out), "--policies=h2o,random"]) == 0
@@ -383,9 +384,8 @@ def test_a_sweep_asks_for_the_same(groups: list[list[str]], tmp_path: Path) -> N
     # One batch for all, which rounds otherwise.
     assert main(arguments(tmp_path / "agree", policies="h2o", batch_size="3")) == 0
     found, expected = essence(tmp_path / "sweep"), essence(tmp_path / "agree")
-    assert found.keys() == expected.keys() == {"full None", "h2o 48", "h2o 64"}
-    for name in ("h2o 48", "h2o 64"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4)
+    assert {name.rpartition(" ")[0] for name in found} == {"full None", "h2o 48", "h2o 64"}
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_a_file_of_paragraphs_is_gone_on_with(
@@ -431,7 +431,7 @@ def test_one_policy_that_fails_is_recorded_and_the_rest_go_on(
     captured = capsys.readouterr()
     assert "pyramidkv.48.0: failed, ValueError: budget must be at least prompt" in captured.out
     assert "1 of 3 cells failed" in captured.err
-    assert list(essence(tmp_path)) == ["full None", "random 48"]
+    assert [f"{row.policy} {row.budget}" for row in rows_of(tmp_path)] == ["full None", "random 48"]
     # Of a process of its own, that goes to its log.
     assert "Traceback" in captured.err
 

@@ -1,7 +1,7 @@
 """The same texts read through several caches, beside the full one."""
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from compressed_cache.eval.agreement.joined import apart, together
 from compressed_cache.eval.agreement.reader import Reader
 from compressed_cache.eval.agreement.text import Batch
 
@@ -37,19 +38,21 @@ class _Side:
         self._steps: _Steps | None = None
         self._found: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def go_on(self, reference: Tensor, likeliest: Tensor) -> None:
-        """Reads as far as the full cache has, and compares."""
-        if self.error is not None:
+    def next(self) -> Tensor:
+        """The logits ``[B, V]`` before the next token of each answer."""
+        self._steps = self._steps or self._begin()
+        return self._steps.next()
+
+    def compare(self, reference: Tensor, likeliest: Tensor, logits: Tensor | Exception) -> None:
+        """Keeps what is found of its logits, or what went wrong."""
+        if not isinstance(logits, Exception):
+            self._found.append(_compare(reference, likeliest, logits))
             return
-        try:
-            self._steps = self._steps or self._begin()
-            self._found.append(_compare(reference, likeliest, self._steps.next()))
-        except Exception as error:
-            # To the log; its frames would keep the cache alive.
-            traceback.print_exc()
-            self.error = error.with_traceback(None)
-            self._steps = None
-            self._found.clear()
+        # To the log; its frames would keep the cache alive.
+        traceback.print_exception(logits)
+        self.error = logits.with_traceback(None)
+        self._steps = None
+        self._found.clear()
 
     def compared(self) -> Compared | Exception:
         """All of it, or what went wrong."""
@@ -98,16 +101,27 @@ def read(
     """
     sides = {name: _Side(model, batch, make) for name, make in caches.items()}
     full = _Steps(model, batch, DynamicCache(config=model.config))
+    dtype = next(iter(model.parameters())).dtype
     for _ in range(batch.answers.shape[1]):
-        logits = full.next()
+        reading = [side for side in sides.values() if side.error is None]
+        if not reading:
+            break
+        logits, *others = _call([full.next, *(side.next for side in reading)], dtype)
+        if isinstance(logits, Exception):
+            raise logits
         # As they are: rounded to fewer bits, several tokens may be as likely, and the first wins.
         likeliest = logits.argmax(dim=-1, keepdim=True)
         reference = logits.float().log_softmax(dim=-1)
-        for side in sides.values():
-            side.go_on(reference, likeliest)
-        if all(side.error for side in sides.values()):
-            break
+        for side, own in zip(reading, others, strict=True):
+            side.compare(reference, likeliest, own)
     return {name: side.compared() for name, side in sides.items()}
+
+
+def _call(
+    readers: Sequence[Callable[[], Tensor]], dtype: torch.dtype
+) -> Sequence[Tensor | Exception]:
+    # Rounded to few bits, a row would depend on what is read beside it.
+    return together(readers) if dtype == torch.float32 else apart(readers)
 
 
 def _compare(reference: Tensor, likeliest: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
