@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--max-new-tokens", default="256")
     run.add_argument("--batch-size", default="50")
     run.add_argument("--policy-args", default="", help="as of agree, e.g. protect_prompt=true")
+    run.add_argument(
+        "--dtype", default="bfloat16", help="float32 where the processor multiplies no bfloat16"
+    )
     run.add_argument("--processes", default="1")
     run.add_argument("--out", type=Path, required=True, help="the folder of agree")
     commands.add_parser("page", help="writes docs/results.md")
@@ -50,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     status = command(
         [
             "agree",
-            *("--model", options.model, "--dtype", "bfloat16", "--chat"),
+            *("--model", options.model, "--dtype", options.dtype, "--chat"),
             *("--task", options.task),
             *("--metadata", json.dumps({"data_dir": options.data, "rows": options.rows})),
             *("--policies", options.policies, "--budgets", options.budgets),

@@ -64,13 +64,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--texts", type=Path, required=True, help="the folder of the cell of full")
     parser.add_argument("--policy", default="snapkv")
     parser.add_argument("--budgets", default="96,128,176")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="float32 where the processor multiplies no bfloat16"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     texts = text.read(options.texts)
     document: dict[str, Any] = {
         "model": Path(options.model).name,
         "weights": texts[0].weights,
+        "dtype": options.dtype,
         "policy": options.policy,
         "torch": torch.__version__,
         "rows": [],

@@ -326,6 +326,7 @@ def essence(out: Path) -> dict[str, Any]:
         for row in rows_of(out)
         if isinstance(row, Agreement)
         for key in keys
+        if getattr(row, key) is not None
     }
 
 

@@ -1,5 +1,8 @@
 """Tests of linear layers that several readers of a model compute together."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,9 +27,14 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return met
 
 
+def together(*readers: Callable[[], Tensor]) -> list[Tensor | Exception]:
+    with ThreadPoolExecutor(len(readers)) as pool:
+        return joined.together(readers, pool)
+
+
 def test_each_layer_is_computed_once_for_all_readers(model: nn.Module, computed: list[int]) -> None:
     inputs = [torch.randn(2, length, 6) for length in (3, 1, 5)]
-    found = joined.together([lambda own=own: model(own) for own in inputs])
+    found = together(*(lambda own=own: model(own) for own in inputs))
     assert computed == [3, 3]
     for own, alone in zip(found, inputs, strict=True):
         assert isinstance(own, Tensor)
@@ -38,7 +46,7 @@ def test_readers_that_compute_something_of_their_own_are_waited_for(
 ) -> None:
     extra = nn.Linear(6, 6)
     one, two = torch.randn(2, 1, 6), torch.randn(2, 1, 6)
-    found = joined.together([lambda: model(one), lambda: model(extra(two))])
+    found = together(lambda: model(one), lambda: model(extra(two)))
     # The first layer of one stands beside the layer of two alone, and is left behind.
     assert sum(computed) == 5
     for own, expected in zip(found, (model(one), model(extra(two))), strict=True):
@@ -54,7 +62,7 @@ def test_an_error_of_one_reader_is_its_own(model: nn.Module, before: bool) -> No
         found = inputs if before else model(inputs)
         raise ValueError(f"no {found.shape[-1]}")
 
-    one, other = joined.together([broken, lambda: model(inputs)])
+    one, other = together(broken, lambda: model(inputs))
     assert isinstance(one, ValueError) and str(one) == f"no {6 if before else 4}"
     assert isinstance(other, Tensor)
     torch.testing.assert_close(other, model(inputs))
@@ -62,7 +70,7 @@ def test_an_error_of_one_reader_is_its_own(model: nn.Module, before: bool) -> No
 
 def test_an_error_of_a_layer_reaches_all_that_wait_for_it(model: nn.Module) -> None:
     right, wrong = torch.randn(2, 1, 6), torch.randn(2, 1, 7)
-    for found in joined.together([lambda: model(right), lambda: model(wrong)]):
+    for found in together(lambda: model(right), lambda: model(wrong)):
         assert isinstance(found, RuntimeError)
 
 

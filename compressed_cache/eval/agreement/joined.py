@@ -17,8 +17,13 @@ from torch.overrides import TorchFunctionMode
 Result = TypeVar("Result")
 
 
-def together(readers: Sequence[Callable[[], Result]]) -> list[Result | Exception]:
+def together(
+    readers: Sequence[Callable[[], Result]], pool: ThreadPoolExecutor
+) -> list[Result | Exception]:
     """Calls all readers at once, each in a thread, and returns what they return or raise.
+
+    The pool must have a thread for each of them, since they wait for one another. It is given
+    because memory that threads hold is not given back when they end.
 
     Their linear layers are computed together. So the sums of a row are rounded otherwise than if it
     were read alone.
@@ -34,8 +39,7 @@ def together(readers: Sequence[Callable[[], Result]]) -> list[Result | Exception
         finally:
             table.leave()
 
-    with ThreadPoolExecutor(len(readers)) as pool:
-        return list(pool.map(read, readers))
+    return list(pool.map(read, readers))
 
 
 def apart(readers: Sequence[Callable[[], Result]]) -> list[Result | Exception]:

@@ -1,7 +1,8 @@
 """The same texts read through several caches, beside the full one."""
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,26 +103,25 @@ def read(
     sides = {name: _Side(model, batch, make) for name, make in caches.items()}
     full = _Steps(model, batch, DynamicCache(config=model.config))
     dtype = next(iter(model.parameters())).dtype
-    for _ in range(batch.answers.shape[1]):
-        reading = [side for side in sides.values() if side.error is None]
-        if not reading:
-            break
-        logits, *others = _call([full.next, *(side.next for side in reading)], dtype)
-        if isinstance(logits, Exception):
-            raise logits
-        # As they are: rounded to fewer bits, several tokens may be as likely, and the first wins.
-        likeliest = logits.argmax(dim=-1, keepdim=True)
-        reference = logits.float().log_softmax(dim=-1)
-        for side, own in zip(reading, others, strict=True):
-            side.compare(reference, likeliest, own)
+    with ThreadPoolExecutor(len(sides) + 1) as pool:
+        for step in range(batch.answers.shape[1]):
+            reading = [side for side in sides.values() if side.error is None]
+            if not reading:
+                break
+            readers = [full.next, *(side.next for side in reading)]
+            # Rounded to few bits, a row would depend on what is read beside it; and prompts have
+            # rows enough, all of which would be held at once.
+            joins = step > 0 and dtype == torch.float32
+            logits, *others = together(readers, pool) if joins else apart(readers)
+            if isinstance(logits, Exception):
+                raise logits
+            # As they are: rounded to fewer bits, several tokens may be as likely, and the first
+            # wins.
+            likeliest = logits.argmax(dim=-1, keepdim=True)
+            reference = logits.float().log_softmax(dim=-1)
+            for side, own in zip(reading, others, strict=True):
+                side.compare(reference, likeliest, own)
     return {name: side.compared() for name, side in sides.items()}
-
-
-def _call(
-    readers: Sequence[Callable[[], Tensor]], dtype: torch.dtype
-) -> Sequence[Tensor | Exception]:
-    # Rounded to few bits, a row would depend on what is read beside it.
-    return together(readers) if dtype == torch.float32 else apart(readers)
 
 
 def _compare(reference: Tensor, likeliest: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,6 +41,7 @@ class Measured:
     versions: dict[str, str]
     """Of Python and the packages."""
     machine: dict[str, str | int]
+    """The device, its architecture, threads of PyTorch and the model's dtype."""
     given: dict[str, Option] | None = None
     """Those of the options that were asked for; the others are defaults, some of which depend on
     the budget. None: the row is of before this was kept."""

@@ -51,7 +51,7 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
         seconds=time.perf_counter() - started,
         correct={_identity(sample): sample["accuracy"] for sample in samples},
         versions=loaded.versions(),
-        machine=loaded.machine(),
+        machine=loaded.machine(model.model),
         given=plan.given(cell.policy),
     )
     return [Finished(result, samples)]

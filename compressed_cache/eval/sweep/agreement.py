@@ -51,7 +51,7 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
             cache_bytes=cache_bytes,
             seconds=seconds,
             versions=loaded.versions(),
-            machine=loaded.machine(),
+            machine=loaded.machine(lm.model),
             given=plan.given(cell.policy),
             weights=weights,
             **summary(documents),

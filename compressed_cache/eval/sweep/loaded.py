@@ -34,12 +34,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | found
 
 
-def machine() -> dict[str, str | int]:
-    """What this process computes on."""
+def machine(model: Any) -> dict[str, str | int]:
+    """What a model computes on, and in."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "architecture": platform.machine(),
         "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 
