@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.pipelines.base import Pipeline
 
 from compressed_cache.integrations.prompt import Prompt, make_prompt, pair
-from compressed_cache.integrations.request import Request, make_request
+from compressed_cache.integrations.request import Request, make_request, renamed
 from compressed_cache.policies.capabilities import ReadsTwice, SharesBudget, find
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class CompressedTextGenerationPipeline(Pipeline):
     """Answers questions about contexts that are read once and held in a fixed budget::
 
         pipe = pipeline("kv-press-text-generation", model="Qwen/Qwen3-4B")
-        pipe(context, question="Who built it?", press="snapkv", budget=512)["answer"]
+        pipe(context, question="Who built it?", policy="snapkv", budget=512)["answer"]
 
     Whatever :meth:`__call__` takes by keyword may also be given to ``pipeline``, for all calls.
     """
@@ -63,8 +63,9 @@ class CompressedTextGenerationPipeline(Pipeline):
             questions: several, each asked as if it were the only one; or a list of them for each
                 context.
             batch_size: contexts read at a time, 1 by default.
-            arguments: ``press``, a name or a policy object, with ``budget`` and whatever else
-                :class:`~compressed_cache.CompressedCache` takes; or ``cache``, an empty one; or
+            arguments: ``policy`` (or ``press``, as in kvpress), a name or a policy object, with
+                ``budget`` and whatever else :class:`~compressed_cache.CompressedCache` takes; or
+                ``cache``, an empty one; or
                 neither for a full cache. ``answer_prefix``, a text that each answer begins with.
                 ``max_context_length``, tokens of a context that are read. ``enable_thinking``,
                 passed on to the chat template, False by default. All else goes to
@@ -79,7 +80,7 @@ class CompressedTextGenerationPipeline(Pipeline):
 
         Raises:
             ValueError: an empty context, more tokens than the model can see, both ``question`` and
-                ``questions``, an unknown press, or a budget too small for what is protected.
+                ``questions``, an unknown policy, or a budget too small for what is protected.
             TypeError: an unknown argument, or a value of the wrong type.
             NotImplementedError: a model that cannot be served, or several answers per question.
         """
@@ -87,7 +88,7 @@ class CompressedTextGenerationPipeline(Pipeline):
         size = batch_size or self._batch_size or 1
         if size < 1:
             raise ValueError(f"batch_size must be >= 1, got {size}")
-        arguments = {**self._forward_params, **arguments}
+        arguments = {**renamed(self._forward_params), **renamed(arguments)}
         prompting = {name: arguments.pop(name) for name in _PROMPT if name in arguments}
         request = make_request(self.model, arguments)
         asked = pair(contexts, question, questions)

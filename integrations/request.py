@@ -32,79 +32,93 @@ class Request:
     """Arguments of ``model.generate``."""
 
 
+def renamed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments in which kvpress's word ``press`` is ``policy``.
+
+    Raises:
+        ValueError: both are given.
+    """
+    given = dict(arguments)
+    press = given.pop("press", None)
+    if press is not None and given.get("policy") is not None:
+        raise ValueError("policy and press are the same argument. Leave one of them out.")
+    return given if press is None else given | {"policy": press}
+
+
 def make_request(model: Any, arguments: dict[str, Any]) -> Request:
     """Sorts arguments into those of the cache and those of ``generate``.
 
     Args:
         model: the model that is to answer.
-        arguments: ``press`` with rules and options of its own, or ``cache``; all else is for
+        arguments: ``policy`` with rules and options of its own, or ``cache``; all else is for
             ``generate``. Greedy decoding of at most 50 tokens unless they say otherwise.
 
     Raises:
-        ValueError: an unknown press, a value out of range, a budget too small for what is
+        ValueError: an unknown policy, a value out of range, a budget too small for what is
             protected, a cache that holds something, or arguments that exclude each other.
         TypeError: an unknown argument, or a value of the wrong type.
         NotImplementedError: a model or an argument of ``generate`` that cannot be served.
     """
     given = dict(arguments)
-    press, cache = given.pop("press", None), given.pop("cache", None)
+    policy, cache = given.pop("policy", None), given.pop("cache", None)
     if "compression_ratio" in given:
         raise TypeError(
             "compression_ratio is not known here, because a cache has a fixed number of slots "
             f"however long its text gets. Pass budget, the tokens to keep. {_PRESSES}"
         )
-    own = _own_names(press)
+    own = _own_names(policy)
     rules = {name: given.pop(name) for name in own if name in given}
-    _check_generate(model, press, own, given)
+    _check_generate(model, policy, own, given)
     if cache is not None:
-        _check_cache(cache, press, rules)
-    elif press is None and rules:
+        _check_cache(cache, policy, rules)
+    elif policy is None and rules:
         raise ValueError(
-            f"{listing(rules)} given without a press. Add e.g. press='snapkv', or leave them out "
+            f"{listing(rules)} given without a policy. Add e.g. policy='snapkv', or leave them out "
             "for a full cache."
         )
-    made = _make_cache(model, "full" if press is None else press, rules) if cache is None else cache
+    made = (
+        _make_cache(model, "full" if policy is None else policy, rules) if cache is None else cache
+    )
     return Request(made, cache is not None, given)
 
 
-def _own_names(press: Any) -> list[str]:
+def _own_names(policy: Any) -> list[str]:
     from compressed_cache.policies import Policy, option_names
     from compressed_cache.policies.eviction_config import EvictionConfig
 
     rules = [field.name for field in fields(EvictionConfig)]
-    if press is None or isinstance(press, Policy):
+    if policy is None or isinstance(policy, Policy):
         return rules
-    if not isinstance(press, str):
+    if not isinstance(policy, str):
         raise TypeError(
-            f"press must be a name or a Policy object, got {press!r} ({type(press).__name__}). "
+            f"policy must be a name or a Policy object, got {policy!r} ({type(policy).__name__}). "
             f"{_PRESSES}"
         )
     try:
-        return rules + option_names(press)
+        return rules + option_names(policy)
     except ValueError as error:
-        hint = f" {_PRESSES}" if press.endswith("Press") else ""
-        raise ValueError(f"press={press!r}: {error}{hint}") from None
+        raise ValueError(f"policy={policy!r}: {error}") from None
 
 
-def _make_cache(model: Any, press: Any, rules: dict[str, Any]) -> "CompressedCache":
+def _make_cache(model: Any, policy: Any, rules: dict[str, Any]) -> "CompressedCache":
     from compressed_cache.cache import CompressedCache
 
     try:
-        return CompressedCache(press, config=model.config, **rules)
+        return CompressedCache(policy, config=model.config, **rules)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"press={press!r}: {error}") from None
+        raise type(error)(f"policy={policy!r}: {error}") from None
 
 
-def _check_cache(cache: Any, press: Any, rules: dict[str, Any]) -> None:
+def _check_cache(cache: Any, policy: Any, rules: dict[str, Any]) -> None:
     from compressed_cache.cache import CompressedCache
 
     if not isinstance(cache, CompressedCache):
         raise TypeError(
             f"cache must be a CompressedCache, got {type(cache).__name__}. Leave out cache and "
-            "press for a full cache."
+            "policy for a full cache."
         )
-    if press is not None or rules:
-        also = listing([*(["press"] if press is not None else []), *rules])
+    if policy is not None or rules:
+        also = listing([*(["policy"] if policy is not None else []), *rules])
         raise ValueError(f"cache must be given alone, got {also} beside it. They are the cache's.")
     if cache.get_seq_length():
         raise ValueError(
@@ -113,17 +127,17 @@ def _check_cache(cache: Any, press: Any, rules: dict[str, Any]) -> None:
         )
 
 
-def _check_generate(model: Any, press: Any, own: list[str], given: dict[str, Any]) -> None:
+def _check_generate(model: Any, policy: Any, own: list[str], given: dict[str, Any]) -> None:
     from transformers import GenerationConfig
 
     settings = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
     known = {*settings, *inspect.signature(model.generate).parameters} - {*_FILLED_IN}
     for name in given:
         if name not in known:
-            names = {*own, *known, "press", "cache", "question", "questions", "answer_prefix"}
+            names = {*own, *known, "policy", "cache", "question", "questions", "answer_prefix"}
             raise TypeError(
-                f"unknown argument {name!r} for press={press!r}, expected one of "
-                f"{listing(['press', 'cache', *own])} or an argument of model.generate"
+                f"unknown argument {name!r} for policy={policy!r}, expected one of "
+                f"{listing(['policy', 'cache', *own])} or an argument of model.generate"
                 f"{nearest(name, names)}"
             )
     for name, nothing in _NOT_SERVED.items():
