@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, masking_utils
 from transformers.modeling_utils import AttentionInterface
 
+from compressed_cache.versions import CACHE
+
 _TAG = "_compressed_layer"
 _TAKES_ALL = "_takes_all_arguments"
 
@@ -120,6 +122,15 @@ def find_cache(arguments: Mapping[str, Any]) -> Any:
 def is_compressed(value: Any) -> bool:
     """Whether it is a compressed cache."""
     return hasattr(value, "expect_call")
+
+
+def _accept_cache(arguments: dict[str, Any]) -> None:
+    """Lets transformers before 5.24 take a compressed cache as ``cache``, as later releases do.
+
+    Since then the older name warns, so there would be none to type under all of them.
+    """
+    if CACHE != "cache" and is_compressed(arguments.get("cache")):
+        arguments[CACHE] = arguments.pop("cache")
 
 
 def _announce_models() -> None:
@@ -256,6 +267,7 @@ def _announce_forwards() -> None:
 
     @functools.wraps(torch.nn.Module.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _accept_cache(kwargs)
         if not torch.compiler.is_compiling():
             if (cache := find_cache(kwargs)) is not None:
                 cache.expect_forward(self)
@@ -279,13 +291,15 @@ def _call_eagerly(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _hand_over_arguments() -> None:
+    """Lets a loop that is marked have all arguments of ``generate``, which sorts them first."""
     generation: Any = GenerationMixin
     original = generation._extract_generation_mode_kwargs
 
     @functools.wraps(original)
-    def extract(self: Any, custom_generate: Any, *args: Any) -> Any:
+    def extract(self: Any, custom_generate: Any, kwargs: dict[str, Any], *args: Any) -> Any:
+        _accept_cache(kwargs)
         if getattr(custom_generate, _TAKES_ALL, False):
             custom_generate = None
-        return original(self, custom_generate, *args)
+        return original(self, custom_generate, kwargs, *args)
 
     generation._extract_generation_mode_kwargs = extract
