@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import re
 import resource
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    masking_utils,
+)
+from transformers.modeling_utils import AttentionInterface
 
 from compressed_cache import POLICIES, CompressedCache, decode, measure
+from compressed_cache.hf import attention_hook
 from compressed_cache.versions import CACHE
 from tests.conftest import distinct_tokens, held
 from tests.grids import alternating, slow_but
@@ -354,6 +367,33 @@ def test_repr_says_policy_budget_and_tokens_seen(model: LlamaForCausalLM) -> Non
     _generate(model, distinct_tokens(1, 30), cache, 11)
     for part in ("policy='h2o'", "budget=16", "tokens_seen=40"):
         assert part in repr(cache)
+
+
+def test_the_hook_says_all_that_it_wraps() -> None:
+    CompressedCache()
+    own = attention_hook.__file__
+    wrapped = {
+        name
+        for owner in (AttentionInterface, GenerationMixin, PreTrainedModel, masking_utils)
+        for name, value in vars(owner).items()
+        if getattr(getattr(value, "__code__", None), "co_filename", None) == own
+    }
+    names = re.findall(r"``(?:\w+\.)?(\w+)``", str(attention_hook.__doc__).partition("wraps")[2])
+    assert wrapped == set(names)
+
+
+@pytest.mark.slow
+def test_importing_the_package_wraps_nothing() -> None:
+    program = (
+        "from transformers.modeling_utils import AttentionInterface\n"
+        "before = AttentionInterface.get_interface\n"
+        "from compressed_cache import CompressedCache\n"
+        "print(AttentionInterface.get_interface is before)\n"
+        "CompressedCache()\n"
+        "print(AttentionInterface.get_interface is before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr
 
 
 def test_every_release_takes_a_cache_by_the_new_name_and_nobody_warns(

@@ -1,10 +1,22 @@
-"""The one place where transformers is changed: its attention meets compressed layers here.
+"""The one place where transformers' models are changed: here they meet compressed caches.
 
 transformers hands new keys and values to ``cache.update`` and the queries to an attention function
 later, so a cache never sees a query. A compressed layer therefore returns tensors that carry a
 reference to it, and every attention function is wrapped once by :func:`dispatch`, which looks for
 that reference. Tensors without one go straight through, so models that use another cache are not
 affected, and there is no global "current cache" that threads could mix up.
+
+Importing this package changes nothing. The first :class:`~compressed_cache.CompressedCache` that is
+made or loaded wraps these, for the rest of the process; each does what it did without such a cache:
+
+- ``AttentionInterface.get_interface``, which gives a model its attention. The registry behind it
+  does not suffice: eager attention is not in it, and users add to it later.
+- ``GenerationMixin._validate_model_kwargs``, ``_prefill``, ``_assisted_decoding``,
+  ``prepare_inputs_for_generation`` and ``masking_utils._preprocess_mask_arguments``, which tell a
+  cache of the model, the length of the text and its padding.
+- ``GenerationMixin._extract_generation_mode_kwargs``, for :func:`compressed_cache.decode`, and
+  ``GenerationMixin.generate_batch``, to refuse what would leave the cache unused.
+- ``PreTrainedModel.__call__``, which keeps the compiler out of prompts.
 """
 
 import functools
