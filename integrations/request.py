@@ -1,15 +1,17 @@
 """The keyword arguments of one call of the pipeline, sorted and checked."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from compressed_cache.wording import listing, nearest
+from compressed_cache.wording import listing, nearest, shown
 
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
 _PRESSES = "`python -m compressed_cache presses` tells what to type here for a press of kvpress."
+_OF_CALLS = ("answer_prefix", "compression_ratio", "question", "questions")
 _FILLED_IN = ("attention_mask", "input_ids", "inputs", "kwargs", "past_key_values", "self")
 # What the pipeline cannot serve, with the value that asks for nothing.
 _NOT_SERVED = {
@@ -45,6 +47,48 @@ def renamed(arguments: dict[str, Any]) -> dict[str, Any]:
     return given if press is None else given | {"policy": press}
 
 
+def by_budget(
+    arguments: dict[str, Any], lengths: Sequence[int]
+) -> list[tuple[dict[str, Any], list[int]]]:
+    """Which contexts a cache can hold one after the other, and the arguments of that cache.
+
+    Args:
+        arguments: as for :func:`make_request`, but for ``compression_ratio``, the share of the
+            tokens of a context that is to go; it stands in place of ``budget``.
+        lengths: tokens of each context. Those of other lengths have other budgets.
+
+    Returns:
+        Arguments without the ratio, and the numbers of the contexts.
+
+    Raises:
+        ValueError: a ratio below 0 or not below 1, one beside ``budget`` or ``cache``, or one
+            without a policy.
+        TypeError: something else than a number.
+    """
+    given = dict(arguments)
+    ratio = given.pop("compression_ratio", None)
+    if ratio is None:
+        return [(given, [*range(len(lengths))])]
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        raise TypeError(f"compression_ratio must be a float, got {shown(ratio)}")
+    if not 0 <= ratio < 1:
+        raise ValueError(f"compression_ratio must be from 0 to below 1, got {ratio}")
+    for other in ("budget", "cache"):
+        if given.get(other) is not None:
+            raise ValueError(
+                f"compression_ratio and {other} must not both be given. Leave one of them out."
+            )
+    if given.get("policy") is None:
+        raise ValueError(
+            "compression_ratio given without a policy. Add e.g. policy='snapkv', or leave it out "
+            "for a full cache."
+        )
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        groups.setdefault(max(1, round((1 - ratio) * length)), []).append(row)
+    return [(given | {"budget": budget}, rows) for budget, rows in groups.items()]
+
+
 def make_request(model: Any, arguments: dict[str, Any]) -> Request:
     """Sorts arguments into those of the cache and those of ``generate``.
 
@@ -61,11 +105,6 @@ def make_request(model: Any, arguments: dict[str, Any]) -> Request:
     """
     given = dict(arguments)
     policy, cache = given.pop("policy", None), given.pop("cache", None)
-    if "compression_ratio" in given:
-        raise TypeError(
-            "compression_ratio is not known here, because a cache has a fixed number of slots "
-            f"however long its text gets. Pass budget, the tokens to keep. {_PRESSES}"
-        )
     own = _own_names(policy)
     rules = {name: given.pop(name) for name in own if name in given}
     _check_generate(model, policy, own, given)
@@ -134,7 +173,7 @@ def _check_generate(model: Any, policy: Any, own: list[str], given: dict[str, An
     known = {*settings, *inspect.signature(model.generate).parameters} - {*_FILLED_IN}
     for name in given:
         if name not in known:
-            names = {*own, *known, "policy", "cache", "question", "questions", "answer_prefix"}
+            names = {*own, *known, "policy", "cache", *_OF_CALLS}
             raise TypeError(
                 f"unknown argument {name!r} for policy={policy!r}, expected one of "
                 f"{listing(['policy', 'cache', *own])} or an argument of model.generate"

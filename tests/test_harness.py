@@ -343,6 +343,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"unknown model argument 'kv_window' for kv_press='h2o'",
     ),
     (
+        {"kv_press": "h2o", "kv_compression_ratio": 0.5},
+        TypeError,
+        r"kv_press='h2o': compression_ratio must be given as budget, the tokens to keep",
+    ),
+    (
         {"kv_budget": 64},
         ValueError,
         r"'kv_budget' given without kv_policy. Add e.g. kv_policy=snapkv \(kv_press is the same\)",

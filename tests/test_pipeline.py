@@ -105,6 +105,21 @@ def test_an_answer_is_that_of_generate_by_hand(
     assert got["answer"] == _by_hand(pipe, f"<bos> {CONTEXT}", QUESTIONS[0], expected())
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_ratio_is_the_share_of_each_context_that_goes(
+    pipe: Any, batch_size: int, calls: list[int]
+) -> None:
+    contexts = [_text(n, seed=n) for n in (60, 23, 41, 60)]
+    arguments = dict(question=QUESTIONS[0], policy="h2o", max_new_tokens=12)
+    found = pipe(contexts, compression_ratio=0.6, batch_size=batch_size, **arguments)
+    # The first and the last are equally long. Each begins with one more token.
+    read = [length for length in calls if length in (61, 24, 42)]
+    assert read == ([61, 61, 24, 42] if batch_size == 1 else [61, 24, 42])
+    for context, tokens, each in zip(contexts, (61, 24, 42, 61), found, strict=True):
+        alone = pipe(context, budget=round(0.4 * tokens), **arguments)
+        assert each["answer"] == alone["answer"]
+
+
 def test_every_question_is_answered_as_if_it_were_the_only_one(pipe: Any, calls: list[int]) -> None:
     together = pipe(CONTEXT, questions=QUESTIONS, **H2O_24)["answers"]
     # The context once, then each question and eleven steps. A question of one token is padded, so
@@ -330,7 +345,13 @@ def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
         ("1", dict(press="CURPress"), ValueError, r"`python .* presses CURPress` tells"),
         ("1", dict(policy=object()), TypeError, r"policy must be a name or a Policy object"),
         ("1", dict(policy="h2o", press="h2o"), ValueError, r"policy and press are the same"),
-        ("1", dict(policy="h2o", compression_ratio=0.5), TypeError, r"Pass budget, the tokens to"),
+        ("1", dict(policy="h2o", compression_ratio=0.5, budget=4), ValueError, r"and budget must"),
+        ("1", dict(cache=CompressedCache(), compression_ratio=0.5), ValueError, r"and cache must"),
+        ("1", dict(compression_ratio=0.5), ValueError, r"_ratio given without a policy"),
+        ("1", dict(policy="h2o", compression_ratio="0.5"), TypeError, r"must be a float, got"),
+        ("1", dict(policy="h2o", compression_ratio=1), ValueError, r"to below 1, got 1"),
+        ("1", dict(policy="h2o", compression_ratio=-0.1), ValueError, r"to below 1, got -0"),
+        ("1", dict(policy="h2o", compresion_ratio=1), TypeError, r"mean 'compression_ratio'"),
         ("1", dict(policy="h2o", budget=0), ValueError, r"policy='h2o': budget must be"),
         ("1", dict(policy="h2o", budget=4, sinks=4), ValueError, r"policy='h2o': budget must be"),
         ("1", dict(policy="h2o", bugdet=4), TypeError, r"unknown argument 'bugdet'.*mean 'budget'"),

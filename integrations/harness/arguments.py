@@ -113,7 +113,8 @@ def _check_names(word: str, policy: Any, options: dict[str, Any]) -> None:
         raise ValueError(f"{word}={policy!r}: {error}") from None
     known = [word, *(PREFIX + name for name in (*_RULES, *own))]
     for name in options:
-        if PREFIX + name not in known:
+        # The cache says itself what to give in its place.
+        if name != "compression_ratio" and PREFIX + name not in known:
             raise TypeError(
                 f"unknown model argument {PREFIX + name!r} for {word}={policy!r}, expected one "
                 f"of {listing(known)}{nearest(PREFIX + name, known)}"
