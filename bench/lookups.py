@@ -134,7 +134,7 @@ class Asker:
 
     def after(self, text: Text, policy: str, budget: int | None) -> Iterator[bool]:
         """Whether it answers right what is asked once the text is compressed."""
-        cache = {} if budget is None else {"press": policy, "budget": budget}
+        cache = {} if budget is None else {"policy": policy, "budget": budget}
         questions = [fact.question for fact in text.asked]
         found = self._pipe(text.words, questions=questions, max_new_tokens=_ANSWER, **cache)
         for fact, answer in zip(text.asked, found["answers"], strict=True):

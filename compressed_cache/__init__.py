@@ -6,28 +6,36 @@ if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
     from compressed_cache.hf.compile_once import compile_layers_once
     from compressed_cache.hf.decode_loop import decode
-    from compressed_cache.policies import POLICIES, Defaults, Policy, Slots
+    from compressed_cache.policies import POLICIES, Defaults, Policy, PrefillDecode, Slots
+    from compressed_cache.policies.methods.h2o import H2O
     from compressed_cache.second_pass import compress
+    from compressed_cache.telemetry import Recorder, measure
 
 __all__ = [
+    "H2O",
     "POLICIES",
     "CompressedCache",
     "Defaults",
     "Policy",
+    "PrefillDecode",
+    "Recorder",
     "Slots",
     "__version__",
     "compile_layers_once",
     "compress",
     "decode",
+    "measure",
 ]
 
 __version__ = "0.1.0"
 
 _HOME = {
     "CompressedCache": "compressed_cache.cache",
+    "Recorder": "compressed_cache.telemetry",
     "compile_layers_once": "compressed_cache.hf.compile_once",
     "compress": "compressed_cache.second_pass",
     "decode": "compressed_cache.hf.decode_loop",
+    "measure": "compressed_cache.telemetry",
 }
 
 

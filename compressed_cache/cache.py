@@ -34,7 +34,10 @@ class CompressedCache(Drafts, AnnouncedCalls):
 
     Pass a fresh one to ``generate``; nothing else changes::
 
-        model.generate(**inputs, past_key_values=CompressedCache(policy="snapkv", budget=256))
+        model.generate(**inputs, cache=CompressedCache(policy="snapkv", budget=256))
+
+    Every release takes it as ``cache`` and as ``past_key_values``, which transformers deprecates
+    from 5.24 on.
 
     In each decode step the victim is chosen from what was known before the step, the new token
     takes its slot, attention runs over at most ``budget`` tokens, the new one included, and the

@@ -42,7 +42,7 @@ def compress(
 
         cache = CompressedCache("kvzip", budget=512)
         compress(model, context.input_ids, cache, tokenizer=tokenizer)
-        model.generate(context_and_question, past_key_values=cache)
+        model.generate(context_and_question, cache=cache)
 
     The context is read with a full cache, which is in memory twice until this returns. Then it is
     repeated part by part, and after each the cache is as it was. :meth:`CompressedCache.snapshot`

@@ -1,4 +1,4 @@
-"""Several questions about one text that is read once, under a full cache and under presses.
+"""Several questions about one text that is read once, under a full cache and under policies.
 
     python examples/long_text.py --out pictures
     python examples/long_text.py --out pictures --model Qwen/Qwen3-4B --budgets 256,768
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Questions about one text that is read once.")
     parser.add_argument("--out", type=Path, required=True, help="folder for long_text.png")
     parser.add_argument("--model", help="a hub or local model (default: the shipped one)")
-    parser.add_argument("--presses", default="random,h2o")
+    parser.add_argument("--policies", default="random,h2o")
     parser.add_argument("--budgets", default="150,230", help="tokens that each head may hold")
     parser.add_argument("--questions", type=int, default=5, help="5 at most")
     parser.add_argument("--max-new-tokens", type=int, default=400)
@@ -44,7 +44,7 @@ def main() -> None:
     questions = list(asked)[: options.questions]
     settings: list[dict[str, Any]] = [{}]
     for b in options.budgets.split(","):
-        settings += [dict(press=press, budget=int(b)) for press in options.presses.split(",")]
+        settings += [dict(policy=policy, budget=int(b)) for policy in options.policies.split(",")]
     # The tasks that a type checker knows of are transformers' own.
     task: Any = "kv-press-text-generation"
     pipe: Any = pipeline(task, model=options.model or str(MODEL_PATH))
@@ -54,7 +54,7 @@ def main() -> None:
         found = pipe(context, questions=questions, max_new_tokens=limit, **setting)
         replies = found["answers"] if options.model else map(extract_answer, found["answers"])
         right = [asked[q] in (reply or "") for q, reply in zip(questions, replies, strict=True)]
-        name = f"{setting['press']}, {setting['budget']}" if setting else "full cache"
+        name = f"{setting['policy']}, {setting['budget']}" if setting else "full cache"
         kib = found["timing"].cache_bytes / 1024
         print(f"{name:>18}: {sum(right)} of {len(right)} right, {kib:,.0f} KiB")
         rows.append((name, right, kib))

@@ -29,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for speed_and_memory.png")
     parser.add_argument("--model", help="a hub or local model (default: random weights)")
-    parser.add_argument("--presses", default="streaming_llm,h2o,snapkv")
+    parser.add_argument("--policies", default="streaming_llm,h2o,snapkv")
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--lengths", default="512,1024,2048,4096", help="tokens of the prompts")
     parser.add_argument("--tokens", type=int, default=32, help="tokens generated after each")
@@ -39,10 +39,10 @@ def main() -> None:
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for length in map(int, options.lengths.split(",")):
         prompt = torch.randint(3, model.config.get_text_config().vocab_size, (1, length))
-        for press in (None, *options.presses.split(",")):
-            # Each press takes graphs of its own, and torch makes only a few of one function.
+        for policy in (None, *options.policies.split(",")):
+            # Each policy takes graphs of its own, and torch makes only a few of one function.
             torch._dynamo.reset()
-            cache = CompressedCache(press, options.budget) if press else DynamicCache()
+            cache = CompressedCache(policy, options.budget) if policy else DynamicCache()
             with measure(model) as measured:
                 model.generate(
                     prompt.to(model.device),
@@ -55,7 +55,7 @@ def main() -> None:
             timing = measured.timing
             step_ms = 1000 * statistics.median(timing.step_s)
             mib = timing.cache_bytes / 2**20
-            name = press or FULL
+            name = policy or FULL
             print(f"{length:>6} tokens, {name:>26}: {step_ms:6.2f} ms per token, {mib:7.2f} MiB")
             lines.setdefault(name, []).append((length, step_ms, mib))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.pipelines.base import Pipeline
 
 from compressed_cache.integrations.prompt import Prompt, make_prompt, pair
-from compressed_cache.integrations.request import Request, make_request
+from compressed_cache.integrations.request import Request, by_budget, make_request, renamed
 from compressed_cache.policies.capabilities import ReadsTwice, SharesBudget, find
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class CompressedTextGenerationPipeline(Pipeline):
     """Answers questions about contexts that are read once and held in a fixed budget::
 
         pipe = pipeline("kv-press-text-generation", model="Qwen/Qwen3-4B")
-        pipe(context, question="Who built it?", press="snapkv", budget=512)["answer"]
+        pipe(context, question="Who built it?", policy="snapkv", budget=512)["answer"]
 
     Whatever :meth:`__call__` takes by keyword may also be given to ``pipeline``, for all calls.
     """
@@ -63,12 +63,16 @@ class CompressedTextGenerationPipeline(Pipeline):
             questions: several, each asked as if it were the only one; or a list of them for each
                 context.
             batch_size: contexts read at a time, 1 by default.
-            arguments: ``press``, a name or a policy object, with ``budget`` and whatever else
-                :class:`~compressed_cache.CompressedCache` takes; or ``cache``, an empty one; or
-                neither for a full cache. ``answer_prefix``, a text that each answer begins with.
-                ``max_context_length``, tokens of a context that are read. ``enable_thinking``,
-                passed on to the chat template, False by default. All else goes to
-                ``model.generate``: greedy decoding of 50 tokens unless told otherwise.
+            arguments: ``policy`` (or ``press``, as in kvpress), a name or a policy object, with
+                ``budget`` and whatever else :class:`~compressed_cache.CompressedCache` takes; or
+                ``cache``, an empty one; or neither for a full cache. ``compression_ratio`` may
+                stand in place of ``budget``: the share of the context's tokens that goes, so that
+                the budget is ``round((1 - compression_ratio) * tokens)``, which also holds for
+                question and answer. Each context has the budget of its own length, so only those
+                with the same one are read together. ``answer_prefix``, a text that each answer
+                begins with. ``max_context_length``, tokens of a context that are read.
+                ``enable_thinking``, passed on to the chat template, False by default. All else
+                goes to ``model.generate``: greedy decoding of 50 tokens unless told otherwise.
                 ``prefill_chunk_size`` holds for contexts too.
 
         Returns:
@@ -79,7 +83,8 @@ class CompressedTextGenerationPipeline(Pipeline):
 
         Raises:
             ValueError: an empty context, more tokens than the model can see, both ``question`` and
-                ``questions``, an unknown press, or a budget too small for what is protected.
+                ``questions``, an unknown policy, a budget too small for what is protected, or both
+                ``budget`` and ``compression_ratio``.
             TypeError: an unknown argument, or a value of the wrong type.
             NotImplementedError: a model that cannot be served, or several answers per question.
         """
@@ -87,17 +92,27 @@ class CompressedTextGenerationPipeline(Pipeline):
         size = batch_size or self._batch_size or 1
         if size < 1:
             raise ValueError(f"batch_size must be >= 1, got {size}")
-        arguments = {**self._forward_params, **arguments}
+        arguments = {**renamed(self._forward_params), **renamed(arguments)}
         prompting = {name: arguments.pop(name) for name in _PROMPT if name in arguments}
-        request = make_request(self.model, arguments)
         asked = pair(contexts, question, questions)
         # All before the first is read, so that nothing is lost to an error in the last.
         prompts = [self.preprocess(each, **prompting) for each in asked]
-        _check_budget(request, prompts)
-        results: list[dict[str, Any]] = []
-        for start in range(0, len(prompts), size):
-            output: Any = self.forward(prompts[start : start + size], request=request)
-            results += self.postprocess(output, is_single=questions is None)
+        lengths = [len(prompt.context) for prompt in prompts]
+        groups = [
+            (make_request(self.model, each), rows) for each, rows in by_budget(arguments, lengths)
+        ]
+        for request, rows in groups:
+            _check_budget(request, [prompts[row] for row in rows])
+        results: list[Any] = [None] * len(prompts)
+        while groups:
+            # One budget's memory is given back before the next one's is taken.
+            request, rows = groups.pop(0)
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                output: Any = self.forward([prompts[row] for row in batch], request=request)
+                answers = self.postprocess(output, is_single=questions is None)
+                for row, answer in zip(batch, answers, strict=True):
+                    results[row] = answer
         return results[0] if isinstance(context, str) else results
 
     def _sanitize_parameters(  # pyright: ignore[reportIncompatibleMethodOverride]

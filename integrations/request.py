@@ -1,15 +1,17 @@
 """The keyword arguments of one call of the pipeline, sorted and checked."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from compressed_cache.wording import listing, nearest
+from compressed_cache.wording import listing, nearest, shown
 
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
 _PRESSES = "`python -m compressed_cache presses` tells what to type here for a press of kvpress."
+_OF_CALLS = ("answer_prefix", "compression_ratio", "question", "questions")
 _FILLED_IN = ("attention_mask", "input_ids", "inputs", "kwargs", "past_key_values", "self")
 # What the pipeline cannot serve, with the value that asks for nothing.
 _NOT_SERVED = {
@@ -32,79 +34,130 @@ class Request:
     """Arguments of ``model.generate``."""
 
 
+def renamed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments in which kvpress's word ``press`` is ``policy``.
+
+    Raises:
+        ValueError: both are given.
+    """
+    given = dict(arguments)
+    press = given.pop("press", None)
+    if press is not None and given.get("policy") is not None:
+        raise ValueError("policy and press are the same argument. Leave one of them out.")
+    return given if press is None else given | {"policy": press}
+
+
+def by_budget(
+    arguments: dict[str, Any], lengths: Sequence[int]
+) -> list[tuple[dict[str, Any], list[int]]]:
+    """Which contexts a cache can hold one after the other, and the arguments of that cache.
+
+    Args:
+        arguments: as for :func:`make_request`, but for ``compression_ratio``, the share of the
+            tokens of a context that is to go; it stands in place of ``budget``.
+        lengths: tokens of each context. Those of other lengths have other budgets.
+
+    Returns:
+        Arguments without the ratio, and the numbers of the contexts.
+
+    Raises:
+        ValueError: a ratio below 0 or not below 1, one beside ``budget`` or ``cache``, or one
+            without a policy.
+        TypeError: something else than a number.
+    """
+    given = dict(arguments)
+    ratio = given.pop("compression_ratio", None)
+    if ratio is None:
+        return [(given, [*range(len(lengths))])]
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        raise TypeError(f"compression_ratio must be a float, got {shown(ratio)}")
+    if not 0 <= ratio < 1:
+        raise ValueError(f"compression_ratio must be from 0 to below 1, got {ratio}")
+    for other in ("budget", "cache"):
+        if given.get(other) is not None:
+            raise ValueError(
+                f"compression_ratio and {other} must not both be given. Leave one of them out."
+            )
+    if given.get("policy") is None:
+        raise ValueError(
+            "compression_ratio given without a policy. Add e.g. policy='snapkv', or leave it out "
+            "for a full cache."
+        )
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        groups.setdefault(max(1, round((1 - ratio) * length)), []).append(row)
+    return [(given | {"budget": budget}, rows) for budget, rows in groups.items()]
+
+
 def make_request(model: Any, arguments: dict[str, Any]) -> Request:
     """Sorts arguments into those of the cache and those of ``generate``.
 
     Args:
         model: the model that is to answer.
-        arguments: ``press`` with rules and options of its own, or ``cache``; all else is for
+        arguments: ``policy`` with rules and options of its own, or ``cache``; all else is for
             ``generate``. Greedy decoding of at most 50 tokens unless they say otherwise.
 
     Raises:
-        ValueError: an unknown press, a value out of range, a budget too small for what is
+        ValueError: an unknown policy, a value out of range, a budget too small for what is
             protected, a cache that holds something, or arguments that exclude each other.
         TypeError: an unknown argument, or a value of the wrong type.
         NotImplementedError: a model or an argument of ``generate`` that cannot be served.
     """
     given = dict(arguments)
-    press, cache = given.pop("press", None), given.pop("cache", None)
-    if "compression_ratio" in given:
-        raise TypeError(
-            "compression_ratio is not known here, because a cache has a fixed number of slots "
-            f"however long its text gets. Pass budget, the tokens to keep. {_PRESSES}"
-        )
-    own = _own_names(press)
+    policy, cache = given.pop("policy", None), given.pop("cache", None)
+    own = _own_names(policy)
     rules = {name: given.pop(name) for name in own if name in given}
-    _check_generate(model, press, own, given)
+    _check_generate(model, policy, own, given)
     if cache is not None:
-        _check_cache(cache, press, rules)
-    elif press is None and rules:
+        _check_cache(cache, policy, rules)
+    elif policy is None and rules:
         raise ValueError(
-            f"{listing(rules)} given without a press. Add e.g. press='snapkv', or leave them out "
+            f"{listing(rules)} given without a policy. Add e.g. policy='snapkv', or leave them out "
             "for a full cache."
         )
-    made = _make_cache(model, "full" if press is None else press, rules) if cache is None else cache
+    made = (
+        _make_cache(model, "full" if policy is None else policy, rules) if cache is None else cache
+    )
     return Request(made, cache is not None, given)
 
 
-def _own_names(press: Any) -> list[str]:
+def _own_names(policy: Any) -> list[str]:
     from compressed_cache.policies import Policy, option_names
     from compressed_cache.policies.eviction_config import EvictionConfig
 
     rules = [field.name for field in fields(EvictionConfig)]
-    if press is None or isinstance(press, Policy):
+    if policy is None or isinstance(policy, Policy):
         return rules
-    if not isinstance(press, str):
+    if not isinstance(policy, str):
         raise TypeError(
-            f"press must be a name or a Policy object, got {press!r} ({type(press).__name__}). "
+            f"policy must be a name or a Policy object, got {policy!r} ({type(policy).__name__}). "
             f"{_PRESSES}"
         )
     try:
-        return rules + option_names(press)
+        return rules + option_names(policy)
     except ValueError as error:
-        hint = f" {_PRESSES}" if press.endswith("Press") else ""
-        raise ValueError(f"press={press!r}: {error}{hint}") from None
+        raise ValueError(f"policy={policy!r}: {error}") from None
 
 
-def _make_cache(model: Any, press: Any, rules: dict[str, Any]) -> "CompressedCache":
+def _make_cache(model: Any, policy: Any, rules: dict[str, Any]) -> "CompressedCache":
     from compressed_cache.cache import CompressedCache
 
     try:
-        return CompressedCache(press, config=model.config, **rules)
+        return CompressedCache(policy, config=model.config, **rules)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"press={press!r}: {error}") from None
+        raise type(error)(f"policy={policy!r}: {error}") from None
 
 
-def _check_cache(cache: Any, press: Any, rules: dict[str, Any]) -> None:
+def _check_cache(cache: Any, policy: Any, rules: dict[str, Any]) -> None:
     from compressed_cache.cache import CompressedCache
 
     if not isinstance(cache, CompressedCache):
         raise TypeError(
             f"cache must be a CompressedCache, got {type(cache).__name__}. Leave out cache and "
-            "press for a full cache."
+            "policy for a full cache."
         )
-    if press is not None or rules:
-        also = listing([*(["press"] if press is not None else []), *rules])
+    if policy is not None or rules:
+        also = listing([*(["policy"] if policy is not None else []), *rules])
         raise ValueError(f"cache must be given alone, got {also} beside it. They are the cache's.")
     if cache.get_seq_length():
         raise ValueError(
@@ -113,17 +166,17 @@ def _check_cache(cache: Any, press: Any, rules: dict[str, Any]) -> None:
         )
 
 
-def _check_generate(model: Any, press: Any, own: list[str], given: dict[str, Any]) -> None:
+def _check_generate(model: Any, policy: Any, own: list[str], given: dict[str, Any]) -> None:
     from transformers import GenerationConfig
 
     settings = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
     known = {*settings, *inspect.signature(model.generate).parameters} - {*_FILLED_IN}
     for name in given:
         if name not in known:
-            names = {*own, *known, "press", "cache", "question", "questions", "answer_prefix"}
+            names = {*own, *known, "policy", "cache", *_OF_CALLS}
             raise TypeError(
-                f"unknown argument {name!r} for press={press!r}, expected one of "
-                f"{listing(['press', 'cache', *own])} or an argument of model.generate"
+                f"unknown argument {name!r} for policy={policy!r}, expected one of "
+                f"{listing(['policy', 'cache', *own])} or an argument of model.generate"
                 f"{nearest(name, names)}"
             )
     for name, nothing in _NOT_SERVED.items():

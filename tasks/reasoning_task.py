@@ -91,7 +91,7 @@ class ReasoningTask(ConfigurableTask):
         if len(replies) > 1:
             metrics["pass@k"] = max(scores)
         records = [reply.record for reply in replies if isinstance(reply, Reply) and reply.record]
-        # Without kv_press nothing was counted.
+        # Without kv_ arguments nothing was counted.
         return metrics | _costs(records, scores) if records else metrics
 
 

@@ -2,16 +2,31 @@
 
 import copy
 import gc
+import re
 import resource
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    masking_utils,
+)
+from transformers.modeling_utils import AttentionInterface
 
-from compressed_cache import POLICIES, CompressedCache
+from compressed_cache import POLICIES, CompressedCache, decode, measure
+from compressed_cache.hf import attention_hook
+from compressed_cache.versions import CACHE
 from tests.conftest import distinct_tokens, held
 from tests.grids import alternating, slow_but
 from tests.kinds import KINDS, QUICK
@@ -352,6 +367,70 @@ def test_repr_says_policy_budget_and_tokens_seen(model: LlamaForCausalLM) -> Non
     _generate(model, distinct_tokens(1, 30), cache, 11)
     for part in ("policy='h2o'", "budget=16", "tokens_seen=40"):
         assert part in repr(cache)
+
+
+def test_the_hook_says_all_that_it_wraps() -> None:
+    CompressedCache()
+    own = attention_hook.__file__
+    wrapped = {
+        name
+        for owner in (AttentionInterface, GenerationMixin, PreTrainedModel, masking_utils)
+        for name, value in vars(owner).items()
+        if getattr(getattr(value, "__code__", None), "co_filename", None) == own
+    }
+    names = re.findall(r"``(?:\w+\.)?(\w+)``", str(attention_hook.__doc__).partition("wraps")[2])
+    assert wrapped == set(names)
+
+
+@pytest.mark.slow
+def test_importing_the_package_wraps_nothing() -> None:
+    program = (
+        "from transformers.modeling_utils import AttentionInterface\n"
+        "before = AttentionInterface.get_interface\n"
+        "from compressed_cache import CompressedCache\n"
+        "print(AttentionInterface.get_interface is before)\n"
+        "CompressedCache()\n"
+        "print(AttentionInterface.get_interface is before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+def test_every_release_takes_a_cache_by_the_new_name_and_nobody_warns(
+    model: LlamaForCausalLM,
+) -> None:
+    ids = distinct_tokens(1, 40)
+    expected = _generate(model, ids, CompressedCache("h2o", 16), 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for module in (model, model.model):
+            module(ids, cache=(cache := CompressedCache("h2o", 16)))
+            assert cache.evicted_tokens == 40 - 16
+        for more in ({}, {"custom_generate": decode}, {"prompt_lookup_num_tokens": 3}):
+            cache = CompressedCache("h2o", 16)
+            output = model.generate(ids, cache=cache, max_new_tokens=8, do_sample=False, **more)
+            assert torch.equal(output, expected) or "prompt_lookup_num_tokens" in more
+            assert cache.evicted_tokens > 0
+        with measure(model) as measured:
+            model.generate(ids, cache=CompressedCache("h2o", 16), max_new_tokens=8)
+        assert measured.timing.tokens_in == 40
+
+
+def test_what_transformers_says_of_the_old_name_is_heard(model: LlamaForCausalLM) -> None:
+    ids = distinct_tokens(1, 40)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        model.generate(ids, past_key_values=CompressedCache("h2o", 16), max_new_tokens=8)
+    is_deprecated = CACHE == "cache"
+    assert [warning.filename for warning in heard] == [__file__] * is_deprecated
+    assert all("`past_key_values` is deprecated" in str(warning.message) for warning in heard)
+
+
+@pytest.mark.parametrize("folder", ["compressed_cache", "integrations", "tasks", "examples"])
+def test_nothing_of_ours_types_the_old_name(folder: str) -> None:
+    files = [*(Path(__file__).parent.parent / folder).rglob("*.py")]
+    assert files
+    assert not [file for file in files if "past_key_values=" in file.read_text()]
 
 
 def test_other_caches_are_not_affected_by_the_hook(model: LlamaForCausalLM) -> None:

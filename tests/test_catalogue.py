@@ -158,6 +158,9 @@ def test_markdown_of_one_is_of_that_one(name: str, capsys: pytest.CaptureFixture
     assert ENTRIES[name].deviations in printed
     assert all(option.meaning in printed for option in ENTRIES[name].options)
     assert main(["policies", "snapvk", "--markdown"]) == 2
+    for spelling in (name.upper(), (POLICIES | MODIFIERS)[name].__name__):
+        assert main(["policies", spelling, "--markdown"]) == 0
+        assert capsys.readouterr().out == printed
     assert main(["presses", "SnapKVPress", "--markdown"]) == 0
     printed = capsys.readouterr().out
     assert set(re.findall(r"^\| `(\w+)`", printed, re.MULTILINE)) == {"SnapKVPress"}
@@ -186,7 +189,9 @@ def test_the_command_finds_a_press(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[fork]" in printed and "[kvpress 0.5]" in printed
     assert main(["presses", "RestoreKVPress"]) == 0
     assert "not here\n    needs trained adapters" in capsys.readouterr().out
-    assert main(["presses", "SnapKvPress"]) == 2
+    assert main(["presses", "snapkvpress"]) == 0
+    assert capsys.readouterr().out == printed
+    assert main(["presses", "SnapVKPress"]) == 2
     assert "Did you mean 'SnapKVPress'?" in capsys.readouterr().err
     assert main(["presses", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == len(PRESSES)

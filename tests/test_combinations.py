@@ -1,5 +1,6 @@
 """Policies made of others."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,15 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from compressed_cache import POLICIES, CompressedCache
-from compressed_cache.policies import MODIFIERS, make_policy, option_names
+from compressed_cache.eval.catalogue.presses import PRESSES
+from compressed_cache.policies import (
+    MODIFIERS,
+    canonical_name,
+    make_policy,
+    option_names,
+    registry,
+    split_name,
+)
 from compressed_cache.policies.base import Needs, Policy
 from compressed_cache.policies.methods.adakv import AdaKV
 from compressed_cache.policies.methods.caote import CAOTE
@@ -48,6 +57,47 @@ def test_names_are_objects_written_short() -> None:
         "kernel_size": 5,
         "pool": "mean",
     }
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("SnapKV", "snapkv"),
+        ("SnapKV/H2O+CAOTE", "snapkv/h2o+caote"),
+        ("StreamingLLM", "streaming_llm"),
+        ("RKVLSHPress", "rkv_lsh"),
+        ("knormpress+KeyRerotationPress", "knorm+key_rerotation"),
+    ],
+)
+def test_names_are_taken_in_any_case_and_by_class(written: str, name: str) -> None:
+    assert canonical_name(written) == name
+    assert split_name(written) == split_name(name)
+    assert option_names(written) == option_names(name)
+    assert make_policy(written) == make_policy(name)
+
+
+def test_a_press_is_understood_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    registry._note_presses.cache_clear()
+    for _ in range(2):
+        assert CompressedCache("SnapKVPress+AdaKVPress", 64).policy.label == "snapkv+adakv"
+    (note,) = caplog.messages
+    assert note == (
+        "policy 'SnapKVPress+AdaKVPress' is 'snapkv+adakv' here, with options and defaults of its "
+        "own: `python -m compressed_cache presses SnapKVPress` shows those of the press"
+    )
+    caplog.clear()
+    CompressedCache("SnapKV", 64)
+    assert not caplog.messages
+
+
+def test_presses_understood_by_name_are_those_of_the_table() -> None:
+    for press in PRESSES:
+        name = canonical_name(press.name)
+        if name == press.name:
+            with pytest.raises(ValueError, match=rf"`python .* presses {name}` tells"):
+                make_policy(name)
+        else:
+            assert name in re.split(r"\W", press.here), press
 
 
 def test_no_option_of_a_modifier_is_one_of_another_part() -> None:

@@ -9,7 +9,7 @@ import pytest
 from transformers.utils import logging
 
 import compressed_cache
-from compressed_cache import wording
+from compressed_cache import telemetry, wording
 from compressed_cache.hf.loading import load, progress_bars
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import PATH
@@ -61,6 +61,14 @@ def test_completion_offers_the_public_names_and_no_others() -> None:
     assert set(dir(compressed_cache)) == set(compressed_cache.__all__)
     for name in dir(compressed_cache):
         assert getattr(compressed_cache, name) is not None
+
+
+def test_what_the_first_pages_use_is_imported_from_the_package() -> None:
+    from compressed_cache import H2O, PrefillDecode, Recorder, measure
+
+    cache = compressed_cache.CompressedCache(PrefillDecode(prompt=H2O(), decoding=H2O()))
+    assert cache.policy.label == "h2o/h2o"
+    assert (measure, Recorder) == (telemetry.measure, telemetry.Recorder)
 
 
 @pytest.mark.parametrize("is_checkout", [True, False])

@@ -114,6 +114,12 @@ CONSTRUCTOR = [
         TypeError,
         "unknown option 'window' for policy 'tova', it has no options",
     ),
+    (
+        dict(compression_ratio=0.5),
+        TypeError,
+        "compression_ratio must be given as budget, the tokens to keep: budget=round((1 - 0.5) * "
+        "tokens of the prompt)",
+    ),
     (dict(window=4.0), TypeError, "window must be an int, got 4.0 (float)"),
     (dict(window=True), TypeError, "window must be an int, got True (bool)"),
     (dict(window=0), ValueError, "window must be >= 1, got 0"),

@@ -11,7 +11,7 @@ from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.reasoner.problems import make_problem
 
 FOLDER = Path(__file__).parents[1] / "examples"
-FEW = "--presses h2o --budgets 60 --questions 2 --max-new-tokens 8"
+FEW = "--policies h2o --budgets 60 --questions 2 --max-new-tokens 8"
 RUNS = {
     f"long_text {FEW}": (
         r" +full cache: 0 of 2 right, \d+ KiB\n +h2o, 60: 0 of 2 right, \d+ KiB\n"
@@ -23,7 +23,7 @@ RUNS = {
     "own_policy --problems 2 --steps 1 --budget 300": (
         r"random: 2 of 2 right\nh2o: 2 of 2 right\nBreadth: 2 of 2 right\n"
     ),
-    "speed_and_memory --presses h2o --budget 16 --lengths 32,64 --tokens 3": (
+    "speed_and_memory --policies h2o --budget 16 --lengths 32,64 --tokens 3": (
         r"( +\d+ tokens, +(transformers' DynamicCache|h2o): +[\d.]+ ms per token, +[\d.]+ MiB\n){4}"
     ),
 }

@@ -111,9 +111,10 @@ def test_single_documents_may_be_chosen() -> None:
         evaluate([EASY], model_args={**H2O, "max_length": 120}, **options)
 
 
-def test_every_argument_is_reachable() -> None:
+@pytest.mark.parametrize("word", ["kv_policy", "kv_press"])
+def test_every_argument_is_reachable(word: str) -> None:
     arguments = {
-        "kv_press": "snapkv",
+        word: "snapkv",
         "kv_budget": 100,
         "kv_interval": 4,
         "kv_sinks": 3,
@@ -127,10 +128,10 @@ def test_every_argument_is_reachable() -> None:
     press = take_press(given)
     assert press is not None and given == {"pretrained": "x"}
     expected = {name.removeprefix("kv_"): value for name, value in arguments.items()}
-    expected["policy"] = expected.pop("press")
+    expected["policy"] = expected.pop(word.removeprefix("kv_"))
     assert press.describe() == expected
-    assert take_press({"kv_press": "none", "dtype": "auto"}) is None
-    unset = take_press({"kv_press": "snapkv", "kv_interval": "none"})
+    assert take_press({word: "none", "dtype": "auto"}) is None
+    unset = take_press({word: "snapkv", "kv_interval": "none"})
     assert unset is not None and unset.describe()["interval"] == 32
 
 
@@ -278,7 +279,7 @@ def test_log_likelihoods_are_those_of_the_full_cache_and_that_is_said_once() -> 
         assert ask(**H2O) == ask()
     assert [message for message in heard if "full cache" in message] == [
         "log-likelihood requests are answered with the full cache: nothing is decoded in them, so "
-        "kv_press changes nothing"
+        "kv_ arguments change nothing"
     ]
 
 
@@ -342,14 +343,29 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"unknown model argument 'kv_window' for kv_press='h2o'",
     ),
     (
+        {"kv_press": "h2o", "kv_compression_ratio": 0.5},
+        TypeError,
+        r"kv_press='h2o': compression_ratio must be given as budget, the tokens to keep",
+    ),
+    (
         {"kv_budget": 64},
         ValueError,
-        r"'kv_budget' given without kv_press. Add e.g. kv_press=snapkv",
+        r"'kv_budget' given without kv_policy. Add e.g. kv_policy=snapkv \(kv_press is the same\)",
     ),
     (
         {"kv_press": "none", "kv_budget": 64},
         ValueError,
-        r"'kv_budget' given without kv_press",
+        r"'kv_budget' given without kv_policy",
+    ),
+    (
+        {"kv_policy": "h2o", "kv_press": "h2o"},
+        ValueError,
+        r"kv_policy and kv_press are the same argument. Leave one of them out.",
+    ),
+    (
+        {"kv_policy": "h2o", "kv_window": 8},
+        TypeError,
+        r"'kv_window' for kv_policy='h2o', expected one of 'kv_budget', .*'kv_policy'",
     ),
     (
         {"kv_press": "snapkv", "kv_budget": 0},

@@ -278,11 +278,11 @@ def pipe(make_model: Any) -> Any:
     return pipeline(TASK, model=model, tokenizer=build_tokenizer(), device="cpu")
 
 
-@pytest.mark.parametrize("press", ["kvzip", "kvzip+adakv"])
-def test_many_questions_are_asked_about_one_compressed_text(pipe: Any, press: str) -> None:
+@pytest.mark.parametrize("policy", ["kvzip", "kvzip+adakv"])
+def test_many_questions_are_asked_about_one_compressed_text(pipe: Any, policy: str) -> None:
     contexts = [text(60, 0), text(35, 1)]
     questions = [text(length, length) for length in (5, 1, 9)]
-    arguments = dict(press=press, budget=24, repeat_chunk=25, max_new_tokens=12)
+    arguments = dict(policy=policy, budget=24, repeat_chunk=25, max_new_tokens=12)
     calls: list[int] = []
     handle = pipe.model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -303,7 +303,7 @@ def test_many_questions_are_asked_about_one_compressed_text(pipe: Any, press: st
 def test_the_pipeline_puts_the_end_of_a_turn_before_what_is_repeated(pipe: Any) -> None:
     context, question = text(40, 0), text(5, 5)
     pipe.tokenizer.chat_template = "{{ bos_token }} tax {{ messages[0]['content'] }} solve answer"
-    arguments = dict(press="kvzip", budget=16, repeat_chunk=25)
+    arguments = dict(policy="kvzip", budget=16, repeat_chunk=25)
     got = pipe(context, question=question, max_new_tokens=12, **arguments)["answer"]
 
     def tokens(what: str) -> torch.Tensor:

@@ -24,7 +24,7 @@ from tests.compiling import CountingBackend, compiled
 from tests.families import FAMILIES, FULL, LINEAR, Family
 from tests.grids import slow_but
 
-H2O_24: dict[str, Any] = dict(press="h2o", budget=24, max_new_tokens=12)
+H2O_24: dict[str, Any] = dict(policy="h2o", budget=24, max_new_tokens=12)
 MIXED = [one for one in FAMILIES if one.kinds == (LINEAR, FULL)]
 TEMPLATE = (
     "{{ bos_token }} tax {{ messages[0]['content'] }} solve"
@@ -83,18 +83,19 @@ def _by_hand(pipe: Any, context: str, question: str, cache: Any, new: int = 12, 
     ("given", "expected"),
     [
         ({}, lambda: CompressedCache("full")),
-        (dict(press="snapkv", budget=24), lambda: CompressedCache("snapkv", 24)),
+        (dict(policy="snapkv", budget=24), lambda: CompressedCache("snapkv", 24)),
         (
-            dict(press="h2o+caote", budget=20, sinks=2, recent=4, interval=3),
+            dict(policy="h2o+caote", budget=20, sinks=2, recent=4, interval=3),
             lambda: CompressedCache("h2o+caote", 20, sinks=2, recent=4, interval=3),
         ),
         (
-            dict(press="snapkv", budget=24, window=4, kernel_size=1),
+            dict(policy="snapkv", budget=24, window=4, kernel_size=1),
             lambda: CompressedCache("snapkv", 24, window=4, kernel_size=1),
         ),
-        (dict(press=H2O(), budget=24), lambda: CompressedCache(H2O(), 24)),
+        (dict(press="h2o", budget=24), lambda: CompressedCache("h2o", 24)),
+        (dict(policy=H2O(), budget=24), lambda: CompressedCache(H2O(), 24)),
         (dict(cache=CompressedCache("tova", 24)), lambda: CompressedCache("tova", 24)),
-        (dict(press="h2o", budget=[24, 16]), lambda: CompressedCache("h2o", [24, 16])),
+        (dict(policy="h2o", budget=[24, 16]), lambda: CompressedCache("h2o", [24, 16])),
     ],
 )
 def test_an_answer_is_that_of_generate_by_hand(
@@ -102,6 +103,21 @@ def test_an_answer_is_that_of_generate_by_hand(
 ) -> None:
     got = pipe(CONTEXT, question=QUESTIONS[0], max_new_tokens=12, **given)
     assert got["answer"] == _by_hand(pipe, f"<bos> {CONTEXT}", QUESTIONS[0], expected())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_ratio_is_the_share_of_each_context_that_goes(
+    pipe: Any, batch_size: int, calls: list[int]
+) -> None:
+    contexts = [_text(n, seed=n) for n in (60, 23, 41, 60)]
+    arguments = dict(question=QUESTIONS[0], policy="h2o", max_new_tokens=12)
+    found = pipe(contexts, compression_ratio=0.6, batch_size=batch_size, **arguments)
+    # The first and the last are equally long. Each begins with one more token.
+    read = [length for length in calls if length in (61, 24, 42)]
+    assert read == ([61, 61, 24, 42] if batch_size == 1 else [61, 24, 42])
+    for context, tokens, each in zip(contexts, (61, 24, 42, 61), found, strict=True):
+        alone = pipe(context, budget=round(0.4 * tokens), **arguments)
+        assert each["answer"] == alone["answer"]
 
 
 def test_every_question_is_answered_as_if_it_were_the_only_one(pipe: Any, calls: list[int]) -> None:
@@ -116,11 +132,11 @@ def test_every_question_is_answered_as_if_it_were_the_only_one(pipe: Any, calls:
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
-@pytest.mark.parametrize("press", slow_but(("h2o",), ("h2o", "snapkv", None)))
+@pytest.mark.parametrize("policy", slow_but(("h2o",), ("h2o", "snapkv", None)))
 def test_contexts_in_a_batch_are_answered_as_alone(
-    pipe: Any, press: str | None, batch_size: int
+    pipe: Any, policy: str | None, batch_size: int
 ) -> None:
-    budget = {} if press is None else dict(press=press, budget=24)
+    budget = {} if policy is None else dict(policy=policy, budget=24)
     contexts = [_text(n, seed=n) for n in (60, 23, 41)]
     questions = [QUESTIONS, QUESTIONS[1:2], QUESTIONS[::-1]]
     arguments = dict(max_new_tokens=12, **budget)
@@ -129,15 +145,15 @@ def test_contexts_in_a_batch_are_answered_as_alone(
         assert answers["answers"] == pipe(context, questions=asked, **arguments)["answers"]
 
 
-@pytest.mark.parametrize("press", slow_but(("kvzip",), ("h2o", "kvzip", None)))
+@pytest.mark.parametrize("policy", slow_but(("kvzip",), ("h2o", "kvzip", None)))
 @pytest.mark.parametrize("family", MIXED, ids=lambda family: family.name)
 def test_questions_of_other_lengths_are_no_padding_of_recurrent_layers(
-    family: Family, press: str | None
+    family: Family, policy: str | None
 ) -> None:
     model = family.make()
     model.generation_config.suppress_tokens = [0, 1, 2, 3, *range(len(VOCABULARY), 160)]
     pipe: Any = pipeline(TASK, model=model, tokenizer=build_tokenizer(), device="cpu")
-    budget = {} if press is None else dict(press=press, budget=24)
+    budget = {} if policy is None else dict(policy=policy, budget=24)
     contexts = [_text(n, seed=n) for n in (60, 23, 41)]
     questions = [QUESTIONS[:2], QUESTIONS[1:2], QUESTIONS[1::-1]]
     arguments = dict(max_new_tokens=6, **budget)
@@ -217,19 +233,19 @@ def test_arguments_of_generate_are_those_of_generate(pipe: Any, sampling: dict[s
 
 def test_a_generation_config_takes_the_place_of_the_defaults(pipe: Any) -> None:
     config = GenerationConfig(max_new_tokens=5, do_sample=False, suppress_tokens=[0, 1, 2, 3])
-    got = pipe(CONTEXT, question=QUESTIONS[0], press="h2o", budget=24, generation_config=config)
+    got = pipe(CONTEXT, question=QUESTIONS[0], policy="h2o", budget=24, generation_config=config)
     assert len(got["answer"].split()) == 5
-    whole = pipe(CONTEXT, question=QUESTIONS[0], press="h2o", budget=24)["answer"].split()
+    whole = pipe(CONTEXT, question=QUESTIONS[0], policy="h2o", budget=24)["answer"].split()
     assert len(whole) == 50 and whole[:5] == got["answer"].split()
 
 
 def test_chunks_hold_for_contexts(pipe: Any, calls: list[int]) -> None:
-    whole = pipe(CONTEXT, question=QUESTIONS[0], press="h2o", budget=200, max_new_tokens=12)
+    whole = pipe(CONTEXT, question=QUESTIONS[0], policy="h2o", budget=200, max_new_tokens=12)
     calls.clear()
     parts = pipe(
         CONTEXT,
         question=QUESTIONS[0],
-        press="h2o",
+        policy="h2o",
         budget=200,
         max_new_tokens=12,
         prefill_chunk_size=20,
@@ -268,6 +284,7 @@ def test_what_a_pipeline_is_made_with_holds_for_every_call(model: Any, pipe: Any
     )
     expected = pipe(CONTEXT, question=QUESTIONS[0], answer_prefix="is", **H2O_24)["answer"]
     assert made(CONTEXT, question=QUESTIONS[0])["answer"] == expected
+    assert made(CONTEXT, question=QUESTIONS[0], press="H2OPress")["answer"] == expected
     shorter = made(CONTEXT, question=QUESTIONS[0], max_new_tokens=3)["answer"]
     assert expected.startswith(shorter) and len(shorter.split()) == 3
 
@@ -288,7 +305,15 @@ def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
         name for kind in (POLICIES, MODIFIERS) for one in kind.values() for name in own_options(one)
     }
     assert not names & set(vars(GenerationConfig()))
-    assert not names & {"press", "cache", "question", "questions", "batch_size", "answer_prefix"}
+    assert not names & {
+        "policy",
+        "press",
+        "cache",
+        "question",
+        "questions",
+        "batch_size",
+        "answer_prefix",
+    }
 
 
 @pytest.mark.parametrize(
@@ -316,23 +341,30 @@ def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
         ("1", dict(prefill_chunk_size=0), ValueError, r"prefill_chunk_size must be >= 1, got 0"),
         ("1", dict(prefill_chunk_size=-3), ValueError, r"prefill_chunk_size must be >= 1, got -3"),
         ("1", dict(batch_size=-1), ValueError, r"batch_size must be >= 1, got -1"),
-        ("1", dict(press="snapvk"), ValueError, r"press='snapvk': unknown .* mean 'snapkv'"),
-        ("1", dict(press="SnapKVPress"), ValueError, r"`python -m compressed_cache presses` tells"),
-        ("1", dict(press=object()), TypeError, r"press must be a name or a Policy object"),
-        ("1", dict(press="h2o", compression_ratio=0.5), TypeError, r"Pass budget, the tokens to"),
-        ("1", dict(press="h2o", budget=0), ValueError, r"press='h2o': budget must be"),
-        ("1", dict(press="h2o", budget=4, sinks=4), ValueError, r"press='h2o': budget must be"),
-        ("1", dict(press="h2o", bugdet=4), TypeError, r"unknown argument 'bugdet'.*mean 'budget'"),
-        ("1", dict(press="h2o", window=4), TypeError, r"unknown argument 'window' for press='h2o'"),
+        ("1", dict(press="snapvk"), ValueError, r"policy='snapvk': unknown .* mean 'snapkv'"),
+        ("1", dict(press="CURPress"), ValueError, r"`python .* presses CURPress` tells"),
+        ("1", dict(policy=object()), TypeError, r"policy must be a name or a Policy object"),
+        ("1", dict(policy="h2o", press="h2o"), ValueError, r"policy and press are the same"),
+        ("1", dict(policy="h2o", compression_ratio=0.5, budget=4), ValueError, r"and budget must"),
+        ("1", dict(cache=CompressedCache(), compression_ratio=0.5), ValueError, r"and cache must"),
+        ("1", dict(compression_ratio=0.5), ValueError, r"_ratio given without a policy"),
+        ("1", dict(policy="h2o", compression_ratio="0.5"), TypeError, r"must be a float, got"),
+        ("1", dict(policy="h2o", compression_ratio=1), ValueError, r"to below 1, got 1"),
+        ("1", dict(policy="h2o", compression_ratio=-0.1), ValueError, r"to below 1, got -0"),
+        ("1", dict(policy="h2o", compresion_ratio=1), TypeError, r"mean 'compression_ratio'"),
+        ("1", dict(policy="h2o", budget=0), ValueError, r"policy='h2o': budget must be"),
+        ("1", dict(policy="h2o", budget=4, sinks=4), ValueError, r"policy='h2o': budget must be"),
+        ("1", dict(policy="h2o", bugdet=4), TypeError, r"unknown argument 'bugdet'.*mean 'budget'"),
+        ("1", dict(policy="h2o", window=4), TypeError, r"'window' for policy='h2o', expected"),
         ("1", dict(max_new_token=4), TypeError, r"Did you mean 'max_new_tokens'"),
-        ("1", dict(budget=64), ValueError, r"'budget' given without a press"),
+        ("1", dict(budget=64), ValueError, r"'budget' given without a policy"),
         ("1", dict(num_beams=4), NotImplementedError, r"num_beams is not served"),
         ("1", dict(return_dict_in_generate=True), NotImplementedError, r"generate is not served"),
         ("1", dict(prompt_lookup_num_tokens=9), NotImplementedError, r"is not served by"),
         ("1", dict(cache={}), TypeError, r"cache must be a CompressedCache, got dict"),
-        ("1", dict(cache=CompressedCache(), press="h2o"), ValueError, r"alone, got 'press' beside"),
+        ("1", dict(cache=CompressedCache(), policy="h2o"), ValueError, r"got 'policy' beside"),
         ("1", dict(cache=CompressedCache(), sinks=1), ValueError, r"alone, got 'sinks' beside"),
-        (["1", _text(60)], dict(press="h2o", budget=50, protect_prompt=True, recent=4), ValueError,
+        (["1", _text(60)], dict(policy="h2o", budget=50, protect_prompt=True, recent=4), ValueError,
          r"budget must be at least prompt \+ recent \+ 1 .*\(62 \+ 4 \+ 1 = 67\), got 50"),
     ],
 )  # fmt: skip

@@ -237,7 +237,7 @@ def test_a_model_that_is_not_there_is_one_line(
 def test_a_policy_that_cannot_serve_a_prompt_is_a_dash_among_texts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = ["--policies", "kvzip,h2o", "--budgets", "8", "--max-new-tokens", "3"]
+    options = ["--policies", "KVzip,H2O", "--budgets", "8", "--max-new-tokens", "3"]
     assert main(["demo", "--model", str(MODEL_PATH), "--prompt", "tax 9", *options]) == 0
     printed = capsys.readouterr().out
     assert "refused: 'kvzip' ranks a prompt by a second pass" in printed

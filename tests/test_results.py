@@ -137,7 +137,7 @@ def test_rows_that_cannot_be_compared_are_refused(
 def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in (_scored("h2o", "1111111100"), _scored("snapkv", "1100000010")):
         append(tmp_path / FILE, replace(row, model="m", task="t"))
-    assert main(["compare", str(tmp_path), "--policies", "h2o,snapkv"]) == 0
+    assert main(["compare", str(tmp_path), "--policies", "H2O,SnapKV"]) == 0
     table = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in capsys.readouterr().out.splitlines()

@@ -221,6 +221,16 @@ def test_lists_may_have_spaces(
     assert f"| {EASY} | h2o | 64,80 | 1 | 2 | 0 | 0 |" in capsys.readouterr().out
 
 
+def test_policies_are_planned_by_their_own_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = arguments(tmp_path, policies="Full,H2O,h2o", policy_args="H2O:recent=3")
+    assert main([*typed, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"| {EASY} | full | - | 1 | 1 | 0 | 0 |" in printed
+    assert f"| {EASY} | h2o | 64,80 | 1 | 2 | 0 | 0 |" in printed
+
+
 def test_what_is_no_number_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments(tmp_path, budgets="128,25x"))

@@ -1,10 +1,22 @@
-"""The one place where transformers is changed: its attention meets compressed layers here.
+"""The one place where transformers' models are changed: here they meet compressed caches.
 
 transformers hands new keys and values to ``cache.update`` and the queries to an attention function
 later, so a cache never sees a query. A compressed layer therefore returns tensors that carry a
 reference to it, and every attention function is wrapped once by :func:`dispatch`, which looks for
 that reference. Tensors without one go straight through, so models that use another cache are not
 affected, and there is no global "current cache" that threads could mix up.
+
+Importing this package changes nothing. The first :class:`~compressed_cache.CompressedCache` that is
+made or loaded wraps these, for the rest of the process; each does what it did without such a cache:
+
+- ``AttentionInterface.get_interface``, which gives a model its attention. The registry behind it
+  does not suffice: eager attention is not in it, and users add to it later.
+- ``GenerationMixin._validate_model_kwargs``, ``_prefill``, ``_assisted_decoding``,
+  ``prepare_inputs_for_generation`` and ``masking_utils._preprocess_mask_arguments``, which tell a
+  cache of the model, the length of the text and its padding.
+- ``GenerationMixin._extract_generation_mode_kwargs``, for :func:`compressed_cache.decode`, and
+  ``GenerationMixin.generate_batch``, to refuse what would leave the cache unused.
+- ``PreTrainedModel.__call__``, which keeps the compiler out of prompts.
 """
 
 import functools
@@ -16,6 +28,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, masking_utils
 from transformers.modeling_utils import AttentionInterface
+
+from compressed_cache.versions import CACHE
 
 _TAG = "_compressed_layer"
 _TAKES_ALL = "_takes_all_arguments"
@@ -120,6 +134,15 @@ def find_cache(arguments: Mapping[str, Any]) -> Any:
 def is_compressed(value: Any) -> bool:
     """Whether it is a compressed cache."""
     return hasattr(value, "expect_call")
+
+
+def _accept_cache(arguments: dict[str, Any]) -> None:
+    """Lets transformers before 5.24 take a compressed cache as ``cache``, as later releases do.
+
+    Since then the older name warns, so there would be none to type under all of them.
+    """
+    if CACHE != "cache" and is_compressed(arguments.get("cache")):
+        arguments[CACHE] = arguments.pop("cache")
 
 
 def _announce_models() -> None:
@@ -256,6 +279,7 @@ def _announce_forwards() -> None:
 
     @functools.wraps(torch.nn.Module.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _accept_cache(kwargs)
         if not torch.compiler.is_compiling():
             if (cache := find_cache(kwargs)) is not None:
                 cache.expect_forward(self)
@@ -279,13 +303,15 @@ def _call_eagerly(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _hand_over_arguments() -> None:
+    """Lets a loop that is marked have all arguments of ``generate``, which sorts them first."""
     generation: Any = GenerationMixin
     original = generation._extract_generation_mode_kwargs
 
     @functools.wraps(original)
-    def extract(self: Any, custom_generate: Any, *args: Any) -> Any:
+    def extract(self: Any, custom_generate: Any, kwargs: dict[str, Any], *args: Any) -> Any:
+        _accept_cache(kwargs)
         if getattr(custom_generate, _TAKES_ALL, False):
             custom_generate = None
-        return original(self, custom_generate, *args)
+        return original(self, custom_generate, kwargs, *args)
 
     generation._extract_generation_mode_kwargs = extract

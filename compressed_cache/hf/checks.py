@@ -133,7 +133,7 @@ def hidden_states(layer: int, shown: Any, module: Any, query: Tensor) -> Tensor:
     if shown is None or shown.module is not module:
         raise NotImplementedError(
             f"the policy needs hidden states, and layer {layer} did not show its own: the cache "
-            "must be given by name (past_key_values=cache) to a model of transformers whose "
+            "must be given by name (cache=cache) to a model of transformers whose "
             "attention modules are called with it"
         )
     given = shown.hidden_states

@@ -31,7 +31,7 @@ _METHODS = (
 def decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
     """The tokens of plain ``generate`` with less work for the host in each step::
 
-        model.generate(**inputs, past_key_values=CompressedCache(), custom_generate=decode)
+        model.generate(**inputs, cache=CompressedCache(), custom_generate=decode)
 
     What a model reads in a step over a :class:`CompressedCache` is the same each time but for the
     token and its position, so it is prepared once and then written in place. The compiled step,

@@ -1,5 +1,8 @@
 """The methods by name."""
 
+import functools
+import logging
+import re
 from typing import Any
 
 from compressed_cache.policies.base import Policy
@@ -48,6 +51,8 @@ from compressed_cache.policies.methods.vase_dkv import VaSEDKV
 from compressed_cache.policies.modifier import Modifier
 from compressed_cache.policies.prefill_decode import PrefillDecode
 from compressed_cache.wording import listing, nearest, shown
+
+logger = logging.getLogger(__name__)
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
@@ -104,13 +109,18 @@ MODIFIERS: dict[str, type[Modifier]] = {
 }
 
 
+_BY_CLASS = {kind.__name__.lower(): name for name, kind in (POLICIES | MODIFIERS).items()}
+_PRESS = "press"
+
+
 def make_policy(name: str, **options: Any) -> Policy:
     """A policy by name.
 
     Args:
         name: a key of :data:`POLICIES`, or two with a ``/`` between them, the first for the prompt
             and the second for decode steps; then as many of :data:`MODIFIERS` as wanted, each with
-            a ``+`` before it and applied in this order: ``"snapkv/h2o+caote"``.
+            a ``+`` before it and applied in this order: ``"snapkv/h2o+caote"``. Each in any case,
+            or by its class, ``"SnapKV"``, or by the one of kvpress, ``"SnapKVPress"``.
         options: fields of these.
 
     Raises:
@@ -125,6 +135,7 @@ def make_policy(name: str, **options: Any) -> Policy:
                 f"unknown option {option!r} for policy {name!r}, {expected}{nearest(option, known)}"
             )
     scorers, modifiers = split_name(name)
+    _note_presses(name)
     made = [POLICIES[part](**_own(part, options)) for part in scorers]
     policy = made[0] if len(made) == 1 else PrefillDecode(prompt=made[0], decoding=made[1])
     for part in modifiers:
@@ -138,6 +149,11 @@ def as_policy(policy: Any, options: dict[str, Any]) -> Policy:
     Raises:
         TypeError: neither, or options beside a policy object.
     """
+    if "compression_ratio" in options:
+        raise TypeError(
+            "compression_ratio must be given as budget, the tokens to keep: "
+            f"budget=round((1 - {options['compression_ratio']}) * tokens of the prompt)"
+        )
     if isinstance(policy, str):
         return make_policy(policy, **options)
     if not isinstance(policy, Policy):
@@ -160,14 +176,20 @@ def option_names(name: str) -> list[str]:
     return list(dict.fromkeys(field for part in scorers + modifiers for field in _fields(part)))
 
 
+def canonical_name(name: str) -> str:
+    """A name written as for :func:`make_policy`, as tables and results have it; unknown parts of it
+    stay as they are."""
+    scorers, modifiers = _parts(name)
+    return "+".join(["/".join(scorers), *modifiers])
+
+
 def split_name(name: str) -> tuple[list[str], list[str]]:
-    """The scorers and the modifiers in a name written as for :func:`make_policy`.
+    """The scorers and the modifiers in a name written as for :func:`make_policy`, by their keys.
 
     Raises:
         ValueError: unknown name.
     """
-    first, *modifiers = name.split("+")
-    scorers = first.split("/")
+    scorers, modifiers = _parts(name)
     for part in scorers:
         if part in MODIFIERS:
             raise ValueError(
@@ -176,7 +198,7 @@ def split_name(name: str) -> tuple[list[str], list[str]]:
         if part not in POLICIES:
             raise ValueError(
                 f"unknown policy {part!r}, expected one of {listing(POLICIES)}"
-                f"{nearest(part, POLICIES)}"
+                f"{nearest(part.lower(), POLICIES)}{_told_by(part)}"
             )
     if len(scorers) > 2:
         raise ValueError(
@@ -192,9 +214,46 @@ def split_name(name: str) -> tuple[list[str], list[str]]:
         if part not in MODIFIERS:
             raise ValueError(
                 f"unknown modifier {part!r} in policy {name!r}, expected one of "
-                f"{listing(MODIFIERS)}{nearest(part, MODIFIERS)}"
+                f"{listing(MODIFIERS)}{nearest(part.lower(), MODIFIERS)}{_told_by(part)}"
             )
     return scorers, modifiers
+
+
+def _parts(name: str) -> tuple[list[str], list[str]]:
+    first, *others = name.split("+")
+    return [_key(one) for one in first.split("/")], [_key(one) for one in others]
+
+
+def _key(part: str) -> str:
+    """The key of a policy or modifier; what is none stays as it is."""
+    if part in POLICIES or part in MODIFIERS:
+        return part
+    lower = part.lower()
+    for one in (lower, lower.removesuffix(_PRESS)):
+        if one in POLICIES or one in MODIFIERS:
+            return one
+        if one in _BY_CLASS:
+            return _BY_CLASS[one]
+    return part
+
+
+def _told_by(part: str) -> str:
+    """A further sentence for a press that has no namesake here, or nothing."""
+    if not part.lower().endswith(_PRESS):
+        return ""
+    return f". `python -m compressed_cache presses {part}` tells what to type here for this press"
+
+
+@functools.cache
+def _note_presses(name: str) -> None:
+    """Says once that a press was understood, whose options and defaults may be others here."""
+    presses = [one for one in re.split(r"[/+]", name) if one.lower().endswith(_PRESS)]
+    if presses:
+        logger.warning(
+            "policy %r is %r here, with options and defaults of its own: "
+            "`python -m compressed_cache presses %s` shows those of the press",
+            *(name, canonical_name(name), presses[0]),
+        )
 
 
 def _fields(part: str) -> list[str]:

@@ -44,7 +44,7 @@ def measure(model: Any) -> Iterator[Measurement]:
     """Times ``model.generate`` as long as it is open, whatever cache it is given::
 
         with measure(model) as m:
-            model.generate(**inputs, past_key_values=CompressedCache())
+            model.generate(**inputs, cache=CompressedCache())
         m.timing.tokens_per_s
 
     Of ``n`` tokens it sees ``n - 1`` steps, all of them whole. A :class:`CompressedCache` tells

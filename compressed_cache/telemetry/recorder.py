@@ -21,7 +21,7 @@ class Recorder:
 
         cache = CompressedCache("h2o", 256)
         recorder = Recorder(cache)
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)
         recorder.trace().write("run.parquet")
 
     The positions of two consecutive steps are compared between them, so a decode step is the same

@@ -178,7 +178,7 @@ def _loglikelihood_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -
         session.notified = True
         _log.warning(
             "log-likelihood requests are answered with the full cache: nothing is decoded in them, "
-            "so kv_press changes nothing"
+            "so kv_ arguments change nothing"
         )
     return original(self, *args, **kwargs)
 
@@ -231,7 +231,7 @@ def _check_class(model_class: Any) -> None:
     generates = getattr(model_class._model_generate, "compressed_cache", None) is _model_generate
     if not generates or hasattr(model_class, "_model_multimodal_generate"):
         raise NotImplementedError(
-            f"kv_press works with --model hf. {model_class.__name__} generates in its own way."
+            f"kv_ arguments work with --model hf. {model_class.__name__} generates in its own way."
         )
 
 

@@ -12,15 +12,14 @@ if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
 PREFIX = "kv_"
+POLICY = ("kv_policy", "kv_press")
+"""What names the policy: our word, and the one that users of kvpress know."""
 _RULES = ("budget", "interval", "sinks", "recent", "protect_prompt")
 
 
 @dataclass(frozen=True)
 class PressArguments:
-    """A recipe for caches: every batch gets a fresh one.
-
-    Named as in ``kv_press=``, the word users of kvpress know.
-    """
+    """A recipe for caches: every batch gets a fresh one."""
 
     policy: Any
     """A name, or a policy object where the harness is called from Python."""
@@ -60,8 +59,9 @@ def take_press(arguments: dict[str, Any]) -> PressArguments | None:
         What they ask for, or None if there are none.
 
     Raises:
-        ValueError: no ``kv_press`` beside other ``kv_`` arguments, an unknown policy, a value out
-            of range, or a budget too small for what is protected.
+        ValueError: neither or both of ``kv_policy`` and ``kv_press`` beside other ``kv_``
+            arguments, an unknown policy, a value out of range, or a budget too small for what is
+            protected.
         TypeError: an unknown argument, or a value of the wrong type.
     """
     given = {
@@ -73,25 +73,29 @@ def take_press(arguments: dict[str, Any]) -> PressArguments | None:
         return None
     for name in given:
         del arguments[name]
-    policy = given.pop("kv_press", None)
-    if policy is None and not given:
+    named = {name: given.pop(name) for name in POLICY if name in given}
+    policies = {name: policy for name, policy in named.items() if policy is not None}
+    if not policies and not given:
         return None
-    if policy is None:
+    if not policies:
         raise ValueError(
-            f"{listing(given)} given without kv_press. Add e.g. kv_press=snapkv, or leave out all "
-            "arguments that begin with kv_."
+            f"{listing(given)} given without kv_policy. Add e.g. kv_policy=snapkv (kv_press is the "
+            "same), or leave out all arguments that begin with kv_."
         )
+    if len(policies) > 1:
+        raise ValueError("kv_policy and kv_press are the same argument. Leave one of them out.")
+    ((word, policy),) = policies.items()
     options = {name.removeprefix(PREFIX): value for name, value in given.items()}
     if isinstance(budget := options.get("budget"), str) and "/" in budget:
         # The harness takes a comma for the end of an argument.
         options["budget"] = [_number(part) for part in budget.split("/")]
-    _check_names(policy, options)
+    _check_names(word, policy, options)
     press = PressArguments(policy, options)
     try:
         press.make_cache()
     except (TypeError, ValueError) as error:
         raise type(error)(
-            f"kv_press={policy!r}: {error} (each argument carries the prefix kv_ here)"
+            f"{word}={policy!r}: {error} (each argument carries the prefix kv_ here)"
         ) from None
     return press
 
@@ -100,17 +104,18 @@ def _number(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def _check_names(policy: Any, options: dict[str, Any]) -> None:
+def _check_names(word: str, policy: Any, options: dict[str, Any]) -> None:
     from compressed_cache.policies import option_names
 
     try:
         own = option_names(policy) if isinstance(policy, str) else []
     except ValueError as error:
-        raise ValueError(f"kv_press={policy!r}: {error}") from None
-    known = [PREFIX + name for name in ("press", *_RULES, *own)]
+        raise ValueError(f"{word}={policy!r}: {error}") from None
+    known = [word, *(PREFIX + name for name in (*_RULES, *own))]
     for name in options:
-        if PREFIX + name not in known:
+        # The cache says itself what to give in its place.
+        if name != "compression_ratio" and PREFIX + name not in known:
             raise TypeError(
-                f"unknown model argument {PREFIX + name!r} for kv_press={policy!r}, expected one "
+                f"unknown model argument {PREFIX + name!r} for {word}={policy!r}, expected one "
                 f"of {listing(known)}{nearest(PREFIX + name, known)}"
             )

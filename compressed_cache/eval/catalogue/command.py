@@ -14,7 +14,9 @@ from compressed_cache.wording import listing, nearest
 def policies(options: argparse.Namespace) -> int:
     """Prints all policies and modifiers, or one."""
     entries = entry.read()
-    chosen = [one for one in entries if options.name in (None, one.name)]
+    asked = options.name and options.name.lower()
+    # A class by its name too, which is that of the policy without underscores.
+    chosen = [one for one in entries if asked in (None, one.name, one.name.replace("_", ""))]
     if not chosen:
         return _unknown("policy or modifier", options.name, [one.name for one in entries])
     if options.markdown:
@@ -29,7 +31,8 @@ def policies(options: argparse.Namespace) -> int:
 
 def presses(options: argparse.Namespace) -> int:
     """Prints what to type here for the presses of kvpress and its forks, or for one."""
-    chosen = [row for row in PRESSES if options.name in (None, row.name)]
+    asked = options.name and options.name.lower()
+    chosen = [row for row in PRESSES if asked in (None, row.name.lower())]
     if not chosen:
         return _unknown("press", options.name, [row.name for row in PRESSES])
     if options.markdown:

@@ -20,7 +20,7 @@ from compressed_cache.eval.demo.measure import (
     rows,
     settings,
 )
-from compressed_cache.policies import make_policy
+from compressed_cache.policies import canonical_name, make_policy
 from compressed_cache.tensorfile import check_folder
 
 # What the prompts and their answers exceed.
@@ -29,7 +29,7 @@ _OF_MODELS: tuple[int, ...] = (96, 160)
 
 def run(options: argparse.Namespace) -> int:
     """Runs the demo, on the shipped model or on one of the user's."""
-    policies = options.policies or list(CORE)
+    policies = [canonical_name(one) for one in options.policies or CORE]
     budgets = options.budgets or list(BUDGETS)
     try:
         for policy in policies:

@@ -20,6 +20,7 @@ from compressed_cache.eval.sweep.folder import ERROR, Folder
 from compressed_cache.eval.sweep.group import Group, together
 from compressed_cache.eval.sweep.plan import Cell, Plan, named
 from compressed_cache.hf.loading import why
+from compressed_cache.policies import canonical_name
 from compressed_cache.wording import listing, missing, nearest
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -228,7 +229,7 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, list[str]]:
             return otherwise
 
     is_agreement = options.measure == Agreement.measure
-    policies = list(dict.fromkeys(options.policies))
+    policies = list(dict.fromkeys(map(canonical_name, options.policies)))
     if is_agreement and "full" not in policies:
         policies = ["full", *policies]
     gen_kwargs = tried(lambda: _gen_kwargs(options.gen_kwargs, is_agreement), {})
@@ -296,7 +297,7 @@ def _policy_options(texts: list[str]) -> dict[str, dict[str, Option]]:
     found: dict[str, dict[str, Option]] = {}
     for text in texts:
         policy, _, rest = text.rpartition(":")
-        found.setdefault(policy, {}).update(_pairs("--policy-args", rest))
+        found.setdefault(canonical_name(policy), {}).update(_pairs("--policy-args", rest))
     return found
 
 
