@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
     from compressed_cache.hf.compile_once import compile_layers_once
     from compressed_cache.hf.decode_loop import decode
+    from compressed_cache.hf.draft_length import DraftStatistics
+    from compressed_cache.hf.lossless import lossless
     from compressed_cache.policies import POLICIES, Defaults, Policy, PrefillDecode, Slots
     from compressed_cache.policies.methods.h2o import H2O
     from compressed_cache.second_pass import compress
@@ -16,6 +18,7 @@ __all__ = [
     "POLICIES",
     "CompressedCache",
     "Defaults",
+    "DraftStatistics",
     "Policy",
     "PrefillDecode",
     "Recorder",
@@ -24,6 +27,7 @@ __all__ = [
     "compile_layers_once",
     "compress",
     "decode",
+    "lossless",
     "measure",
 ]
 
@@ -34,7 +38,9 @@ _HOME = {
     "Recorder": "compressed_cache.telemetry",
     "compile_layers_once": "compressed_cache.hf.compile_once",
     "compress": "compressed_cache.second_pass",
+    "DraftStatistics": "compressed_cache.hf.draft_length",
     "decode": "compressed_cache.hf.decode_loop",
+    "lossless": "compressed_cache.hf.lossless",
     "measure": "compressed_cache.telemetry",
 }
 

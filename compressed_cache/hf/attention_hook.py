@@ -14,12 +14,14 @@ made or loaded wraps these, for the rest of the process; each does what it did w
 - ``GenerationMixin._validate_model_kwargs``, ``_prefill``, ``_assisted_decoding``,
   ``prepare_inputs_for_generation`` and ``masking_utils._preprocess_mask_arguments``, which tell a
   cache of the model, the length of the text and its padding.
-- ``GenerationMixin._extract_generation_mode_kwargs``, for :func:`compressed_cache.decode`, and
-  ``GenerationMixin.generate_batch``, to refuse what would leave the cache unused.
+- ``GenerationMixin._extract_generation_mode_kwargs``, for :func:`compressed_cache.decode` and
+  :func:`compressed_cache.lossless`, and ``GenerationMixin.generate_batch``, to refuse what would
+  leave the cache unused.
 - ``PreTrainedModel.__call__``, which keeps the compiler out of prompts.
 """
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -93,7 +95,8 @@ def dispatch(
 
 
 def takes_all_arguments(loop: Loop) -> Loop:
-    """Marks a loop for ``generate(custom_generate=...)`` that is given what transformers' own are.
+    """Marks a loop for ``generate(custom_generate=...)`` that is given what transformers' own are,
+    beside the keyword arguments that it names itself.
 
     ``generate`` itself keeps ``streamer``, ``tokenizer``, ``assistant_model`` and ``synced_gpus``
     from a callable silently.
@@ -197,7 +200,7 @@ def _announce_prompts() -> None:
         if (cache := find_cache(kwargs)) is None:
             return original(self, input_ids, *args, **kwargs)
         tokens = input_ids.shape[1]
-        cache.expect_text(tokens, _mask_width(kwargs.get("generation_config"), kwargs))
+        cache.expect_text(tokens, mask_width(kwargs.get("generation_config"), kwargs))
         cache.expect_prompt(tokens)
         try:
             return original(self, input_ids, *args, **kwargs)
@@ -234,7 +237,7 @@ def _announce_texts() -> None:
         tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
         # transformers takes ids for the whole text only where it knows of a mask as long.
         # Where the mask is longer, only what is new was given.
-        if embeddings is not None or _mask_width(config, inputs) == tokens:
+        if embeddings is not None or mask_width(config, inputs) == tokens:
             cache.expect_text(tokens)
             tokens -= cache.get_seq_length()
         with cache.reading(tokens):
@@ -243,7 +246,7 @@ def _announce_texts() -> None:
     generation._prefill = prefill
 
 
-def _mask_width(config: Any, inputs: Mapping[str, Any]) -> int:
+def mask_width(config: Any, inputs: Mapping[str, Any]) -> int:
     """Columns of the mask that ``generate`` was given, -1 where there was none."""
     mask = inputs.get("attention_mask")
     # One that hides nothing is noted there and thrown away.
@@ -302,6 +305,12 @@ def _call_eagerly(model: Any, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
 
 
+def _named_arguments(loop: Callable[..., Any]) -> set[str]:
+    """The keyword arguments that only this loop has."""
+    parameters = inspect.signature(loop).parameters.values()
+    return {one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
 def _hand_over_arguments() -> None:
     """Lets a loop that is marked have all arguments of ``generate``, which sorts them first."""
     generation: Any = GenerationMixin
@@ -310,8 +319,10 @@ def _hand_over_arguments() -> None:
     @functools.wraps(original)
     def extract(self: Any, custom_generate: Any, kwargs: dict[str, Any], *args: Any) -> Any:
         _accept_cache(kwargs)
-        if getattr(custom_generate, _TAKES_ALL, False):
-            custom_generate = None
-        return original(self, custom_generate, kwargs, *args)
+        if not getattr(custom_generate, _TAKES_ALL, False):
+            return original(self, custom_generate, kwargs, *args)
+        own = _named_arguments(custom_generate) & kwargs.keys()
+        named = {name: kwargs.pop(name) for name in own}
+        return {**original(self, None, kwargs, *args), **named}
 
     generation._extract_generation_mode_kwargs = extract

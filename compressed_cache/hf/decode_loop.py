@@ -73,9 +73,14 @@ def _is_simple(model: Any, config: GenerationConfig, arguments: dict[str, Any]) 
         and not arguments.get("synced_gpus")
         and not config.return_dict_in_generate
         and not config.is_assistant
-        and not model.is_remote_code()
-        and all(_is_inherited(model, method) for method in _METHODS)
+        and prepares_plainly(model)
     )
+
+
+def prepares_plainly(model: Any) -> bool:
+    """Whether all that a model needs in a step is what transformers prepares for any model."""
+    is_own = not model.is_remote_code()
+    return is_own and all(_is_inherited(model, method) for method in _METHODS)
 
 
 def _is_inherited(model: Any, method: str) -> bool:

@@ -1,0 +1,124 @@
+"""How many tokens to draft, and what drafting has brought so far."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_WEIGHT = 0.2
+"""Of the newest measurement in a running mean."""
+_FIRST_ROUNDS = 3
+"""With and without drafts, before anything is chosen."""
+_PATIENCE = 8
+"""Steps without drafts, one after the other, after which there will be no more drafts."""
+
+
+@dataclass
+class DraftStatistics:
+    """What drafting has brought, over all texts that were generated with it.
+
+    Attributes:
+        tokens: of the texts.
+        row_verifications: calls of the model with the full cache, one for each row that was not at
+            its end; that of the prompt is not among them.
+        drafted: tokens that were proposed to a row.
+        accepted: those of them that stayed.
+        drafting_s: seconds in which the compressed cache drafted and read what was accepted.
+        verifying_s: seconds in which the full cache verified.
+        plain_from: tokens of the longest row of the last text when drafting was given up, because
+            it cost more than it brought; None: it was not.
+    """
+
+    tokens: int = 0
+    row_verifications: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafting_s: float = 0.0
+    verifying_s: float = 0.0
+    plain_from: int | None = None
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted tokens per drafted one; NaN where none was drafted."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+    @property
+    def tokens_per_verification(self) -> float:
+        """Tokens that a row gets from one call with the full cache; NaN before the first."""
+        return self.tokens / self.row_verifications if self.row_verifications else float("nan")
+
+
+class Mean:
+    """A running mean. The first value counts until there is another: it may include compiling."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.count = 0
+
+    def add(self, value: float) -> None:
+        """Takes a further value into account."""
+        self.value += (value - self.value) * (1.0 if self.count < 2 else _WEIGHT)
+        self.count += 1
+
+
+class DraftLength:
+    """Chooses how many tokens to draft by the tokens to be expected per second.
+
+    Args:
+        longest: the most tokens to draft.
+        adapts: whether there is anything to choose; else it is always ``longest``.
+
+    Attributes:
+        has_given_up: whether nothing is drafted any more.
+    """
+
+    def __init__(self, longest: int, *, adapts: bool) -> None:
+        self.longest, self.adapts = longest, adapts
+        self.has_given_up = False
+        self._plain_rounds = 0
+        self._accepted = self._tried = 0.0
+        self._draft_s = Mean()
+        self._verify_s = {length: Mean() for length in range(longest + 1)}
+
+    def choose(self) -> int:
+        """The number for the next round, 0 for a step without drafts."""
+        if self.has_given_up:
+            return 0
+        if not self.adapts:
+            return self.longest
+        # What lies between the two ends is estimated by these until it is measured.
+        for length in (self.longest, 0):
+            if self._verify_s[length].count < _FIRST_ROUNDS:
+                return length
+        best = max(range(self.longest + 1), key=self._speed)
+        # A step without drafts was measured long ago, and is measured again before this is final.
+        self._plain_rounds = 0 if best else self._plain_rounds + 1
+        self.has_given_up = self._plain_rounds > _PATIENCE
+        return best
+
+    def add(self, length: int, accepted: Sequence[int], draft_s: float, verify_s: float) -> None:
+        """Takes a round into account.
+
+        Args:
+            length: tokens that were drafted for each row.
+            accepted: how many of them stayed, of each row.
+            draft_s: seconds of all drafts, and of reading what was accepted.
+            verify_s: seconds of the model with the full cache.
+        """
+        self._verify_s[length].add(verify_s)
+        if length:
+            self._draft_s.add(draft_s / length)
+            # Behind a draft that was rejected none is tried.
+            tried = sum(min(count + 1, length) for count in accepted)
+            self._accepted += sum(accepted) - _WEIGHT * self._accepted
+            self._tried += tried - _WEIGHT * self._tried
+
+    def _speed(self, length: int) -> float:
+        rate = min(self._accepted / self._tried, 0.999) if self._tried else 0.0
+        tokens = (1.0 - rate ** (length + 1)) / (1.0 - rate)
+        return tokens / (length * self._draft_s.value + self._verification_s(length))
+
+    def _verification_s(self, length: int) -> float:
+        known = self._verify_s[length]
+        if known.count:
+            return known.value
+        low, high = self._verify_s[0].value, self._verify_s[self.longest].value
+        return low + (high - low) * length / self.longest

@@ -1,0 +1,88 @@
+"""A compressed cache that drafts: what it read on trial is replaced by what was accepted."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressed_cache.snapshot import Snapshot
+from compressed_cache.stores.inputs import AttentionInputs
+
+
+class Drafter:
+    """Decode steps over a compressed cache, which can be taken back in each row as far as need be.
+
+    Eviction cannot be undone from the slots alone, so the cache is copied before it drafts. Then it
+    is put back and reads the accepted tokens: not with the model, but what the attention of the
+    full cache was given of them, which costs no more than attention over the slots. So what it
+    holds is as exact as what the full cache holds, and a row that accepted less reads padding.
+
+    Args:
+        model: the model.
+        cache: holds a prompt.
+        forward: the model, maybe compiled.
+        ids: ``[B, L + 1]`` int64, the prompt and the first token after it.
+        kwargs: what ``generate`` goes on with after the prompt.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: Any,
+        forward: Callable[..., Any],
+        ids: Tensor,
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.cache, self.forward = cache, forward
+        self._columns = cache.get_seq_length()
+        known = cache.columns.known
+        # Ends the step before, as transformers does when it asks for the size of a mask.
+        cache.get_mask_sizes(1, 0)
+        self.inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
+        # No row has read this token yet, and some never will.
+        cache.columns.known = known
+        self.first_position: Tensor = self.inputs["position_ids"].clone()
+        """``[B, 1]`` int64, of the first token after the prompt."""
+        self._before: Snapshot | None = None
+        self._reads = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+
+    def begin(self) -> None:
+        """What is read from now on is on trial."""
+        self._before = self.cache.snapshot()
+
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits ``[B, 1, V]`` after tokens ``[B, 1]`` at positions ``[B, 1]``."""
+        self.cache.get_mask_sizes(1, 0)
+        self.inputs["input_ids"].copy_(tokens)
+        self.inputs["position_ids"].copy_(positions)
+        return self.forward(**self.inputs, return_dict=True).logits[:, -1:]
+
+    def read(self, inputs: Mapping[int, AttentionInputs], kept: Tensor) -> None:
+        """Takes back what was on trial, and reads what another cache was given with this model.
+
+        Args:
+            inputs: of each layer of attention.
+            kept: ``[B]`` int64, how many of these tokens are of the text of each row.
+        """
+        cache, before = self.cache, self._before
+        if before is not None:
+            cache.hold(before)
+            self._before = None
+        count = int(kept.max())
+        real = torch.arange(count, device=kept.device) < kept[:, None]
+        cache.begin_call(0, count)
+        for index, read in inputs.items():
+            cache.layers[index].replay(read.part(slice(count))._replace(real=real))
+        self._reads += kept
+
+    def end(self) -> None:
+        """Leaves the cache as other loops do: the columns of a row that ended before others are
+        padding behind it."""
+        cache = self.cache
+        surplus = cache.get_seq_length() - self._columns - int(self._reads.max())
+        if surplus:
+            cache.counter.end_step()
+            cache.counter.steps -= surplus
+            for store in cache.stores():
+                store.counts[:, 1] -= surplus

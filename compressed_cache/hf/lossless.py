@@ -1,0 +1,293 @@
+"""A loop for ``generate`` in which a compressed cache drafts and the full cache verifies."""
+
+import math
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import MaxLengthCriteria
+
+from compressed_cache.hf import attention_hook as hook
+from compressed_cache.hf import checks
+from compressed_cache.hf.decode_loop import prepares_plainly
+from compressed_cache.hf.draft_length import DraftLength, DraftStatistics
+from compressed_cache.hf.drafter import Drafter
+from compressed_cache.hf.full_cache import CopyPrompt, FullCache
+from compressed_cache.hf.row_texts import RowTexts
+from compressed_cache.ops.acceptance import accept_greedy, accept_sampled
+from compressed_cache.versions import CACHE
+
+hook.install()
+
+
+@hook.takes_all_arguments
+def lossless(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    num_draft_tokens: int = 4,
+    adaptive: bool | None = None,
+    statistics: DraftStatistics | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """The text of the full cache, written with the help of a compressed one::
+
+        cache = CompressedCache("snapkv", budget=256)
+        model.generate(**inputs, cache=cache, custom_generate=lossless, num_draft_tokens=4)
+
+    The compressed cache drafts some tokens, the same model verifies them in one call with all keys
+    and values, and those that it would have written itself stay, in each row as many as there are.
+    Greedy tokens are those of plain ``generate`` with all keys and values, but where two logits are
+    equal up to rounding; sampled ones have its distribution (speculative sampling). Memory is that
+    of the full cache and of the budget together, and layers with a sliding window keep all, too.
+
+    Batches with padding on the left, processors, stopping criteria, streamers and several
+    sequences work as in plain ``generate``. A cache that holds an earlier text of the conversation
+    is given the whole text, which the full cache then reads anew.
+
+    Args:
+        model: the model.
+        input_ids: ``[B, L]`` int64 the prompt.
+        num_draft_tokens: how many tokens are drafted, at most.
+        adaptive: whether their number is chosen by the seconds that drafts and verification take
+            and by how many are accepted, down to none at all. None: for greedy decoding only,
+            because what is drawn after a seed would depend on the time taken.
+        statistics: what drafting brings is added to it.
+        arguments: what ``generate`` passes to its own loops.
+
+    Returns:
+        ``[B, L + T]`` int64, the prompt and the text.
+
+    Raises:
+        TypeError: a number of tokens that is no int.
+        ValueError: ``num_draft_tokens`` below 1, no compressed cache, or not the whole text.
+        NotImplementedError: beams or another mode, ``return_dict_in_generate``, a model that
+            prepares its inputs in its own way or has linear-attention layers, or a cache with
+            telemetry.
+    """
+    if isinstance(num_draft_tokens, bool) or not isinstance(num_draft_tokens, int):
+        raise TypeError(f"num_draft_tokens must be an int, got {num_draft_tokens!r}")
+    if num_draft_tokens < 1:
+        raise ValueError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
+    _check(model, arguments)
+    loop = _Loop(model, input_ids, statistics or DraftStatistics(), **arguments)
+    adapts = not loop.samples if adaptive is None else adaptive
+    return loop.run(DraftLength(num_draft_tokens, adapts=adapts))
+
+
+def _check(model: Any, arguments: dict[str, Any]) -> None:
+    """Raises before any work is done."""
+    cache, config = arguments.get(CACHE), arguments["generation_config"]
+    if not hook.is_compressed(cache) or not arguments.get("use_cache"):
+        raise ValueError(
+            "lossless drafts with a CompressedCache. Pass it as cache= and leave use_cache on."
+        )
+    mode = config.get_generation_mode(arguments.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise NotImplementedError(
+            f"lossless is for greedy decoding and sampling, got {mode.value}. Leave out what asks "
+            "for it, or custom_generate."
+        )
+    for name, asked in (
+        ("return_dict_in_generate", config.return_dict_in_generate),
+        ("synced_gpus", arguments.get("synced_gpus")),
+    ):
+        if asked:
+            raise NotImplementedError(f"lossless cannot serve {name}. Leave it out.")
+    if not prepares_plainly(model) or arguments.get("position_ids") is None:
+        raise NotImplementedError(
+            f"{type(model).__name__} prepares its inputs in a way of its own, which lossless does "
+            "not know. Generate without custom_generate."
+        )
+    _check_layers(model, cache)
+    # Drafts would be among what is told of.
+    cache.notify("activate_past_recording")
+    if cache.readers:
+        raise NotImplementedError(
+            "lossless drafts tokens that are taken back, which nobody can be told of. Stop what "
+            "observes the cache, or assisted decoding with it."
+        )
+
+
+def _check_layers(model: Any, cache: Any) -> None:
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if cache.is_recurrent or not set(kinds) <= set(checks.ATTENTION):
+        raise NotImplementedError(
+            "lossless cannot take tokens back from linear-attention layers. Generate without "
+            "custom_generate."
+        )
+
+
+class _Loop:
+    """One call of ``generate``."""
+
+    def __init__(
+        self,
+        model: Any,
+        ids: Tensor,
+        statistics: DraftStatistics,
+        *,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any = None,
+        synced_gpus: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.model, self.config, self.kwargs = model, generation_config, kwargs
+        self.cache = kwargs[CACHE]
+        self.full = FullCache(needs_hidden_states=self.cache.needs_hidden_states)
+        self.statistics = statistics
+        self.samples: bool = generation_config.do_sample
+        limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
+        self.texts = RowTexts(
+            ids,
+            logits_processor,
+            stopping_criteria,
+            pad_token=generation_config._pad_token_tensor,
+            longest=min(limits, default=math.inf),
+            streamer=streamer,
+        )
+        self.prompt = ids.shape[1]
+
+    def run(self, length: DraftLength) -> Tensor:
+        """The texts."""
+        model, texts = self.model, self.texts
+        compiles = model._valid_auto_compile_criteria(self.kwargs, self.config)
+        compiled = model.get_compiled_call(self.config.compile_config) if compiles else None
+        outputs = self._read_prompt()
+        _check_layers(model, self.cache)
+        kwargs = model._update_model_kwargs_for_generation(outputs, self.kwargs)
+        tokens, _ = self._choose(texts.process(outputs.logits[:, -1:]))
+        del outputs
+        texts.extend([0] * len(tokens), tokens)
+        if self._holds_all():
+            length = DraftLength(0, adapts=False)
+            warnings.warn(
+                "nothing is drafted, because the compressed cache would hold the whole text: take "
+                "a smaller budget, or policy='full' without custom_generate.",
+                stacklevel=2,
+            )
+        ids = texts.ids[:, : self.prompt + 1]
+        drafter = Drafter(model, self.cache, compiled or model.__call__, ids, kwargs)
+        with model._optimize_model_for_decode():
+            while any(texts.growing):
+                self._round(drafter, length)
+        drafter.end()
+        return texts.finished()
+
+    def _read_prompt(self) -> Any:
+        """Both caches read the prompt, in one pass where the compressed one reads it in full."""
+        model, config, ids = self.model, self.config, self.texts.ids
+        if self.cache.get_seq_length() == 0 and config.prefill_chunk_size is None:
+            copy = CopyPrompt(self.full)
+            self.cache.add_observer(copy)
+            try:
+                return model._prefill(ids, config, self.kwargs)
+            finally:
+                self.cache.remove_observer(copy)
+        embeddings = self.kwargs.get("inputs_embeds")
+        tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
+        width = hook.mask_width(config, self.kwargs)
+        if tokens != width:
+            raise ValueError(
+                f"lossless needs the whole text, got {tokens} tokens and a mask of {width}. Pass "
+                "the earlier ones too, or a new CompressedCache."
+            )
+        outputs = model._prefill(ids, config, {**self.kwargs, CACHE: self.full})
+        self.full.reads()
+        model._prefill(ids, config, self.kwargs)
+        mask = self.kwargs.get("attention_mask")
+        self.full.real = torch.ones(len(ids), tokens, device=ids.device) if mask is None else mask
+        self.full.real = self.full.real.bool()
+        return outputs
+
+    def _holds_all(self) -> bool:
+        layer = self.cache.compressed_layer
+        longest = self.cache.get_seq_length() + self.texts.longest - self.prompt
+        return not self.cache.policy.evicts or layer.store.slots_per_head >= longest
+
+    def _round(self, drafter: Drafter, length: DraftLength) -> None:
+        """Some drafts, and the model's word on them."""
+        texts, statistics = self.texts, self.statistics
+        began = self._now()
+        # Drafts that no row could take would be for nothing.
+        count = int(min(length.choose(), texts.room() - 1))
+        tokens, positions = texts.last(), self._positions(drafter, count)
+        proposed, chances = [tokens], []
+        if count:
+            drafter.begin()
+        for step in range(count):
+            logits = drafter.step(proposed[-1], positions[:, step : step + 1])
+            draft, chance = self._choose(texts.process(logits, offset=step))
+            texts.propose(draft, step)
+            proposed.append(draft)
+            chances.append(chance)
+        drafted = self._now()
+        read = torch.cat(proposed, dim=1)
+        scores = texts.process(self._verify(read, positions))
+        if not count:
+            tokens, _ = self._choose(scores)
+            accepted = [0] * len(tokens)
+        else:
+            if self.samples:
+                found = accept_sampled(read[:, 1:], torch.cat(chances, dim=1), scores.softmax(-1))
+            else:
+                found = accept_greedy(read[:, 1:], scores)
+            accepted, tokens = found[0].tolist(), found[1]
+        verified = self._now()
+        growing = texts.growing
+        taken = texts.extend(accepted, tokens)
+        kept = torch.tensor(taken, device=read.device)
+        self.full.keep(kept, count + 1)
+        inputs = self.full.reads()
+        if not length.has_given_up and length.longest:
+            drafter.read(inputs, kept)
+        elif statistics.plain_from is None and length.longest:
+            statistics.plain_from = max(texts.lengths) - self.prompt
+        grown = [one for one, grows in zip(accepted, growing, strict=True) if grows]
+        drafting_s, verifying_s = drafted - began + self._now() - verified, verified - drafted
+        length.add(count, grown, drafting_s, verifying_s)
+        statistics.tokens += sum(taken)
+        statistics.row_verifications += len(grown)
+        statistics.drafted += count * len(grown)
+        statistics.accepted += sum(grown)
+        statistics.drafting_s += drafting_s
+        statistics.verifying_s += verifying_s
+
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """A token ``[B, 1]`` by scores ``[B, 1, V]``, and what it was drawn from."""
+        if not self.samples:
+            return scores.argmax(dim=-1), scores
+        chances = scores.softmax(dim=-1)
+        return torch.multinomial(chances[:, 0], num_samples=1), chances
+
+    def _verify(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits ``[B, L, V]`` of the model with all keys and values."""
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": self.full.mask(tokens.shape[1]),
+            "position_ids": positions,
+            CACHE: self.full,
+        }
+        return self.model(**inputs, use_cache=True, return_dict=True).logits
+
+    def _positions(self, drafter: Drafter, drafts: int) -> Tensor:
+        """``[B, drafts + 1]`` int64, of the last token of each row and what is drafted."""
+        first = drafter.first_position
+        device = first.device
+        read = torch.tensor(self.texts.lengths, device=device)[:, None] - self.prompt - 1
+        positions = first + read + torch.arange(drafts + 1, device=device)
+        if math.isinf(self.texts.longest):
+            return positions
+        # A model may have no position behind the longest text.
+        return torch.minimum(positions, first + int(self.texts.longest) - self.prompt - 1)
+
+    def _now(self) -> float:
+        device = self.texts.ids.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()

@@ -1,0 +1,204 @@
+"""The texts of a batch, whose rows grow by different numbers of tokens."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.generation import logits_process
+
+# What these make of the scores does not depend on the text before.
+_TEXTLESS = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "MinPLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "SuppressTokensLogitsProcessor",
+    )
+)
+
+
+class RowTexts:
+    """Texts as plain ``generate`` would write them, whatever is known of each row so far.
+
+    Processors and criteria are shown the whole batch with as many tokens as plain ``generate``
+    would show, and what they say counts for those rows that have so many.
+
+    Args:
+        ids: ``[B, L]`` int64, the prompt.
+        processors: of logits.
+        criteria: that end a row.
+        pad_token: ``[]`` int64, for rows that have ended, where a token can end one.
+        longest: tokens of a text at most.
+        streamer: is given what all rows have.
+
+    Attributes:
+        lengths: ``[B]`` int64 on the host, tokens of each row so far.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor,
+        processors: Sequence[Callable[..., Tensor]],
+        criteria: Sequence[Any],
+        *,
+        pad_token: Tensor | None,
+        longest: float,
+        streamer: Any = None,
+    ) -> None:
+        self.ids = ids
+        self.processors, self.criteria = processors, criteria
+        self.longest, self.streamer = longest, streamer
+        self.lengths = [ids.shape[1]] * len(ids)
+        self._ends: list[int | None] = [None] * len(ids)
+        has_ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self._pad = pad_token if has_ends else None
+        self._streamed = ids.shape[1]
+        self._sees_text = any(type(one) not in _TEXTLESS for one in processors)
+
+    @property
+    def growing(self) -> list[bool]:
+        """Which rows want more tokens.
+
+        As in plain ``generate``, one that has ended without a token for it goes on beside others.
+        """
+        if self._pad is not None:
+            return [end is None for end in self._ends]
+        last = None if None in self._ends else max(end or 0 for end in self._ends)
+        most = self.longest if last is None else last
+        return [length < most for length in self.lengths]
+
+    def room(self) -> float:
+        """How many tokens the shortest of the growing rows may still take."""
+        rows = zip(self.lengths, self.growing, strict=True)
+        return self.longest - min(length for length, grows in rows if grows)
+
+    def last(self) -> Tensor:
+        """``[B, 1]`` int64, the last token of each row."""
+        return self.ids.gather(1, self._at(-1))
+
+    def propose(self, tokens: Tensor, offset: int) -> None:
+        """Writes tokens ``[B, 1]`` behind those there are and ``offset`` proposed ones."""
+        self._reserve(offset + 1)
+        self.ids.scatter_(1, self._at(offset), tokens)
+
+    def process(self, logits: Tensor, *, offset: int = 0) -> Tensor:
+        """The scores of the next tokens.
+
+        Args:
+            logits: ``[B, n, V]``, those of the model behind ``offset`` proposed tokens and more.
+            offset: tokens proposed before.
+
+        Returns:
+            ``[B, n, V]`` float32.
+        """
+        # A copy: processors may write into it.
+        scores = logits.to(self.ids.device, torch.float32, copy=True)
+        if not self.processors:
+            return scores
+        batch, count, _ = scores.shape
+        if not self._sees_text:
+            flat = scores.flatten(0, 1)
+            for processor in self.processors:
+                flat = processor(self.ids, flat)
+            return flat.view_as(scores)
+        self._reserve(offset + count)
+        processed = torch.empty_like(scores)
+        for width, rows in self._by_width([count] * batch, offset):
+            index = torch.tensor(
+                [min(max(width - length - offset, 0), count - 1) for length in self.lengths],
+                device=scores.device,
+            )
+            one = scores[torch.arange(batch, device=scores.device), index]
+            for processor in self.processors:
+                one = processor(self.ids[:, :width], one)
+            chosen = torch.tensor(rows, device=scores.device)
+            processed[chosen, index[chosen]] = one[chosen]
+        return processed
+
+    def extend(self, counts: Sequence[int], next_tokens: Tensor) -> list[int]:
+        """Takes proposed tokens and one more, as far as nothing ends a row before.
+
+        Args:
+            counts: of each row, how many of the proposed tokens stay.
+            next_tokens: ``[B, 1]`` int64, the token after them.
+
+        Returns:
+            How many tokens each row has taken; 0 in one that had ended.
+        """
+        growing = self.growing
+        self._reserve(max(counts) + 1)
+        offsets = torch.tensor(counts, device=self.ids.device)[:, None]
+        self.ids.scatter_(1, self._at(0) + offsets, next_tokens)
+        taken = [(count + 1) * grows for count, grows in zip(counts, growing, strict=True)]
+        ended: list[int | None] = [None] * len(taken)
+        for width, rows in self._by_width(taken, 1):
+            done: Tensor | None = None
+            for criterion in self.criteria:
+                found = criterion(self.ids[:, :width], None)
+                done = found if done is None else done | found
+            if done is not None and bool(done.any()):
+                for row in rows:
+                    if ended[row] is None and bool(done[row]):
+                        ended[row] = width
+        for row, end in enumerate(ended):
+            if end is not None and self._ends[row] is None:
+                self._ends[row] = end
+                if self._pad is not None:
+                    taken[row] = end - self.lengths[row]
+        self.lengths = [length + new for length, new in zip(self.lengths, taken, strict=True)]
+        if self.streamer is not None:
+            self._stream()
+        return taken
+
+    def finished(self) -> Tensor:
+        """``[B, T]`` int64, all that plain ``generate`` would return."""
+        width = self._width()
+        if self.streamer is not None:
+            self.streamer.end()
+        return self._padded(self.ids[:, :width])
+
+    def _width(self) -> int:
+        return max(end or 0 for end in self._ends)
+
+    def _at(self, offset: int) -> Tensor:
+        index = torch.tensor(self.lengths, device=self.ids.device)
+        return index[:, None] + offset
+
+    def _by_width(self, counts: Sequence[int], first: int) -> list[tuple[int, list[int]]]:
+        """The rows that have something at each width, from ``first`` tokens behind their own on."""
+        found: dict[int, list[int]] = {}
+        for row, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
+            for token in range(count):
+                found.setdefault(length + first + token, []).append(row)
+        return sorted(found.items())
+
+    def _reserve(self, tokens: int) -> None:
+        missing = max(self.lengths) + tokens - self.ids.shape[1]
+        if missing > 0:
+            # In large steps, as each is a copy.
+            self.ids = pad(self.ids, (0, missing + 256))
+
+    def _padded(self, ids: Tensor) -> Tensor:
+        if self._pad is None:
+            return ids
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        return torch.where(columns < self._at(0), ids, self._pad.to(ids.device))
+
+    def _stream(self) -> None:
+        """Gives out the columns that all rows have."""
+        growing = self.growing
+        width = (
+            self._width()
+            if not any(growing)
+            else min(length for length, grows in zip(self.lengths, growing, strict=True) if grows)
+        )
+        for column in self._padded(self.ids[:, :width])[:, self._streamed :].T:
+            self.streamer.put(column.cpu())
+        self._streamed = max(self._streamed, width)
