@@ -43,7 +43,7 @@ class Drafter:
         # No row has read this token yet, and some never will.
         cache.columns.known = known
         self.first_position: Tensor = self.inputs["position_ids"].clone()
-        """``[B, 1]`` int64, of the first token after the prompt."""
+        """``[..., B, 1]`` int64, of the first token after the prompt."""
         self._before: Snapshot | None = None
         self._reads = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
 
@@ -52,7 +52,7 @@ class Drafter:
         self._before = self.cache.snapshot()
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits ``[B, 1, V]`` after tokens ``[B, 1]`` at positions ``[B, 1]``."""
+        """Logits ``[B, 1, V]`` after tokens ``[B, 1]`` at positions ``[..., B, 1]``."""
         self.cache.get_mask_sizes(1, 0)
         self.inputs["input_ids"].copy_(tokens)
         self.inputs["position_ids"].copy_(positions)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from compressed_cache.hf import attention_hook, checks
 from compressed_cache.hf.module_inputs import ModuleInput
@@ -90,6 +91,8 @@ class FullLayer(CacheLayerMixin):
         real = torch.ones(len(query), query.shape[2], dtype=torch.bool, device=query.device)
         self.read = AttentionInputs(query, *self._new, real, hidden_states=self.hidden_states)
         self._new = self.hidden_states = None
+        if _shares_keys(function, query, key, attention_mask, kwargs):
+            return _attend_shared(query, key, value, attention_mask, kwargs), None
         return function(module, query, key, value, attention_mask, **kwargs)
 
     def check_attended(self, index: int) -> None:
@@ -137,6 +140,8 @@ class FullCache(Cache):
         super().__init__(layers=[])
         self.needs_hidden_states = needs_hidden_states
         self.shown: ModuleInput | None = None
+        self._is_whole: bool | None = None
+        """Whether nothing is padding; None: not yet known."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -147,8 +152,13 @@ class FullCache(Cache):
             layer.hidden_states, self.shown = self.shown.hidden_states, None
         return layer.update(key_states, value_states)
 
-    def mask(self, tokens: int) -> Tensor:
-        """``[B, T + L]`` int64, with ``tokens`` real tokens to come."""
+    def mask(self, tokens: int) -> Tensor | None:
+        """``[B, T + L]`` int64, with ``tokens`` real tokens to come; None where nothing is padded,
+        so that transformers makes no more of a mask than it must."""
+        if self._is_whole is None:
+            self._is_whole = bool(self.real.all())
+        if self._is_whole:
+            return None
         return torch.nn.functional.pad(self.real, (0, tokens), value=True).long()
 
     def keep(self, kept: Tensor, tokens: int) -> None:
@@ -169,6 +179,7 @@ class FullCache(Cache):
         if moved is not None:
             self.real = self.real.clone()
             move_right(self.real, 1, moved)
+            self._is_whole = False
             # What came round from nowhere is padding.
             first = torch.arange(self.real.shape[1], device=moved.device)
             self.real &= first >= moved[:, None]
@@ -226,6 +237,38 @@ def move_right(memory: Tensor, dim: int, shift: Tensor) -> None:
     shape[0], shape[dim] = source.shape
     moved = memory[rows]
     memory[rows] = moved.gather(dim, source.view(shape).expand_as(moved))
+
+
+def _shares_keys(
+    function: Any, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> bool:
+    """Whether transformers' function would copy all keys for each query head of a group."""
+    return (
+        function is sdpa_attention_forward
+        and query.shape[1] > key.shape[1]
+        and query.shape[2] > 1
+        and isinstance(mask, Tensor)
+        and mask.dim() == 4
+        and mask.shape[1] == 1
+        and not kwargs.get("dropout")
+        and all(kwargs.get(name) is None for name in ("position_bias", "softcap"))
+    )
+
+
+def _attend_shared(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """The same ``[B, L, H * G, D]``, with the queries of a group one after the other."""
+    batch, heads, length, dim = query.shape
+    groups = heads // key.shape[1]
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(batch, key.shape[1], groups * length, dim),
+        key,
+        value,
+        attn_mask=mask.repeat(1, 1, groups, 1),
+        scale=kwargs.get("scaling"),
+    )
+    return output.reshape(batch, heads, length, -1).transpose(1, 2).contiguous()
 
 
 def _room(tensor: Tensor) -> Tensor:

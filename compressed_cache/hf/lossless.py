@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -161,10 +162,13 @@ class _Loop:
         outputs = self._read_prompt()
         _check_layers(model, self.cache)
         kwargs = model._update_model_kwargs_for_generation(outputs, self.kwargs)
+        # It is told of the cache that the outputs are from.
+        kwargs[CACHE] = self.cache
         tokens, _ = self._choose(texts.process(outputs.logits[:, -1:]))
         del outputs
         texts.extend([0] * len(tokens), tokens)
-        if self._holds_all():
+        drafts = not self._holds_all()
+        if not drafts:
             length = DraftLength(0, adapts=False)
             warnings.warn(
                 "nothing is drafted, because the compressed cache would hold the whole text: take "
@@ -176,6 +180,10 @@ class _Loop:
         with model._optimize_model_for_decode():
             while any(texts.growing):
                 self._round(drafter, length)
+            if any(texts.closing) and drafts and not length.has_given_up:
+                # As after :func:`decode`, a row has read the token that ended it.
+                self._verify(texts.last(), self._positions(drafter, 0))
+                self._keep(drafter, texts.closing, 1)
         drafter.end()
         return texts.finished()
 
@@ -221,7 +229,7 @@ class _Loop:
         if count:
             drafter.begin()
         for step in range(count):
-            logits = drafter.step(proposed[-1], positions[:, step : step + 1])
+            logits = drafter.step(proposed[-1], positions[..., step : step + 1])
             draft, chance = self._choose(texts.process(logits, offset=step))
             texts.propose(draft, step)
             proposed.append(draft)
@@ -239,14 +247,11 @@ class _Loop:
                 found = accept_greedy(read[:, 1:], scores)
             accepted, tokens = found[0].tolist(), found[1]
         verified = self._now()
-        growing = texts.growing
+        growing, closing = texts.growing, texts.closing
         taken = texts.extend(accepted, tokens)
-        kept = torch.tensor(taken, device=read.device)
-        self.full.keep(kept, count + 1)
-        inputs = self.full.reads()
-        if not length.has_given_up and length.longest:
-            drafter.read(inputs, kept)
-        elif statistics.plain_from is None and length.longest:
+        kept = [new + ends for new, ends in zip(taken, closing, strict=True)]
+        self._keep(drafter if length.longest and not length.has_given_up else None, kept, count + 1)
+        if length.has_given_up and statistics.plain_from is None:
             statistics.plain_from = max(texts.lengths) - self.prompt
         grown = [one for one, grows in zip(accepted, growing, strict=True) if grows]
         drafting_s, verifying_s = drafted - began + self._now() - verified, verified - drafted
@@ -275,8 +280,16 @@ class _Loop:
         }
         return self.model(**inputs, use_cache=True, return_dict=True).logits
 
+    def _keep(self, drafter: Drafter | None, kept: Sequence[int], tokens: int) -> None:
+        """Of the tokens just verified keeps the first of each row, in both caches."""
+        count = torch.tensor(kept, dtype=torch.int64, device=self.full.real.device)
+        self.full.keep(count, tokens)
+        inputs = self.full.reads()
+        if drafter is not None:
+            drafter.read(inputs, count)
+
     def _positions(self, drafter: Drafter, drafts: int) -> Tensor:
-        """``[B, drafts + 1]`` int64, of the last token of each row and what is drafted."""
+        """``[..., B, drafts + 1]`` int64, of the last token of each row and what is drafted."""
         first = drafter.first_position
         device = first.device
         read = torch.tensor(self.texts.lengths, device=device)[:, None] - self.prompt - 1

@@ -39,7 +39,9 @@ class RowTexts:
         streamer: is given what all rows have.
 
     Attributes:
-        lengths: ``[B]`` int64 on the host, tokens of each row so far.
+        lengths: tokens of each row so far.
+        closing: which rows have ended by a token that is still to be read; those that end at the
+            longest text are not.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class RowTexts:
         self.processors, self.criteria = processors, criteria
         self.longest, self.streamer = longest, streamer
         self.lengths = [ids.shape[1]] * len(ids)
+        self.closing = [False] * len(ids)
         self._ends: list[int | None] = [None] * len(ids)
         has_ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._pad = pad_token if has_ends else None
@@ -147,11 +150,13 @@ class RowTexts:
                 for row in rows:
                     if ended[row] is None and bool(done[row]):
                         ended[row] = width
+        self.closing = [False] * len(taken)
         for row, end in enumerate(ended):
             if end is not None and self._ends[row] is None:
                 self._ends[row] = end
                 if self._pad is not None:
                     taken[row] = end - self.lengths[row]
+                    self.closing[row] = end < self.longest
         self.lengths = [length + new for length, new in zip(self.lengths, taken, strict=True)]
         if self.streamer is not None:
             self._stream()

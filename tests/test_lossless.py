@@ -1,0 +1,398 @@
+"""Drafts of a compressed cache leave the text that of the full cache."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from compressed_cache import CompressedCache, DraftStatistics, lossless
+from compressed_cache.hf import lossless as loop
+from compressed_cache.hf.draft_length import DraftLength
+from compressed_cache.ops.acceptance import accept_greedy, accept_sampled
+from compressed_cache.reasoner import MODEL_PATH
+from compressed_cache.versions import cache_argument
+from tests.conftest import VOCABULARY, distinct_tokens
+from tests.families import EACH_FAMILY, LINEAR, Family
+
+OFTEN = list(range(20, VOCABULARY, 20))  # so many ends that rows end at different steps
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "ends": dict(eos_token_id=OFTEN),
+    "minimal length": dict(eos_token_id=OFTEN, min_new_tokens=12),
+    "repetition penalty": dict(repetition_penalty=1.3, no_repeat_ngram_size=3),
+    "one token": dict(max_new_tokens=1),
+    "two tokens": dict(max_new_tokens=2),
+    "chunks of the prompt": dict(prefill_chunk_size=11),
+    "several sequences": dict(num_return_sequences=2, do_sample=True, top_k=1),
+    "one draft": dict(num_draft_tokens=1),
+    "adaptive": dict(adaptive=True),
+}
+OURS = ("num_draft_tokens", "adaptive", "statistics")
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., LlamaForCausalLM]) -> Any:
+    # Tokens that come again and again, so that some drafts are right.
+    return make_model(initializer_range=0.12)
+
+
+def _padded() -> dict[str, Tensor]:
+    ids = distinct_tokens(3, 30)
+    ids[0, :11] = ids[1, :4] = 0
+    return dict(input_ids=ids, attention_mask=(ids != 0).long())
+
+
+def _cache(policy: str = "snapkv", budget: int = 24, **options: Any) -> CompressedCache:
+    return CompressedCache(policy, budget, recent=4, protect_prompt=False, **options)
+
+
+def _plain(model: Any, **options: Any) -> Tensor:
+    torch.manual_seed(3)
+    options = {"max_new_tokens": 40, "do_sample": False, **_padded(), **options}
+    options = {name: value for name, value in options.items() if name not in OURS}
+    return model.generate(**cache_argument(DynamicCache()), **options)
+
+
+def _lossless(model: Any, cache: Any = None, **options: Any) -> Tensor:
+    torch.manual_seed(3)
+    cache = _cache() if cache is None else cache
+    options = {"max_new_tokens": 40, "do_sample": False, "adaptive": False, **_padded(), **options}
+    return model.generate(**cache_argument(cache), custom_generate=lossless, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_text_is_that_of_the_full_cache(model: Any, rows: int, mode: str) -> None:
+    inputs = {name: tensor[:rows] for name, tensor in _padded().items()}
+    options = {**inputs, **MODES[mode]}
+    assert torch.equal(_lossless(model, **options), _plain(model, **options))
+
+
+def test_rows_accept_different_numbers_and_end_at_different_steps(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the test above would show nothing."""
+    counts: list[list[int]] = []
+
+    def accept(drafts: Tensor, scores: Tensor) -> Any:
+        found = accept_greedy(drafts, scores)
+        counts.append(found[0].tolist())
+        return found
+
+    monkeypatch.setattr(loop, "accept_greedy", accept)
+    new = _lossless(model, eos_token_id=OFTEN)[:, 30:]
+    assert len(set((new != 0).sum(dim=1).tolist())) > 1
+    assert any(len(set(round_)) > 1 for round_ in counts)
+    assert {0, 4} <= set(itertools.chain(*counts))
+
+
+@pytest.mark.parametrize(
+    "policy", ["h2o", "streaming_llm", "tova", "snapkv+adakv", "rkv", "learned_gate"]
+)
+def test_policies(model: Any, policy: str) -> None:
+    assert torch.equal(_lossless(model, CompressedCache(policy, 24)), _plain(model))
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_families(family: Family) -> None:
+    model = family.make().float()
+    ids = torch.randint(1, 160, (2, 20), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if LINEAR not in family.kinds:
+        mask[0, :5] = 0
+    inputs = dict(input_ids=ids, attention_mask=mask, max_new_tokens=24)
+    try:
+        got = _lossless(model, CompressedCache("h2o", 12), **inputs)
+    except NotImplementedError as error:
+        own = "prepares its inputs in a way of its own" in str(error)
+        assert own or (LINEAR in family.kinds and "linear-attention" in str(error))
+        return
+    assert LINEAR not in family.kinds
+    assert torch.equal(got, _plain(model, **inputs))
+
+
+def test_the_shipped_model() -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL_PATH).float().eval()
+    ids = torch.randint(1, model.config.vocab_size, (8, 64), generator=torch.manual_seed(0))
+    mask = torch.ones_like(ids)
+    for row in range(8):
+        mask[row, : 3 * row] = 0
+    inputs = dict(input_ids=ids, attention_mask=mask, eos_token_id=None, max_new_tokens=48)
+    statistics = DraftStatistics()
+    got = _lossless(model, _cache(), statistics=statistics, **inputs)
+    assert torch.equal(got, _plain(model, **inputs))
+    assert 0.0 < statistics.acceptance_rate < 1.0
+
+
+def test_the_compressed_cache_holds_the_text_of_each_row(model: Any) -> None:
+    """And a further turn finds it as any loop leaves it."""
+    cache = _cache("streaming_llm")
+    text = _lossless(model, cache, eos_token_id=OFTEN)
+    lengths = (text[:, 30:] != 0).sum(dim=1)
+    assert int(lengths.min()) < int(lengths.max())
+    assert cache.get_seq_length() == 30 + min(int(lengths.max()), 39)
+    for row in range(3):
+        real = _padded()["attention_mask"][row].bool()
+        read = min(int(lengths[row]), 39)
+        own = torch.cat([text[row, :30][real], text[row, 30 : 30 + read]])
+        alone = _cache("streaming_llm")
+        with torch.no_grad():
+            prompt = int(real.sum())
+            model(own[None, :prompt], **cache_argument(alone))
+            for token in own[prompt:]:
+                model(token[None, None], **cache_argument(alone))
+        for layer in range(2):
+            found = cache.layers[layer].positions, alone.layers[layer].positions
+            assert found[0] is not None and found[1] is not None
+            assert torch.equal(found[0][row].sort().values, found[1][0].sort().values)
+    more = distinct_tokens(3, 7, seed=1)
+    mask = torch.cat([_padded()["attention_mask"], text[:, 30:] != 0, more != 0], dim=1).long()
+    turn = dict(input_ids=torch.cat([text, more], dim=1), attention_mask=mask)
+    expected = _plain(model, **turn, max_new_tokens=9)
+    assert torch.equal(_lossless(model, cache, **turn, max_new_tokens=9), expected)
+
+
+def test_a_prompt_of_embeddings(model: Any) -> None:
+    embeddings = model.get_input_embeddings()(_padded()["input_ids"])
+    inputs = dict(input_ids=None, inputs_embeds=embeddings)
+    assert torch.equal(_lossless(model, **inputs), _plain(model, **inputs))
+
+
+class _Notes(BaseStreamer):
+    def __init__(self) -> None:
+        self.put_in: list[list[Any]] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.put_in.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_streamer_gets_what_it_gets_from_generate(model: Any, rows: int) -> None:
+    plain, streamer = _Notes(), _Notes()
+    options = {name: tensor[:rows] for name, tensor in _padded().items()}
+    _plain(model, streamer=plain, eos_token_id=OFTEN, **options)
+    _lossless(model, streamer=streamer, eos_token_id=OFTEN, **options)
+    assert streamer.put_in == plain.put_in and len(plain.put_in) > 2
+    assert streamer.ended == plain.ended == 1
+
+
+class _BansByRow(LogitsProcessor):
+    """Bans what was written last, in place, and a token of each row."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = torch.arange(len(scores))
+        scores[rows, (rows * 7 + input_ids.shape[1]) % VOCABULARY] = -torch.inf
+        return scores.scatter_(1, input_ids[:, -1:], -torch.inf)
+
+
+class _EndsAt(StoppingCriteria):
+    """Ends row ``b`` at ``lengths[b]`` tokens."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] >= self.lengths
+
+
+@pytest.mark.parametrize("ends", [{}, dict(eos_token_id=OFTEN)])
+def test_processors_and_criteria_of_the_user(model: Any, ends: dict[str, Any]) -> None:
+    options: dict[str, Any] = dict(
+        logits_processor=LogitsProcessorList([_BansByRow()]),
+        stopping_criteria=StoppingCriteriaList([_EndsAt(35, 33, 50)]),
+        **ends,
+    )
+    assert torch.equal(_lossless(model, **options), _plain(model, **options))
+
+
+# Sampling.
+
+
+def _chi_square(counts: Tensor, probabilities: Tensor) -> float:
+    """In standard deviations above what is expected where ``probabilities`` are right."""
+    expected = counts.sum() * probabilities.double()
+    used = expected > 5
+    # All that is rare counts as one.
+    rest = counts[~used].sum(), expected[~used].sum()
+    found = torch.cat([counts[used].double(), rest[0].double()[None]])
+    wanted = torch.cat([expected[used], rest[1][None]]).clamp(min=1e-9)
+    statistic = float(((found - wanted) ** 2 / wanted)[: len(found) - (rest[1] < 5).item()].sum())
+    freedom = int(used.sum()) - 1
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+def _accepts_all(drafts: Tensor, draft_probabilities: Tensor, probabilities: Tensor) -> Any:
+    accepted = torch.full((len(drafts),), drafts.shape[1])
+    return accepted, torch.multinomial(probabilities[:, -1], 1)
+
+
+def _draws_anew(drafts: Tensor, draft_probabilities: Tensor, probabilities: Tensor) -> Any:
+    """After a rejection from the model itself: the drafts' favourites come too often."""
+    accepted, _ = accept_sampled(drafts, draft_probabilities, probabilities)
+    rows = torch.arange(len(drafts))
+    return accepted, torch.multinomial(probabilities[rows, accepted], 1)
+
+
+RULES = [(accept_sampled, True), (_accepts_all, False), (_draws_anew, False)]
+
+
+@pytest.mark.parametrize(("rule", "is_right"), RULES)
+def test_accepted_tokens_have_the_distribution_of_the_model(
+    rule: Callable[..., Any], is_right: bool
+) -> None:
+    torch.manual_seed(0)
+    rows, drafts, vocabulary = 40_000, 2, 6
+    wanted = torch.randn(drafts + 1, vocabulary).softmax(dim=-1)
+    proposed = torch.randn(drafts, vocabulary).softmax(dim=-1)
+    wanted[0, 2] = 0.0
+    wanted /= wanted.sum(dim=-1, keepdim=True)
+    drawn = torch.stack([torch.multinomial(one, rows, replacement=True) for one in proposed], dim=1)
+    accepted, after = rule(
+        drawn, proposed.expand(rows, -1, -1), wanted.expand(rows, -1, -1).contiguous()
+    )
+    tokens = torch.cat([drawn, drawn[:, :1]], dim=1)
+    tokens.scatter_(1, accepted[:, None], after)
+    distances = []
+    for place in range(drafts + 1):
+        found = tokens[accepted >= place, place]
+        distances.append(_chi_square(found.bincount(minlength=vocabulary), wanted[place]))
+    assert (max(distances) < 4.0) == is_right
+    if is_right:
+        assert 0 < int(accepted.sum()) < rows * drafts
+
+
+@pytest.mark.parametrize(("rule", "is_right"), RULES)
+def test_a_sampled_text_has_the_distribution_of_the_full_cache(
+    make_model: Callable[..., LlamaForCausalLM],
+    monkeypatch: pytest.MonkeyPatch,
+    rule: Callable[..., Any],
+    is_right: bool,
+) -> None:
+    model: Any = make_model(vocab_size=8, initializer_range=0.5)
+    monkeypatch.setattr(loop, "accept_sampled", rule)
+    rows = 3000
+    prompt = torch.randint(1, 8, (1, 24), generator=torch.Generator().manual_seed(2))
+    options = dict(do_sample=True, temperature=1.5, top_k=6, num_draft_tokens=2, max_new_tokens=3)
+    torch.manual_seed(0)
+    got = model.generate(
+        prompt.expand(rows, -1),
+        attention_mask=torch.ones(rows, 24, dtype=torch.int64),
+        custom_generate=lossless,
+        **cache_argument(CompressedCache("streaming_llm", 8, sinks=1)),
+        **options,
+    )
+    texts = torch.tensor(list(itertools.product(range(8), repeat=3)))
+    whole = torch.cat([prompt.expand(len(texts), -1), texts], dim=1)
+    with torch.no_grad():
+        logits = model(whole).logits[:, 23:26] / 1.5
+    sixth = logits.topk(6, dim=-1).values[..., -1:]
+    logits = logits.masked_fill(logits < sixth, -torch.inf)
+    chances = logits.softmax(dim=-1).gather(2, texts[:, :, None]).prod(dim=1).squeeze(1)
+    index = got[:, 24] * 64 + got[:, 25] * 8 + got[:, 26]
+    assert (_chi_square(index.bincount(minlength=512), chances) < 4.0) == is_right
+
+
+# How many to draft.
+
+
+def test_statistics_add_up(model: Any) -> None:
+    statistics = DraftStatistics()
+    _lossless(model, statistics=statistics)
+    assert statistics.tokens == 3 * 39
+    assert 0 < statistics.accepted < statistics.drafted
+    assert statistics.acceptance_rate == statistics.accepted / statistics.drafted
+    # Each verification brings a token beside the drafts; some are behind the end of a text.
+    assert statistics.tokens <= statistics.row_verifications + statistics.accepted
+    assert 1.0 < statistics.tokens_per_verification <= 5.0
+    assert statistics.drafting_s > 0.0 and statistics.verifying_s > 0.0
+    assert statistics.plain_from is None
+    _lossless(model, statistics=statistics)
+    assert statistics.tokens == 2 * 3 * 39
+    assert math.isnan(DraftStatistics().acceptance_rate)
+    assert math.isnan(DraftStatistics().tokens_per_verification)
+
+
+def _lengths(rate: float, draft_s: float, rounds: int = 60) -> list[int]:
+    length, chosen, carry = DraftLength(6, adapts=True), [], 0.0
+    for _ in range(rounds):
+        count = length.choose()
+        chosen.append(count)
+        expected = sum(rate**place for place in range(1, count + 1)) + carry
+        accepted = min(int(expected), count)
+        carry = expected - accepted
+        length.add(count, [accepted], count * draft_s, 1.0 + 0.01 * count)
+    return chosen
+
+
+def test_the_number_of_drafts_follows_what_they_bring() -> None:
+    assert _lengths(0.95, 0.05)[-1] == 6
+    assert 1 <= _lengths(0.6, 0.2)[-1] <= 3
+    assert _lengths(0.1, 0.5)[-10:] == [0] * 10
+    # Drafts that cost nearly nothing are worth it even where few are right.
+    assert _lengths(0.3, 0.01)[-1] >= 1
+
+
+def test_drafts_that_bring_nothing_are_given_up(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(loop._Loop, "_now", lambda self: next(ticks) * 1.0)
+    monkeypatch.setattr(
+        loop, "accept_greedy", lambda drafts, scores: accept_greedy(drafts * 0 - 1, scores)
+    )
+    statistics, cache = DraftStatistics(), _cache()
+    got = _lossless(model, cache, statistics=statistics, adaptive=True, max_new_tokens=60)
+    assert torch.equal(got, _plain(model, max_new_tokens=60))
+    assert statistics.plain_from is not None and statistics.plain_from < 30
+    assert cache.get_seq_length() < 30 + statistics.plain_from
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (dict(num_draft_tokens=0), ValueError, "num_draft_tokens must be at least 1, got 0"),
+        (dict(num_draft_tokens=2.0), TypeError, "num_draft_tokens must be an int, got 2.0"),
+        (dict(num_beams=2), NotImplementedError, "greedy decoding and sampling, got beam_search"),
+        (dict(return_dict_in_generate=True), NotImplementedError, "return_dict_in_generate"),
+        (dict(use_cache=False), ValueError, "leave use_cache on"),
+        (dict(cache=DynamicCache()), ValueError, "drafts with a CompressedCache"),
+        (dict(cache=CompressedCache(telemetry=True)), NotImplementedError, "telemetry cannot tell"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(
+    model: Any, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        _lossless(model, options.pop("cache", None), **options)
+
+
+def test_only_the_new_part_of_a_text_is_refused(model: Any) -> None:
+    cache = _cache()
+    _lossless(model, cache, max_new_tokens=5)
+    mask = torch.cat([_padded()["attention_mask"], torch.ones(3, 10, dtype=torch.int64)], dim=1)
+    with pytest.raises(ValueError, match="lossless needs the whole text, got 6 tokens and a mask"):
+        _lossless(model, cache, input_ids=distinct_tokens(3, 6), attention_mask=mask)
+
+
+@pytest.mark.parametrize("cache", [("snapkv", 256), ("full", 8)])
+def test_where_nothing_is_evicted_nothing_is_drafted(model: Any, cache: tuple[str, int]) -> None:
+    statistics = DraftStatistics()
+    with pytest.warns(UserWarning, match="nothing is drafted"):
+        got = _lossless(model, CompressedCache(*cache), statistics=statistics)
+    assert torch.equal(got, _plain(model))
+    assert statistics.drafted == 0
