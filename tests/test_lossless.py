@@ -19,6 +19,7 @@ from compressed_cache.hf.draft_length import DraftLength
 from compressed_cache.ops.acceptance import accept_greedy, accept_sampled
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.versions import cache_argument
+from tests.compiling import CountingBackend, compiled
 from tests.conftest import VOCABULARY, distinct_tokens
 from tests.families import EACH_FAMILY, LINEAR, Family
 
@@ -215,6 +216,20 @@ def test_processors_and_criteria_of_the_user(model: Any, ends: dict[str, Any]) -
         **ends,
     )
     assert torch.equal(_lossless(model, **options), _plain(model, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "interval", "graphs"), [("h2o", 1, 1), ("snapkv", 4, 2)])
+def test_drafts_are_compiled_as_steps_are(
+    model: Any, policy: str, interval: int, graphs: int
+) -> None:
+    torch._dynamo.reset()
+    backend = CountingBackend()
+    options = dict(compile_config=compiled(backend))
+    got = _lossless(model, _cache(policy, interval=interval), **options)
+    assert backend.graphs == graphs
+    assert torch.equal(got, _plain(model))
+    torch._dynamo.reset()
 
 
 # Sampling.
