@@ -33,6 +33,7 @@ def test_folders_on_top_are_the_known_ones() -> None:
         "examples",
         "tests",
         ".ci",
+        ".github",
     }
 
 
