@@ -108,7 +108,12 @@ def make_parser() -> argparse.ArgumentParser:
         "an exact McNemar test.",
     )
     compare.add_argument("results", help="a sweep's folder, or its results.jsonl")
-    compare.add_argument("--policies", type=_names, required=True, help="two, e.g. h2o,snapkv")
+    compare.add_argument(
+        "--policies",
+        type=_settings,
+        required=True,
+        help="two, e.g. h2o,snapkv or h2o,h2o:recent=16",
+    )
     _add_report_options(
         add(
             "report",
@@ -126,6 +131,26 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> list[str]:
     return text.replace(",", " ").split()
+
+
+def _settings(text: str) -> list[str]:
+    """Policies, each of them with options or without: ``h2o,h2o:recent=16,interval=8``."""
+    found: list[list[str]] = []
+    for part in _names(text):
+        name, is_option, _ = part.partition("=")
+        if is_option and ":" not in name and found:
+            found[-1].append(part)
+        else:
+            policy, _, option = part.partition(":")
+            found.append([policy, *([option] if option else [])])
+    for policy, *options in found:
+        bad = [option for option in options if not all(option.partition("=")[::2])]
+        if not policy or "=" in policy or bad:
+            raise argparse.ArgumentTypeError(
+                "must be policies with commas between, each of which may have options, "
+                f"POLICY:OPTION=VALUE,OPTION=VALUE, got {text!r}"
+            )
+    return [f"{policy}:{','.join(sorted(rest))}" if rest else policy for policy, *rest in found]
 
 
 def _numbers(text: str) -> list[int]:
@@ -214,7 +239,20 @@ def _add_agree_options(agree: argparse.ArgumentParser) -> None:
 def _add_options_of_cells(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="a hub or local model, or shipped")
-    add("--policies", type=_names, required=True, help="e.g. full,h2o,snapkv+caote")
+    add(
+        "--policies",
+        type=_settings,
+        required=True,
+        help="e.g. full,h2o,snapkv+caote; several settings of one: h2o,h2o:recent=16,interval=8",
+    )
+    add(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUES",
+        help="a setting for each value: recent=8,16 of all policies but full, h2o:recent=8,16 of "
+        "one; may be repeated, for all combinations (default: none)",
+    )
     add("--budgets", type=_numbers, default=[], help="e.g. 128,256; full needs none")
     add("--seeds", type=int, default=1, help="how many: 3 means 0, 1 and 2 (default: %(default)s)")
     add(

@@ -52,7 +52,8 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
         correct={_identity(sample): sample["accuracy"] for sample in samples},
         versions=loaded.versions(),
         machine=loaded.machine(),
-        given=plan.given(cell.policy),
+        given=plan.given(cell.setting),
+        setting=cell.setting,
     )
     return [Finished(result, samples)]
 

@@ -1,6 +1,7 @@
 """What the sweep command does with its options."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from compressed_cache.eval.results.row import FILE, Agreement, Measured, Option,
 from compressed_cache.eval.sweep import estimate, plan, processes, prompts, tasks
 from compressed_cache.eval.sweep.folder import ERROR, Folder
 from compressed_cache.eval.sweep.group import Group, together
-from compressed_cache.eval.sweep.plan import Cell, Plan, named
+from compressed_cache.eval.sweep.plan import Cell, Plan, named, options_of, policy_of
 from compressed_cache.hf.loading import why
 from compressed_cache.wording import listing, missing, nearest
 
@@ -229,6 +230,7 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, list[str]]:
 
     is_agreement = options.measure == Agreement.measure
     policies = list(dict.fromkeys(options.policies))
+    policies = tried(lambda: _on_grid(policies, options.grid), policies)
     if is_agreement and "full" not in policies:
         policies = ["full", *policies]
     gen_kwargs = tried(lambda: _gen_kwargs(options.gen_kwargs, is_agreement), {})
@@ -290,6 +292,34 @@ def _paragraphs(file: str) -> list[str]:
         return prompts.of_file(Path(file))
     except OSError as error:
         raise ValueError(f"--text {file}: {error.strerror}") from None
+
+
+def _on_grid(settings: list[str], grid: list[str]) -> list[str]:
+    """Each setting with all combinations of the values that are asked for of its policy."""
+    axes = [_axis(text) for text in grid]
+    policies = list(dict.fromkeys(map(policy_of, settings)))
+    if strangers := [policy for policy, *_ in axes if policy and policy not in policies]:
+        raise ValueError(f"--grid: {listing(strangers)} not among --policies {listing(policies)}")
+    found = []
+    for setting in settings:
+        policy, _, given = setting.partition(":")
+        own = [axis for one, *axis in axes if one == policy or (not one and policy != "full")]
+        names = [name for name, _ in own] + list(options_of(setting))
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"--grid: {setting!r} must be given {twice[0]} once, got it twice")
+        fixed = given.split(",") if given else []
+        for values in itertools.product(*(values for _, values in own)):
+            parts = [f"{name}={value}" for (name, _), value in zip(own, values, strict=True)]
+            found.append(f"{policy}:{','.join(sorted(fixed + parts))}" if parts else setting)
+    return found
+
+
+def _axis(text: str) -> tuple[str, str, list[str]]:
+    where, _, values = text.partition("=")
+    policy, _, name = where.rpartition(":")
+    if not name or not all(values.split(",")):
+        raise ValueError(f"--grid must be OPTION=VALUE,VALUE,..., got {text!r}")
+    return policy, name, values.split(",")
 
 
 def _policy_options(texts: list[str]) -> dict[str, dict[str, Option]]:

@@ -88,7 +88,7 @@ def too_long(plan: Plan) -> Iterator[str]:
             tokens = torch.tensor([longest(cell.task)])
             check_prompt(tokens, cache.policy, eviction, cell.budget or 1)
         except ValueError as error:
-            found[f"{cell.policy} at {cell.budget} on {cell.task}: {error}"] = None
+            found[f"{cell.setting} at {cell.budget} on {cell.task}: {error}"] = None
     return iter(found)
 
 
