@@ -12,12 +12,15 @@ import pytest
 
 from compressed_cache.__main__ import main
 from compressed_cache.eval.options import parse
-from compressed_cache.eval.results.row import FILE, Result, read
+from compressed_cache.eval.results.row import FILE, Result, from_json, read
+from compressed_cache.tasks import metrics
 from tests.results import make_result, typed
 
 pytest.importorskip("lm_eval")
-from compressed_cache.eval.sweep import command, estimate, tasks
+from compressed_cache.eval.sweep import accuracy, command, estimate, loaded, prompts, tasks
+from compressed_cache.eval.sweep.cell import take
 from compressed_cache.eval.sweep.folder import RESULT, Folder, write_error
+from compressed_cache.eval.sweep.group import Group
 from compressed_cache.eval.sweep.plan import Cell, Plan
 from compressed_cache.wording import missing
 
@@ -174,6 +177,115 @@ def test_groups_and_tags_are_taken_apart(names: list[str], found: list[str]) -> 
     assert len(tasks.expanded(["reasoning"])[0]) == 11
 
 
+# As those of lm_eval, but for the rows.
+OTHERS = {
+    "sums": {
+        "task": "sums",
+        "dataset_path": "json",
+        "test_split": "train",
+        "fewshot_split": "train",
+        "num_fewshot": 1,
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "gen_prefix": "plus",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 20, "do_sample": False},
+        "filter_list": [
+            {"name": "strict", "filter": [{"function": "take_first"}]},
+            {"name": "loose", "filter": [{"function": "take_first"}]},
+        ],
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    "choices": {
+        "task": "choices",
+        "dataset_path": "json",
+        "test_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": 0,
+        "doc_to_choice": ["a", "b"],
+    },
+    "both": {"group": "both", "task": ["sums", "choices"]},
+    "changed": {"group": "changed", "task": [{"task": "sums", "num_fewshot": 0}]},
+}
+
+
+@pytest.fixture
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for the folder of tasks of lm_eval, which takes seconds to read."""
+    folder = tmp_path / "harness"
+    folder.mkdir()
+    rows = [{"question": "oil 9p tax 1", "answer": "10"}, {"question": "tin 3p", "answer": "3"}]
+    (folder / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
+    for name, config in OTHERS.items():
+        more = {"dataset_kwargs": {"data_files": str(folder / "rows.json")}}
+        text = json.dumps(config | more if "dataset_path" in config else config)
+        (folder / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(tasks, "HARNESS", folder)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("harness")
+def test_tasks_of_the_harness_are_taken_too() -> None:
+    assert tasks.expanded(["both", EASY]) == (["sums", "choices", EASY], [])
+    found, problems = tasks.sizes(replace(PLAN, tasks=["sums", "choices"], limit=1))
+    assert found == {"sums": tasks.Size(1, 20)}
+    assert problems == [
+        "choices must have the model write something, but has multiple_choice: nothing is decoded "
+        "in it, so that policies change nothing"
+    ]
+    assert tasks.expanded(["changed"]) == (
+        [],
+        ["--tasks: changed changes what is its members'. Name single tasks instead"],
+    )
+    (problem,) = tasks.expanded(["summs"])[1]
+    assert problem.startswith("--tasks: unknown task 'summs', expected one of lm_eval's or of ")
+    assert problem.endswith("Did you mean 'sums'?")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("harness")
+def test_a_task_of_the_harness_is_scored_by_its_first_metric_and_filter(tmp_path: Path) -> None:
+    plan = replace(PLAN, tasks=["sums"], policies=["h2o"], budgets=[24], seeds=1)
+    folder = tmp_path / "cell"
+    folder.mkdir()
+    assert take(plan, Group(tuple(plan.cells())), [folder]), (folder / "log.txt").read_text()
+    row = from_json((folder / RESULT).read_text())
+    assert isinstance(row, Result)
+    assert (row.task, row.metric, row.documents) == ("sums", "exact_match,strict", 2)
+    assert (row.accuracy, set(row.correct.values())) == (0.0, {0.0})
+    assert row.accuracy_low == 0 < row.accuracy_high < 1
+    assert 0 < row.tokens <= 20 and row.held_tokens <= 24
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    # What is written with agreement goes on from the same prompts, with examples and prefix.
+    (found,) = {sample["arguments"][0][0] for sample in samples if sample["doc_id"] == 0}
+    texts = list(prompts.load(plan, "sums", loaded.model(plan)).ids.values())
+    assert loaded.model(plan).tok_decode(texts[0]).split()[-4:] == found.split()[-4:]
+    assert found.count("tax") + found.count("tin") > 1 and found.endswith("plus")
+
+
+def sample(document: int, filter_: str = "none", **metrics: Any) -> dict[str, Any]:
+    found = {"doc_id": document, "doc_hash": "abcdefghij", "filter": filter_}
+    return found | {"metrics": list(metrics)} | metrics
+
+
+def test_a_score_is_a_share_of_every_document() -> None:
+    samples = [
+        sample(0, errors=0.0, length=70, exact=True),
+        sample(1, errors=1.0, length=1, exact=0),
+    ]
+    samples += [sample(0, "loose", exact=1.0), sample(1, "loose", exact=1.0)]
+    metric, found = accuracy.scores(samples, {"errors": False, "length": True, "exact": True})
+    assert (metric, found) == ("exact,none", {"0-abcdefgh": 1.0, "1-abcdefgh": 0.0})
+    with pytest.raises(ValueError, match=r"must have a metric that is a share .* has 'bleu', 'f1'"):
+        accuracy.scores([sample(0, bleu=[1, 2], f1=37.5)], {})
+
+
+def test_a_single_share_has_every_interval() -> None:
+    assert (metrics.low([0.4]), metrics.high([0.4])) == (0, 1)
+
+
 def test_the_size_of_a_task_counts_its_limit_and_repeats() -> None:
     assert tasks.sizes(PLAN) == ({EASY: tasks.Size(100, 100 * 400)}, [])
     changed = replace(PLAN, limit=3, gen_kwargs={"max_gen_toks": 7}, metadata={"repeats": 2})
@@ -214,7 +326,7 @@ WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "no model": ({"model": "/nowhere/at/all"}, [r"--model /nowhere/at/all: "]),
     "no data": (
         {"tasks": "reasoning_gsm8k", "metadata": '{"data_dir": "/nowhere"}'},
-        [r"--tasks: no local rows at /nowhere/gsm8k.jsonl"],
+        [r"--tasks: reasoning_gsm8k: no local rows at /nowhere/gsm8k.jsonl"],
     ),
     "no JSON": ({"metadata": "{"}, [r"--metadata must be a JSON object, got '\{'"]),
     "no pair": ({"gen_kwargs": "sample"}, [r"--gen-kwargs must be NAME=VALUE .* got 'sample'"]),
@@ -277,10 +389,16 @@ WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
         {"model_args": "dtype=int8"},
         [r"^--dtype must be one of .*, got 'int8'$"],
     ),
+    "no time": ({"minutes_per_cell": "0"}, [r"--minutes-per-cell must be > 0, got 0"]),
+    "time on a cluster": (
+        {"minutes_per_cell": "1", "ray": "auto"},
+        [r"--minutes-per-cell must come without --ray"],
+    ),
     "a share of no cluster": ({"gpus_per_cell": "0.5"}, [r"--gpus-per-cell must come with --ray"]),
 }
 
 
+@pytest.mark.usefixtures("harness")
 @pytest.mark.parametrize(("changes", "messages"), WRONG.values(), ids=WRONG.keys())
 def test_all_that_is_wrong_is_said_before_anything_runs(
     changes: dict[str, str | None],

@@ -196,7 +196,13 @@ def _add_catalogue_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_sweep_options(sweep: argparse.ArgumentParser) -> None:
     add = sweep.add_argument
-    add("--tasks", type=_names, required=True, help="e.g. reasoning_gsm8k,reasoning_logic")
+    add(
+        "--tasks",
+        type=_names,
+        required=True,
+        help="e.g. reasoning_gsm8k,reasoning_logic, or those of lm_eval in which the model writes "
+        "something, e.g. gsm8k,ruler,longbench",
+    )
     add("--out", required=True, help="the folder of the sweep")
     add(
         "--measure",
@@ -292,6 +298,12 @@ def _add_options_of_cells(parser: argparse.ArgumentParser) -> None:
         "--gpus-per-cell",
         type=float,
         help="with --ray, e.g. 0.5 (default: 1 if the cluster has any)",
+    )
+    add(
+        "--minutes-per-cell",
+        type=float,
+        help="a cell that takes longer, the loading of the model included, is ended and recorded "
+        "as failed (default: no limit)",
     )
 
 

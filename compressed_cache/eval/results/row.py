@@ -101,6 +101,8 @@ class Result(Measured):
     """Generated tokens of all replies, by the seconds that took, prefill included."""
     correct: dict[str, float]
     """Score of each document, 0 to 1, by what identifies it."""
+    metric: str = "accuracy,none"
+    """What the harness calls the score: metric and filter."""
 
     @property
     def scores(self) -> dict[str, float]:

@@ -38,6 +38,7 @@ class Run:
     processes: int | None = None
     ray: str | None = None
     gpus_per_cell: float | None = None
+    minutes_per_cell: float | None = None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -158,7 +159,8 @@ def _run(
 
         gpus = options.gpus_per_cell
         return cluster.run(asked, phases, folder, address=options.ray, gpus=gpus)
-    return processes.run(asked, phases, folder, processes=count)
+    minutes = options.minutes_per_cell
+    return processes.run(asked, phases, folder, processes=count, minutes=minutes)
 
 
 def _has_ray() -> bool:
@@ -220,6 +222,11 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, list[str]]:
             count[name] = 1
     if options.gpus_per_cell is not None and not options.ray:
         problems.append("--gpus-per-cell must come with --ray")
+    if options.minutes_per_cell is not None:
+        if options.minutes_per_cell <= 0:
+            problems.append(f"--minutes-per-cell must be > 0, got {options.minutes_per_cell:g}")
+        if options.ray:
+            problems.append("--minutes-per-cell must come without --ray, which begins cells itself")
 
     def tried(read: Callable[[], T], otherwise: T) -> T:
         try:
