@@ -83,7 +83,7 @@ def scores(
     filter_ = samples[0]["filter"]
     own = [sample for sample in samples if sample["filter"] == filter_]
     for metric in own[0]["metrics"]:
-        values = [sample.get(metric) for sample in own]
+        values: list[Any] = [sample.get(metric) for sample in own]
         if higher_is_better.get(metric, True) and all(map(_is_share, values)):
             return f"{metric},{filter_}", {
                 _identity(sample): float(value) for sample, value in zip(own, values, strict=True)
