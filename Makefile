@@ -6,7 +6,7 @@ TRITON ?= 3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint bench readme compat core clean
+.PHONY: demo test quick lint dist bench readme compat core clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m compressed_cache demo
@@ -22,6 +22,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# A wheel and a source distribution, which carries the tests.
+dist: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -102,6 +102,18 @@ def test_a_policy_without_budget_is_compared_at_each_of_the_other() -> None:
     assert [found.budget for found in compare(rows, "full", "h2o")] == [64, 128]
 
 
+def test_settings_of_a_policy_are_compared_by_what_the_sweep_called_them() -> None:
+    rows = [
+        _scored("h2o", "10"),
+        _scored("h2o", "11", setting="h2o:recent=16"),
+        _scored("h2o", "00", setting="h2o:recent=8"),
+    ]
+    (found,) = compare(rows, "h2o", "h2o:recent=16")
+    assert found.accuracies == (0.5, 1.0)
+    with pytest.raises(ValueError, match=r"only of 'h2o', 'h2o:recent=16', .*\. Did you"):
+        compare(rows, "h2o", "h2o:recent=17")
+
+
 REFUSALS: dict[str, tuple[Callable[[], list[Result]], str]] = {
     "a policy that is not there": (
         lambda: [_scored("h2o", "1"), _scored("snapk", "1")],
