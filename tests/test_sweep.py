@@ -103,6 +103,7 @@ def settings_of(*typed: str) -> list[str]:
         ("h2o,h2o:recent=16,interval=8,full", ["h2o", "h2o:interval=8,recent=16", "full"]),
         ("h2o:recent=16, h2o:recent=16,", ["h2o:recent=16"]),
         ("h2o:", ["h2o"]),
+        ("H2O:recent=16,SnapKVPress", ["h2o:recent=16", "snapkv"]),
     ],
 )
 def test_a_policy_may_have_several_settings(typed: str, found: list[str]) -> None:
@@ -147,7 +148,7 @@ def test_settings_are_cells_and_rows_of_their_own() -> None:
         ),
         (["h2o:recent=8,16"], ["full", "h2o:recent=8", "h2o:recent=16", "tova"]),
         (
-            ["h2o:recent=8,16", "h2o:interval=1,2"],
+            ["h2o:recent=8,16", "H2O:interval=1,2"],
             [
                 "full",
                 "h2o:interval=1,recent=8",

@@ -13,7 +13,7 @@ which `compressed-cache eval run --help` lists, but for --include_path, which is
 What decides about the cache stands in --model_args, beside pretrained=:
 
   kv_press=NAME             a policy, see `compressed-cache policies`; without it the cache is
-                            transformers' own
+                            transformers' own; kv_policy=NAME says the same
   kv_budget=N               slots per key/value head and layer; one for each layer: 256/128/...
   kv_interval=N             decode steps between two rankings
   kv_sinks=N                first tokens that are never evicted
