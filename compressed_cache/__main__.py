@@ -190,7 +190,7 @@ def _add_catalogue_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="one of them alone, in full")
     written = parser.add_mutually_exclusive_group()
     written.add_argument("--json", action="store_true", help="all that is known, as JSON")
-    written.add_argument("--markdown", action="store_true", help="as the README has it")
+    written.add_argument("--markdown", action="store_true", help="as a table of the documentation")
 
 
 def _names(text: str) -> list[str]:
