@@ -69,9 +69,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_every_extra_is_told() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     told = (ROOT / "docs" / "index.md").read_text()
     assert set(re.findall(r'"\.\[(\w+)\]"', told)) == set(project["optional-dependencies"])
 
