@@ -34,6 +34,7 @@ pages: $(VENV)/installed
 	$(BIN)/python -m compressed_cache demo --out bench/results
 	$(BIN)/python -m bench.catalogue
 	$(BIN)/python -m bench.harness
+	$(BIN)/python -m tests.features
 	$(BIN)/python -m bench.pages
 
 # The core under the oldest transformers that is supported and under the newest there is. What it

@@ -7,6 +7,7 @@ from these commands:
     python -m bench.catalogue
     python -m bench.harness
     pytest bench/ --benchmark-only
+    python -m tests.features
     python -m bench.pages
 
 Each part stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
@@ -26,7 +27,7 @@ from compressed_cache.eval.catalogue import page as catalogue
 from compressed_cache.eval.catalogue.presses import PRESSES
 from compressed_cache.eval.demo import report as demo_report
 from compressed_cache.wording import markdown
-from tests import families
+from tests import families, features
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -217,6 +218,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"summary": summary, "kvpress": kvpress},
     "docs/shipped-model.md": {"demo": demo, "accuracy": accuracy, "harness": harness},
     "docs/policies.md": {"policies": policies},
+    "docs/features.md": {"features": features.table},
     "docs/from-kvpress.md": {"presses": presses},
     "docs/models.md": {"families": families.table},
     "docs/speed.md": {
