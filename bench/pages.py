@@ -1,9 +1,9 @@
 """Writes the tables of README.md and docs/ from results, docstrings and tests; none is typed.
 
-It also writes the file that ``python -m compressed_cache policies`` reads. What is measured comes
+It also writes the file that ``compressed-cache policies`` reads. What is measured comes
 from these commands:
 
-    python -m compressed_cache demo --out bench/results
+    compressed-cache demo --out bench/results
     python -m bench.catalogue
     python -m bench.harness
     pytest bench/ --benchmark-only
@@ -160,12 +160,12 @@ def _names(policies: list[str]) -> str:
 
 
 def policies() -> str:
-    """What ``python -m compressed_cache policies --markdown`` prints."""
+    """What ``compressed-cache policies --markdown`` prints."""
     return catalogue.tables(entries.every())
 
 
 def presses() -> str:
-    """What ``python -m compressed_cache presses --markdown`` prints."""
+    """What ``compressed-cache presses --markdown`` prints."""
     return catalogue.presses(PRESSES)
 
 

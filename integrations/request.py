@@ -10,7 +10,7 @@ from compressed_cache.wording import listing, nearest, shown
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
-_PRESSES = "`python -m compressed_cache presses` tells what to type here for a press of kvpress."
+_PRESSES = "`compressed-cache presses` tells what to type here for a press of kvpress."
 _OF_CALLS = ("answer_prefix", "compression_ratio", "question", "questions")
 _FILLED_IN = ("attention_mask", "input_ids", "inputs", "kwargs", "past_key_values", "self")
 # What the pipeline cannot serve, with the value that asks for nothing.

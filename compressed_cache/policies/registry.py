@@ -241,7 +241,7 @@ def _told_by(part: str) -> str:
     """A further sentence for a press that has no namesake here, or nothing."""
     if not part.lower().endswith(_PRESS):
         return ""
-    return f". `python -m compressed_cache presses {part}` tells what to type here for this press"
+    return f". `compressed-cache presses {part}` tells what to type here for this press"
 
 
 @functools.cache
@@ -251,7 +251,7 @@ def _note_presses(name: str) -> None:
     if presses:
         logger.warning(
             "policy %r is %r here, with options and defaults of its own: "
-            "`python -m compressed_cache presses %s` shows those of the press",
+            "`compressed-cache presses %s` shows those of the press",
             *(name, canonical_name(name), presses[0]),
         )
 
