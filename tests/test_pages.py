@@ -107,7 +107,7 @@ def test_the_plan_of_a_sweep_is_what_the_command_prints(
     section = text[text.index("## Sweeps") : text.index("## Agreement")]
     command, printed, _ = re.findall(r"```\n(.*?)```", section, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    assert main([*command.split()[3:], "--dry-run"]) == 0
+    assert main([*command.split()[1:], "--dry-run"]) == 0
     assert capsys.readouterr().out == printed
 
 
