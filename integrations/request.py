@@ -85,7 +85,7 @@ def by_budget(
         )
     groups: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
-        groups.setdefault(max(1, round((1 - ratio) * length)), []).append(row)
+        groups.setdefault(max(1, int(length * (1 - ratio))), []).append(row)
     return [(given | {"budget": budget}, rows) for budget, rows in groups.items()]
 
 

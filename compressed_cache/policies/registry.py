@@ -152,7 +152,7 @@ def as_policy(policy: Any, options: dict[str, Any]) -> Policy:
     if "compression_ratio" in options:
         raise TypeError(
             "compression_ratio must be given as budget, the tokens to keep: "
-            f"budget=round((1 - {options['compression_ratio']}) * tokens of the prompt)"
+            f"budget=int(tokens of the prompt * (1 - {options['compression_ratio']}))"
         )
     if isinstance(policy, str):
         return make_policy(policy, **options)
