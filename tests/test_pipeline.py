@@ -112,10 +112,11 @@ def test_a_ratio_is_the_share_of_each_context_that_goes(
     contexts = [_text(n, seed=n) for n in (60, 23, 41, 60)]
     arguments = dict(question=QUESTIONS[0], policy="h2o", max_new_tokens=12)
     found = pipe(contexts, compression_ratio=0.6, batch_size=batch_size, **arguments)
-    # As in kvpress, nothing is rounded up. The first and the last are equally long. Each begins with one more token.
+    # The first and the last are equally long. Each begins with one more token.
     read = [length for length in calls if length in (61, 24, 42)]
     assert read == ([61, 61, 24, 42] if batch_size == 1 else [61, 24, 42])
     for context, tokens, each in zip(contexts, (61, 24, 42, 61), found, strict=True):
+        # As in kvpress, which rounds down.
         alone = pipe(context, budget=int(tokens * (1 - 0.6)), **arguments)
         assert each["answer"] == alone["answer"]
 
