@@ -46,6 +46,16 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert next(iter(json.loads(first).items())) == ("format", 1)
 
 
+def test_rows_of_before_a_field_have_its_default(tmp_path: Path) -> None:
+    values = json.loads(LINE)
+    for name in ("given", "metric", "setting"):
+        del values[name]
+    (tmp_path / FILE).write_text(json.dumps(values) + "\n")
+    (found,) = read(tmp_path)
+    assert isinstance(found, Result)
+    assert (found.given, found.metric, found.setting) == (None, "accuracy,none", None)
+
+
 @pytest.mark.parametrize(("line", "message"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_line_that_is_no_row_is_named(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"

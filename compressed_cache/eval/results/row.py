@@ -3,7 +3,7 @@
 import json
 import os
 import typing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Self
@@ -70,7 +70,9 @@ class Measured:
         Raises:
             ValueError: fields that are missing, unknown or of another type.
         """
-        values = {"given": None, "setting": None} | values
+        # Those of before there was such a field have what it is by default.
+        later = {one.name: one.default for one in fields(cls) if one.default is not MISSING}
+        values = later | values
         names = {field.name for field in fields(cls)}
         if names != set(values):
             raise ValueError(f"must have the fields of a row, differs in {names ^ set(values)}")
