@@ -178,9 +178,10 @@ def option_names(name: str) -> list[str]:
 
 def canonical_name(name: str) -> str:
     """A name written as for :func:`make_policy`, as tables and results have it; unknown parts of it
-    stay as they are."""
-    scorers, modifiers = _parts(name)
-    return "+".join(["/".join(scorers), *modifiers])
+    and what stands behind a colon stay as they are."""
+    policy, colon, options = name.partition(":")
+    scorers, modifiers = _parts(policy)
+    return "+".join(["/".join(scorers), *modifiers]) + colon + options
 
 
 def split_name(name: str) -> tuple[list[str], list[str]]:

@@ -5,7 +5,7 @@ import sys
 
 from compressed_cache.eval.results import comparison
 from compressed_cache.eval.results.row import Result, read
-from compressed_cache.eval.results.setting import canonical
+from compressed_cache.policies import canonical_name
 from compressed_cache.wording import markdown
 
 
@@ -14,7 +14,7 @@ def compare(options: argparse.Namespace) -> int:
     if len(options.policies) != 2:
         print(f"--policies must be two, got {','.join(options.policies)}", file=sys.stderr)
         return 2
-    first, second = map(canonical, options.policies)
+    first, second = map(canonical_name, options.policies)
     try:
         rows = read(options.results)
     except (OSError, ValueError) as error:

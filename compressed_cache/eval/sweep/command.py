@@ -16,11 +16,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from compressed_cache.eval.agreement import text as texts
 from compressed_cache.eval.results.row import FILE, Agreement, Measured, Option, Result, Row
-from compressed_cache.eval.results.setting import canonical, policy_of
 from compressed_cache.eval.sweep import estimate, plan, processes, prompts, tasks
 from compressed_cache.eval.sweep.folder import ERROR, Folder
 from compressed_cache.eval.sweep.group import Group, together
-from compressed_cache.eval.sweep.plan import Cell, Plan, named, options_of
+from compressed_cache.eval.sweep.plan import Cell, Plan, named, options_of, policy_of
 from compressed_cache.hf.loading import why
 from compressed_cache.policies import canonical_name
 from compressed_cache.wording import listing, missing, nearest
@@ -238,7 +237,7 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, list[str]]:
             return otherwise
 
     is_agreement = options.measure == Agreement.measure
-    policies = list(dict.fromkeys(map(canonical, options.policies)))
+    policies = list(dict.fromkeys(map(canonical_name, options.policies)))
     policies = tried(lambda: _on_grid(policies, options.grid), policies)
     if is_agreement and "full" not in policies:
         policies = ["full", *policies]
@@ -328,7 +327,7 @@ def _axis(text: str) -> tuple[str, str, list[str]]:
     policy, _, name = where.rpartition(":")
     if not name or not all(values.split(",")):
         raise ValueError(f"--grid must be OPTION=VALUE,VALUE,..., got {text!r}")
-    return canonical(policy), name, values.split(",")
+    return canonical_name(policy), name, values.split(",")
 
 
 def _policy_options(texts: list[str]) -> dict[str, dict[str, Option]]:

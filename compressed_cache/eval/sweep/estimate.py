@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 
 from compressed_cache.eval.results.row import Measured, Row
-from compressed_cache.eval.results.setting import policy_of
-from compressed_cache.eval.sweep.plan import Cell, Plan
+from compressed_cache.eval.sweep.plan import Cell, Plan, policy_of
 from compressed_cache.eval.sweep.tasks import Size
 from compressed_cache.wording import markdown
 

@@ -12,7 +12,6 @@ from lm_eval.utils import simple_parse_args_string
 
 from compressed_cache.cache import CompressedCache
 from compressed_cache.eval.results.row import Agreement, Option, Result
-from compressed_cache.eval.results.setting import policy_of
 from compressed_cache.hf.checks import check_first_pass
 from compressed_cache.policies import option_names
 from compressed_cache.reasoner import MODEL_PATH
@@ -57,6 +56,11 @@ class Cell:
     def cache_arguments(self) -> dict[str, Any]:
         """Those of ``CompressedCache`` behind the policy."""
         return dict(self.options) | ({} if self.budget is None else {"budget": self.budget})
+
+
+def policy_of(setting: str) -> str:
+    """The name of the policy in a setting."""
+    return setting.partition(":")[0]
 
 
 def options_of(setting: str) -> dict[str, Option]:
