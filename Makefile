@@ -6,7 +6,7 @@ TRITON ?= 3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint bench readme compat core clean
+.PHONY: demo test quick lint docs dist bench pages compat core clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m compressed_cache demo
@@ -18,20 +18,29 @@ test: $(VENV)/installed
 quick: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# A wheel and a source distribution, which carries the tests.
+dist: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench --benchmark-only
 
-# The demo, all policies and the evaluation of the README, then all its tables.
-readme: $(VENV)/installed
+# The demo, all policies and the evaluation, then all tables of README.md and docs/.
+pages: $(VENV)/installed
 	$(BIN)/python -m compressed_cache demo --out bench/results
 	$(BIN)/python -m bench.catalogue
 	$(BIN)/python -m bench.harness
-	$(BIN)/python -m bench.readme
+	$(BIN)/python -m tests.features
+	$(BIN)/python -m bench.pages
 
 # The core under the oldest transformers that is supported and under the newest there is. What it
 # needs of a release comes first, so that a failure names what has moved.
@@ -55,5 +64,10 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
+# Apart, because tests need none of it.
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-kvpress build dist demo_results *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-kvpress build dist site demo_results *.egg-info .pytest_cache .ruff_cache

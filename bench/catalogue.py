@@ -2,7 +2,7 @@
 
     python -m bench.catalogue
 
-Writes ``bench/results/catalogue.json``, of which the README makes a table.
+Writes ``bench/results/catalogue.json``, of which ``docs/shipped-model.md`` has a table.
 """
 
 import argparse

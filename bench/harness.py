@@ -6,7 +6,7 @@ Writes ``bench/results/harness.json``. Each cell is what this command prints::
 
     lm_eval --model hf --tasks reasoning_shipped --batch_size 50 \\
         --include_path "$(python -m compressed_cache.tasks)" \\
-        --model_args pretrained=$(python -m compressed_cache model),kv_press=h2o,kv_budget=256
+        --model_args pretrained=$(compressed-cache model),kv_press=h2o,kv_budget=256
 """
 
 import argparse

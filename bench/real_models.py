@@ -3,7 +3,7 @@
     python -m bench.real_models run --model FOLDER --data ROWS --budgets 80,120 --out results05
     python -m bench.real_models page
 
-``run`` is ``python -m compressed_cache agree`` for all policies, with options that need no
+``run`` is ``compressed-cache agree`` for all policies, with options that need no
 statistics of the model, and can be stopped and gone on with. It copies its rows to
 ``bench/results/agreement``, of which ``page`` makes ``docs/results.md``. Rows 0 to 49 of a task are
 for choosing defaults (``bench.variants``), those from 50 on for the page.

@@ -44,7 +44,7 @@ def _table(rows: Sequence[Agreement]) -> str:
         f"**{one.model}** (weights {one.weights}), {one.task}, {one.documents} texts of "
         f"{one.text_tokens:.0f} tokens behind prompts of {one.prompt_tokens:.0f}; torch "
         f"{versions['torch']}, transformers {versions['transformers']}, "
-        f"{one.machine['device']}, {one.machine.get('dtype', 'bfloat16')}. Late positions: "
+        f"{one.machine['device']}, {one.machine.get('dtype', 'dtype unknown')}. Late positions: "
         + ", ".join(f"{late[budget]:,} at {budget}" for budget in budgets)
         + ". Read again, the full cache agrees with itself at "
         + ", ".join(f"{row.early_agreement:.1%}" for row in rows if row.policy == "full")

@@ -1,6 +1,6 @@
 """Agreement of one policy under other options, on texts that ``agree`` has written.
 
-    python -m compressed_cache agree --model MODEL --dtype bfloat16 --chat --task reasoning_gsm8k \\
+    compressed-cache agree --model MODEL --dtype bfloat16 --chat --task reasoning_gsm8k \\
         --metadata '{"rows": "0:50"}' --policies random --budgets 96 --batch-size 50 --out FOLDER
     python -m bench.variants --model MODEL --texts FOLDER/cells/reasoning_gsm8k.full.0
 

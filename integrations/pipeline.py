@@ -66,10 +66,10 @@ class CompressedTextGenerationPipeline(Pipeline):
             arguments: ``policy`` (or ``press``, as in kvpress), a name or a policy object, with
                 ``budget`` and whatever else :class:`~compressed_cache.CompressedCache` takes; or
                 ``cache``, an empty one; or neither for a full cache. ``compression_ratio`` may
-                stand in place of ``budget``: the share of the context's tokens that goes, so that
-                the budget is ``round((1 - compression_ratio) * tokens)``, which also holds for
-                question and answer. Each context has the budget of its own length, so only those
-                with the same one are read together. ``answer_prefix``, a text that each answer
+                stand in place of ``budget``: the share of the context's tokens that goes. The
+                budget is ``int(tokens * (1 - compression_ratio))``, as in kvpress, but holds for
+                question and answer too. Each context has a budget of its own, so only those with
+                the same one are read together. ``answer_prefix``, a text that each answer
                 begins with. ``max_context_length``, tokens of a context that are read.
                 ``enable_thinking``, passed on to the chat template, False by default. All else
                 goes to ``model.generate``: greedy decoding of 50 tokens unless told otherwise.

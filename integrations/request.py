@@ -10,7 +10,7 @@ from compressed_cache.wording import listing, nearest, shown
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
-_PRESSES = "`python -m compressed_cache presses` tells what to type here for a press of kvpress."
+_PRESSES = "`compressed-cache presses` tells what to type here for a press of kvpress."
 _OF_CALLS = ("answer_prefix", "compression_ratio", "question", "questions")
 _FILLED_IN = ("attention_mask", "input_ids", "inputs", "kwargs", "past_key_values", "self")
 # What the pipeline cannot serve, with the value that asks for nothing.
@@ -85,7 +85,7 @@ def by_budget(
         )
     groups: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
-        groups.setdefault(max(1, round((1 - ratio) * length)), []).append(row)
+        groups.setdefault(max(1, int(length * (1 - ratio))), []).append(row)
     return [(given | {"budget": budget}, rows) for budget, rows in groups.items()]
 
 

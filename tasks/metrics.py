@@ -22,7 +22,8 @@ def mean_of_known(values: Sequence[float | None]) -> float | str:
 def _interval(accuracies: Sequence[float]) -> tuple[float, float]:
     """Wilson's interval where each document is right or wrong, else that of the normal law.
 
-    With repeats a document has a share of right answers; documents, not replies, are the sample.
+    With repeats a document has a share of right answers; documents, not replies, are the sample. A
+    single share says nothing about others.
     """
     from scipy.stats import binomtest, norm
 
@@ -31,6 +32,8 @@ def _interval(accuracies: Sequence[float]) -> tuple[float, float]:
     if set(accuracies) <= {0.0, 1.0}:
         interval = binomtest(round(sum(accuracies)), count).proportion_ci(0.95, method="wilson")
         return float(interval.low), float(interval.high)
+    if count == 1:
+        return 0.0, 1.0
     variance = sum((accuracy - mean) ** 2 for accuracy in accuracies) / (count - 1)
     half = float(norm.ppf(0.975)) * (variance / count) ** 0.5
     return max(0.0, mean - half), min(1.0, mean + half)

@@ -1,9 +1,7 @@
 """One small random model of each family, attention far from uniform."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,17 +289,10 @@ REFUSED = {
 
 
 def table() -> str:
-    """The families as Markdown, for the README."""
+    """The families as Markdown."""
     rows = []
     for family in FAMILIES:
         kinds = " and ".join(sorted(set(family.kinds), reverse=True))
         rows.append([family.name, kinds, family.note or "-"])
     rows += [[name, "refused", reason] for name, reason in REFUSED.items()]
-    return markdown(["family", "layers", "note"], rows) + "\n"
-
-
-if __name__ == "__main__":
-    page = Path(__file__).parents[1] / "README.md"
-    marks = r"(<!-- families:begin -->\n).*?(<!-- families:end -->)"
-    text = re.sub(marks, lambda m: m[1] + table() + m[2], page.read_text(), flags=re.DOTALL)
-    page.write_text(text)
+    return markdown(["family", "layers", "note"], rows)

@@ -2066,7 +2066,7 @@ MUTANTS = (
     Mutant(
         "full runs once for each budget",
         "eval/sweep/plan.py",
-        'for budget in ([None] if policy == "full" else self.budgets)',
+        'for budget in ([None] if policy_of(setting) == "full" else self.budgets)',
         "for budget in self.budgets",
         "test_sweep.py -k full_runs_once",
     ),

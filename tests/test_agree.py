@@ -29,7 +29,7 @@ from tests.families import FAMILIES, LINEAR, Family
 from tests.results import make_agreement, typed
 
 pytest.importorskip("lm_eval")
-from compressed_cache.eval.sweep import processes, prompts
+from compressed_cache.eval.sweep import processes, prompts, tasks
 from compressed_cache.eval.sweep.cell import take
 from compressed_cache.eval.sweep.folder import Folder
 from compressed_cache.eval.sweep.group import MOST, Group, together
@@ -303,7 +303,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     ran: list[list[str]] = []
 
     def run(
-        plan: Plan, phases: Iterable[Iterable[Group]], folder: Folder, *, processes: int
+        plan: Plan, phases: Iterable[Iterable[Group]], folder: Folder, **options: Any
     ) -> Iterator[Cell]:
         for phase in phases:
             for group in phase:
@@ -492,7 +492,10 @@ def test_what_is_wrong_is_said_before_anything_runs(
     message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # All tasks of lm_eval take seconds to read.
+    monkeypatch.setattr(tasks, "HARNESS", tmp_path)
     out = tmp_path / "out"
     assert main(arguments(out, **changes)) == 2
     (line,) = capsys.readouterr().err.splitlines()

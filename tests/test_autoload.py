@@ -7,10 +7,16 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lm_eval.tasks
 import pytest
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import TaskIndex
 
+from compressed_cache.integrations.harness import autoload
+from compressed_cache.integrations.harness.autoload import install
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import PATH
 
@@ -57,12 +63,41 @@ def _arguments(folder: Path, model_arguments: str, *more: Any) -> list[Any]:
 def test_the_entry_points_are_declared() -> None:
     declared = importlib.metadata.distribution("compressed-cache").entry_points
     groups = {entry.group: entry for entry in declared}
-    assert set(groups) == {"torch.backends", "lm_eval.models", "lm_eval.tasks"}
+    others = {"torch.backends", "lm_eval.models", "lm_eval.tasks"}
+    assert set(groups) == {"console_scripts"} | others
     assert callable(groups["torch.backends"].load())
     from lm_eval.models.huggingface import HFLM
 
     assert issubclass(groups["lm_eval.models"].load(), HFLM)
     assert list(Path(groups["lm_eval.tasks"].load().__path__[0]).glob("*.yaml"))
+
+
+def test_tasks_are_known_without_a_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    walk = TaskIndex._iter_yaml_files
+
+    def without_theirs(root: Path) -> Any:
+        # Their thousands take half a minute.
+        return iter(()) if root == Path(lm_eval.tasks.__file__).parent else walk(root)
+
+    monkeypatch.setattr(TaskIndex, "_iter_yaml_files", staticmethod(without_theirs))
+    install()
+    known = TaskManager().all_tasks
+    assert {TASK, "reasoning", "reasoning_math"} <= set(known)
+    assert TaskManager(include_path=str(PATH)).all_tasks == known
+    assert not caplog.messages
+    assert TaskManager(include_defaults=False).all_tasks == []
+    # A folder of the user's has the last word.
+    (tmp_path / "mine.yaml").write_text(f"task: {TASK}\ndataset_path: json\n")
+    mine = TaskManager(include_path=[str(tmp_path)])
+    assert mine.task_index[TASK].yaml_path == tmp_path / "mine.yaml"
+    assert mine.all_tasks == known
+
+
+def test_another_index_of_tasks_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    autoload._add_tasks(SimpleNamespace())
+    assert "tasks are known by --include_path only with this lm_eval" in caplog.text
 
 
 @pytest.mark.slow

@@ -332,7 +332,7 @@ def asked_for(model: Any, policy: str, options: dict[str, Any]) -> tuple[str, st
     try:
         go(model, policy, **options)
     except ValueError as error:
-        advice = re.search(r"python -m compressed_cache (.*)\n.*pass (\w+)=FILE\.", str(error))
+        advice = re.search(r"compressed-cache (.*)\n.*pass (\w+)=FILE\.", str(error))
         assert advice is not None and advice[2] not in options
         return advice[1], advice[2]
     return None
@@ -369,7 +369,7 @@ def test_what_is_no_file_of_statistics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a safetensors file"):
         make_policy("qfilter", calibration=str(tmp_path / "text"))
     save_file({"a": torch.ones(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="must be written by 'python -m compressed_cache calibr"):
+    with pytest.raises(ValueError, match="must be written by 'compressed-cache calibr"):
         make_policy("qfilter", calibration=str(tmp_path / "other"))
 
 

@@ -83,7 +83,7 @@ def test_a_press_is_understood_with_a_note(caplog: pytest.LogCaptureFixture) -> 
     (note,) = caplog.messages
     assert note == (
         "policy 'SnapKVPress+AdaKVPress' is 'snapkv+adakv' here, with options and defaults of its "
-        "own: `python -m compressed_cache presses SnapKVPress` shows those of the press"
+        "own: `compressed-cache presses SnapKVPress` shows those of the press"
     )
     caplog.clear()
     CompressedCache("SnapKV", 64)

@@ -1,8 +1,13 @@
 """The front door: help, options, completion and what is said where something is missing."""
 
+import argparse
 import importlib
 import runpy
 import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,8 @@ from transformers.utils import logging
 
 import compressed_cache
 from compressed_cache import telemetry, wording
+from compressed_cache.__main__ import main
+from compressed_cache.eval.options import make_parser
 from compressed_cache.hf.loading import load, progress_bars
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import PATH
@@ -21,10 +28,75 @@ BENCHES = [
     for path in sorted((ROOT / "bench").rglob("*.py"))
     if '__name__ == "__main__"' in path.read_text() and path.stem != "kvpress_process"
 ]
+(COMMANDS,) = (
+    action.choices
+    for action in make_parser()._actions
+    if isinstance(action, argparse._SubParsersAction)
+)
+
+
+def test_the_console_script_is_the_module(capsys: pytest.CaptureFixture[str]) -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    (name, value), *_ = scripts.items()
+    command = EntryPoint(name, value, "console_scripts").load()
+    assert (name, command) == ("compressed-cache", main)
+    with pytest.raises(SystemExit, match="0"):
+        command(["--version"])
+    assert capsys.readouterr().out == f"compressed-cache {compressed_cache.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_describes_itself_its_options_and_their_defaults(name: str) -> None:
+    parser = COMMANDS[name]
+    assert parser.description
+    chosen = [
+        one
+        for group in parser._mutually_exclusive_groups
+        if group.required
+        for one in group._group_actions
+    ]
+    for action in parser._actions:
+        where = f"{name} {action.dest}"
+        assert action.help, where
+        has_default = not (action.required or action in chosen or action.nargs in (0, "+"))
+        assert not has_default or "default" in action.help or "needs none" in action.help, where
+        # One that is told is told as it is.
+        if action.default not in (None, argparse.SUPPRESS, "", []) and action.nargs != 0:
+            assert "%(default)s" in action.help, where
+
+
+def test_the_harness_has_an_explanation_of_ours_before_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["eval", "--help"])
+    said = capsys.readouterr().out
+    for name in ("press", "budget", "interval", "sinks", "recent", "protect_prompt"):
+        assert f"\n  kv_{name}=" in said
+    assert "`compressed-cache eval run --help` lists" in said
+
+
+@pytest.mark.slow
+def test_help_comes_at_once() -> None:
+    program = (
+        "import sys, time\n"
+        "from compressed_cache.__main__ import main\n"
+        "for command in [[], *([name] for name in sys.argv[1:])]:\n"
+        "    try:\n"
+        "        main([*command, '--help'])\n"
+        "    except SystemExit as ended:\n"
+        "        assert ended.code == 0\n"
+        "assert not {'torch', 'transformers', 'numpy', 'lm_eval'} & set(sys.modules)\n"
+        # Of the processor, whose other users are none of its business.
+        "assert time.process_time() < 0.5, time.process_time()\n"
+    )
+    command = [sys.executable, "-c", program, *COMMANDS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_benchmark_with_options_is_known() -> None:
-    assert set(BENCHES) >= {"bench.harness", "bench.readme", "bench.catalogue"}
+    assert set(BENCHES) >= {"bench.harness", "bench.pages", "bench.catalogue"}
 
 
 @pytest.mark.parametrize("name", BENCHES)

@@ -117,8 +117,8 @@ CONSTRUCTOR = [
     (
         dict(compression_ratio=0.5),
         TypeError,
-        "compression_ratio must be given as budget, the tokens to keep: budget=round((1 - 0.5) * "
-        "tokens of the prompt)",
+        "compression_ratio must be given as budget, the tokens to keep: budget=int(tokens of "
+        "the prompt * (1 - 0.5))",
     ),
     (dict(window=4.0), TypeError, "window must be an int, got 4.0 (float)"),
     (dict(window=True), TypeError, "window must be an int, got True (bool)"),

@@ -1,15 +1,12 @@
 """Every family of models: the tokens of its own cache, exact padded batches, one graph."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
 from compressed_cache import CompressedCache, compile_layers_once
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import held
-from tests.families import EACH_FAMILY, FAMILIES, VOCABULARY, Family, table
+from tests.families import EACH_FAMILY, FAMILIES, VOCABULARY, Family
 from tests.grids import slow_but
 
 PADDING = (9, 2, 0)
@@ -167,13 +164,6 @@ def test_after_a_reset_another_model_may_use_a_cache() -> None:
 
 # Sliding and full, full, sliding, full again.
 _CHANGES = ("Gemma 3", "Llama 3", "Mistral", "Qwen3")
-
-
-def test_the_table_of_the_readme_is_that_of_these_tests() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    found = re.search(r"<!-- families:begin -->\n(.*?)<!-- families:end -->", readme, re.DOTALL)
-    assert found, "python -m tests.families writes the table"
-    assert found[1] == table()
 
 
 def _kind(layer: object) -> str:

@@ -483,6 +483,25 @@ def test_policies_are_compared_on_the_documents_they_share(tmp_path: Path) -> No
     assert part.text == ""
 
 
+def test_settings_of_a_policy_are_compared_apart(tmp_path: Path) -> None:
+    options = {"protect_prompt": False, "recent": 16}
+    rows = [
+        *SWEEP[:4:3],
+        result("h2o", 64, "1" * 10, options=options, setting="h2o:recent=16"),
+        result("random", 64, "0" * 10, options=options, setting="random:recent=16"),
+    ]
+    inputs = read([str(write_sweep(tmp_path / "results.jsonl", rows))])
+    (table,) = comparison(inputs.results)[0].tables
+    found = zip(*(texts(table, name) for name in ("policy", "against", "only this")), strict=True)
+    assert list(found) == [
+        ("h2o", "full", "0"),
+        ("h2o", "random:recent=16", "7"),
+        ("h2o:recent=16", "full", "1"),
+        ("h2o:recent=16", "random:recent=16", "10"),
+        ("random:recent=16", "full", "0"),
+    ]
+
+
 def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
     rows = [SWEEP[0], result("h2o", 64, "1", correct={"not among them": 1.0})]
     inputs = read([str(write_sweep(tmp_path / "results.jsonl", rows))])

@@ -46,6 +46,16 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert next(iter(json.loads(first).items())) == ("format", 1)
 
 
+def test_rows_of_before_a_field_have_its_default(tmp_path: Path) -> None:
+    values = json.loads(LINE)
+    for name in ("given", "metric", "setting"):
+        del values[name]
+    (tmp_path / FILE).write_text(json.dumps(values) + "\n")
+    (found,) = read(tmp_path)
+    assert isinstance(found, Result)
+    assert (found.given, found.metric, found.setting) == (None, "accuracy,none", None)
+
+
 @pytest.mark.parametrize(("line", "message"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_line_that_is_no_row_is_named(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
@@ -100,6 +110,18 @@ def test_a_policy_without_budget_is_compared_at_each_of_the_other() -> None:
     rows = [_scored("h2o", "10", budget=budget) for budget in (64, 128)]
     rows += [_scored("full", "11", budget=None), _scored("h2o", "01", task="another")]
     assert [found.budget for found in compare(rows, "full", "h2o")] == [64, 128]
+
+
+def test_settings_of_a_policy_are_compared_by_what_the_sweep_called_them() -> None:
+    rows = [
+        _scored("h2o", "10"),
+        _scored("h2o", "11", setting="h2o:recent=16"),
+        _scored("h2o", "00", setting="h2o:recent=8"),
+    ]
+    (found,) = compare(rows, "h2o", "h2o:recent=16")
+    assert found.accuracies == (0.5, 1.0)
+    with pytest.raises(ValueError, match=r"only of 'h2o', 'h2o:recent=16', .*\. Did you"):
+        compare(rows, "h2o", "h2o:recent=17")
 
 
 REFUSALS: dict[str, tuple[Callable[[], list[Result]], str]] = {

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 
 from compressed_cache.__main__ import main
-from compressed_cache.eval.results.row import FILE, Result, read
+from compressed_cache.eval.options import parse
+from compressed_cache.eval.results.row import FILE, Result, from_json, read
+from compressed_cache.tasks import metrics
 from tests.results import make_result, typed
 
 pytest.importorskip("lm_eval")
-from compressed_cache.eval.sweep import estimate, tasks
+from compressed_cache.eval.sweep import accuracy, command, estimate, loaded, prompts, tasks
+from compressed_cache.eval.sweep.cell import take
 from compressed_cache.eval.sweep.folder import RESULT, Folder, write_error
+from compressed_cache.eval.sweep.group import Group
 from compressed_cache.eval.sweep.plan import Cell, Plan
 from compressed_cache.wording import missing
 
@@ -85,6 +89,82 @@ def test_options_are_for_all_but_full_or_for_one() -> None:
     ]
 
 
+def settings_of(*typed: str) -> list[str]:
+    """The settings of a plan in the words of a command line."""
+    options, _ = parse([*arguments(Path("out")), *typed])
+    asked, problems = command._plan(options)
+    assert not problems
+    return asked.policies
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("h2o,h2o:recent=16,interval=8,full", ["h2o", "h2o:interval=8,recent=16", "full"]),
+        ("h2o:recent=16, h2o:recent=16,", ["h2o:recent=16"]),
+        ("h2o:", ["h2o"]),
+        ("H2O:recent=16,SnapKVPress", ["h2o:recent=16", "snapkv"]),
+    ],
+)
+def test_a_policy_may_have_several_settings(typed: str, found: list[str]) -> None:
+    assert settings_of("--policies", typed) == found
+
+
+@pytest.mark.parametrize(
+    "policies", ["recent=16", "h2o:recent", "h2o:recent=", "h2o:recent=8,x:=3", ":recent=8"]
+)
+def test_half_a_setting_is_refused(policies: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(Path("out"), policies=policies))
+    assert f"POLICY:OPTION=VALUE,OPTION=VALUE, got {policies!r}" in capsys.readouterr().err
+
+
+def test_settings_are_cells_and_rows_of_their_own() -> None:
+    shared: dict[str, dict[str, Any]] = {"": {"interval": 8}, "h2o": {"sinks": 2}}
+    settings = ["full", "h2o", "h2o:interval=4,recent=16", "qfilter:filters=a/b"]
+    plan = replace(PLAN, seeds=1, budgets=[64], policies=settings, options=shared)
+    cells = plan.cells()
+    assert [cell.policy for cell in cells] == ["full", "h2o", "h2o", "qfilter"]
+    assert [dict(cell.options) for cell in cells] == [
+        {},
+        {"interval": 8, "sinks": 2},
+        {"interval": 4, "sinks": 2, "recent": 16},
+        {"interval": 8, "filters": "a/b"},
+    ]
+    assert [cell.name for cell in cells] == [
+        f"{EASY}.full.0",
+        f"{EASY}.h2o.64.0",
+        f"{EASY}.h2o,interval=4,recent=16.64.0",
+        f"{EASY}.qfilter,filters=a%2Fb.64.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grid", "found"),
+    [
+        (
+            ["recent=8,16"],
+            ["full", "h2o:recent=8", "h2o:recent=16", "tova:recent=8", "tova:recent=16"],
+        ),
+        (["h2o:recent=8,16"], ["full", "h2o:recent=8", "h2o:recent=16", "tova"]),
+        (
+            ["h2o:recent=8,16", "H2O:interval=1,2"],
+            [
+                "full",
+                "h2o:interval=1,recent=8",
+                "h2o:interval=2,recent=8",
+                "h2o:interval=1,recent=16",
+                "h2o:interval=2,recent=16",
+                "tova",
+            ],
+        ),
+    ],
+)
+def test_a_grid_is_a_setting_for_each_combination(grid: list[str], found: list[str]) -> None:
+    typed = [f"--grid={one}" for one in grid]
+    assert settings_of("--policies=full,h2o,tova", *typed) == found
+
+
 @pytest.mark.parametrize(
     ("names", "found"),
     [
@@ -96,6 +176,115 @@ def test_options_are_for_all_but_full_or_for_one() -> None:
 def test_groups_and_tags_are_taken_apart(names: list[str], found: list[str]) -> None:
     assert tasks.expanded(names) == (found, [])
     assert len(tasks.expanded(["reasoning"])[0]) == 11
+
+
+# As those of lm_eval, but for the rows.
+OTHERS = {
+    "sums": {
+        "task": "sums",
+        "dataset_path": "json",
+        "test_split": "train",
+        "fewshot_split": "train",
+        "num_fewshot": 1,
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "gen_prefix": "plus",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 20, "do_sample": False},
+        "filter_list": [
+            {"name": "strict", "filter": [{"function": "take_first"}]},
+            {"name": "loose", "filter": [{"function": "take_first"}]},
+        ],
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    "choices": {
+        "task": "choices",
+        "dataset_path": "json",
+        "test_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": 0,
+        "doc_to_choice": ["a", "b"],
+    },
+    "both": {"group": "both", "task": ["sums", "choices"]},
+    "changed": {"group": "changed", "task": [{"task": "sums", "num_fewshot": 0}]},
+}
+
+
+@pytest.fixture
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for the folder of tasks of lm_eval, which takes seconds to read."""
+    folder = tmp_path / "harness"
+    folder.mkdir()
+    rows = [{"question": "oil 9p tax 1", "answer": "10"}, {"question": "tin 3p", "answer": "3"}]
+    (folder / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
+    for name, config in OTHERS.items():
+        more = {"dataset_kwargs": {"data_files": str(folder / "rows.json")}}
+        text = json.dumps(config | more if "dataset_path" in config else config)
+        (folder / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(tasks, "HARNESS", folder)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("harness")
+def test_tasks_of_the_harness_are_taken_too() -> None:
+    assert tasks.expanded(["both", EASY]) == (["sums", "choices", EASY], [])
+    found, problems = tasks.sizes(replace(PLAN, tasks=["sums", "choices"], limit=1))
+    assert found == {"sums": tasks.Size(1, 20)}
+    assert problems == [
+        "choices must have the model write something, but has multiple_choice: nothing is decoded "
+        "in it, so that policies change nothing"
+    ]
+    assert tasks.expanded(["changed"]) == (
+        [],
+        ["--tasks: changed changes what is its members'. Name single tasks instead"],
+    )
+    (problem,) = tasks.expanded(["summs"])[1]
+    assert problem.startswith("--tasks: unknown task 'summs', expected one of lm_eval's or of ")
+    assert problem.endswith("Did you mean 'sums'?")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("harness")
+def test_a_task_of_the_harness_is_scored_by_its_first_metric_and_filter(tmp_path: Path) -> None:
+    plan = replace(PLAN, tasks=["sums"], policies=["h2o"], budgets=[24], seeds=1)
+    folder = tmp_path / "cell"
+    folder.mkdir()
+    assert take(plan, Group(tuple(plan.cells())), [folder]), (folder / "log.txt").read_text()
+    row = from_json((folder / RESULT).read_text())
+    assert isinstance(row, Result)
+    assert (row.task, row.metric, row.documents) == ("sums", "exact_match,strict", 2)
+    assert (row.accuracy, set(row.correct.values())) == (0.0, {0.0})
+    assert row.accuracy_low == 0 < row.accuracy_high < 1
+    assert 0 < row.tokens <= 20 and row.held_tokens <= 24
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    # What is written with agreement goes on from the same prompts, with examples and prefix.
+    (found,) = {sample["arguments"][0][0] for sample in samples if sample["doc_id"] == 0}
+    texts = list(prompts.load(plan, "sums", loaded.model(plan)).ids.values())
+    assert loaded.model(plan).tok_decode(texts[0]).split()[-4:] == found.split()[-4:]
+    assert found.count("tax") + found.count("tin") > 1 and found.endswith("plus")
+
+
+def sample(document: int, filter_: str = "none", **metrics: Any) -> dict[str, Any]:
+    found = {"doc_id": document, "doc_hash": "abcdefghij", "filter": filter_}
+    return found | {"metrics": list(metrics)} | metrics
+
+
+def test_a_score_is_a_share_of_every_document() -> None:
+    samples = [
+        sample(0, errors=0.0, length=70, exact=True),
+        sample(1, errors=1.0, length=1, exact=0),
+    ]
+    samples += [sample(0, "loose", exact=1.0), sample(1, "loose", exact=1.0)]
+    metric, found = accuracy.scores(samples, {"errors": False, "length": True, "exact": True})
+    assert (metric, found) == ("exact,none", {"0-abcdefgh": 1.0, "1-abcdefgh": 0.0})
+    with pytest.raises(ValueError, match=r"must have a metric that is a share .* has 'bleu', 'f1'"):
+        accuracy.scores([sample(0, bleu=[1, 2], f1=37.5)], {})
+
+
+def test_a_single_share_has_every_interval() -> None:
+    assert (metrics.low([0.4]), metrics.high([0.4])) == (0, 1)
 
 
 def test_the_size_of_a_task_counts_its_limit_and_repeats() -> None:
@@ -124,11 +313,21 @@ WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
         {"policy_args": "tova:sinks=1"},
         [r"--policy-args: 'tova' not among --policies 'full', 'h2o'"],
     ),
+    "an option that a setting does not have": (
+        {"policies": "h2o,h2o:windw=4", "budgets": "64"},
+        [r"^h2o:windw=4 at 64: unknown option 'windw'"],
+    ),
+    "a grid of nobody": ({"grid": "tova:recent=8"}, [r"--grid: 'tova' not among --policies"]),
+    "no grid": ({"grid": "recent"}, [r"--grid must be OPTION=VALUE,VALUE,\.\.\., got 'recent'"]),
+    "a grid of what is fixed": (
+        {"policies": "h2o:recent=8", "grid": "recent=8,16"},
+        [r"--grid: 'h2o:recent=8' must be given recent once, got it twice"],
+    ),
     "no budgets": ({"budgets": None}, [r"--budgets must be given"]),
     "no model": ({"model": "/nowhere/at/all"}, [r"--model /nowhere/at/all: "]),
     "no data": (
         {"tasks": "reasoning_gsm8k", "metadata": '{"data_dir": "/nowhere"}'},
-        [r"--tasks: no local rows at /nowhere/gsm8k.jsonl"],
+        [r"--tasks: reasoning_gsm8k: no local rows at /nowhere/gsm8k.jsonl"],
     ),
     "no JSON": ({"metadata": "{"}, [r"--metadata must be a JSON object, got '\{'"]),
     "no pair": ({"gen_kwargs": "sample"}, [r"--gen-kwargs must be NAME=VALUE .* got 'sample'"]),
@@ -191,10 +390,16 @@ WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
         {"model_args": "dtype=int8"},
         [r"^--dtype must be one of .*, got 'int8'$"],
     ),
+    "no time": ({"minutes_per_cell": "0"}, [r"--minutes-per-cell must be > 0, got 0"]),
+    "time on a cluster": (
+        {"minutes_per_cell": "1", "ray": "auto"},
+        [r"--minutes-per-cell must come without --ray"],
+    ),
     "a share of no cluster": ({"gpus_per_cell": "0.5"}, [r"--gpus-per-cell must come with --ray"]),
 }
 
 
+@pytest.mark.usefixtures("harness")
 @pytest.mark.parametrize(("changes", "messages"), WRONG.values(), ids=WRONG.keys())
 def test_all_that_is_wrong_is_said_before_anything_runs(
     changes: dict[str, str | None],
@@ -346,6 +551,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
         r"sweep\.json: format must be 1, got 2\. .*: update, or use another --out",
     ),
     "no plan": (_spoil("sweep.json", "[]"), r"sweep\.json is no plan of a sweep"),
+    "half a plan": (_spoil("sweep.json", '{"format": 1}'), r"sweep\.json is no plan of a sweep"),
     "rows of a newer version": (_spoil(FILE, NEWER + "\n"), r"line 1: format must be 1, got 2"),
     "rows of something else": (_spoil(FILE, "my notes"), r"results\.jsonl, line 1: .*half of one"),
     "half a result": (_spoil(CELL, NEWER[:90]), rf"{RESULT}: .*Remove .* to run this cell again"),
@@ -383,6 +589,55 @@ def test_a_folder_of_another_plan_is_refused(
         assert "holds another plan: " in line
         assert "limit 3 there, 2 here; gen_kwargs {} there, {'max_gen_toks': 30} here" in line
     assert json.loads((tmp_path / "sweep.json").read_text())["limit"] == 3
+
+
+def test_a_folder_is_extended_by_policies_budgets_and_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = replace(PLAN, seeds=1, limit=2, gen_kwargs={"max_gen_toks": 30})
+    folder = Folder(tmp_path)
+    with folder.open(first):
+        for cell in first.cells():
+            finish(folder, cell, row_of(cell))
+    rows = read(tmp_path)
+    settings = ["h2o", "h2o:recent=16", "tova"]
+    more = arguments(tmp_path, policies=",".join(settings), budgets="64,96", seeds="2")
+    assert main([*more, "--dry-run"]) == 0
+    assert "to do: 11 of 12 cells" in capsys.readouterr().out
+    second = replace(first, policies=settings, budgets=[64, 96], seeds=2)
+    with folder.open(second):
+        assert read(tmp_path) == rows
+        finish(folder, second.cells()[-1], row_of(second.cells()[-1]))
+    kept = json.loads((tmp_path / "sweep.json").read_text())
+    assert kept["policies"] == ["full", *settings]
+    assert (kept["budgets"], kept["seeds"]) == ([64, 80, 96], 2)
+    assert kept["given"]["h2o:recent=16"] == {"recent": 16}
+    # What a sweep does not ask for stays, and what is gone of it is mended.
+    (tmp_path / FILE).unlink()
+    with folder.open(first):
+        assert len(read(tmp_path)) == len(rows) + 1
+
+
+def test_a_setting_means_the_same_in_all_of_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Folder(tmp_path).open(replace(PLAN, limit=2, gen_kwargs={"max_gen_toks": 30})):
+        pass
+    assert main([*arguments(tmp_path, policies="tova,h2o"), "--policy-args=sinks=2"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "options of h2o {} there, {'sinks': 2} here" in line
+    assert main([*arguments(tmp_path, policies="tova"), "--policy-args=sinks=2", "--dry-run"]) == 0
+
+
+def test_a_folder_of_before_there_were_settings_goes_on(tmp_path: Path) -> None:
+    plan = replace(PLAN, options={"": {"interval": 8}, "h2o": {"sinks": 2}})
+    old = {k: v for k, v in plan.to_json().items() if k not in ("given", "measure", "prompts")}
+    (tmp_path / "sweep.json").write_text(json.dumps(old | {"options": plan.options}))
+    with Folder(tmp_path).open(plan):
+        pass
+    assert json.loads((tmp_path / "sweep.json").read_text()) == plan.to_json()
+    with pytest.raises(ValueError, match="options of h2o"):
+        Folder(tmp_path).check(replace(plan, options={}))
 
 
 def test_two_sweeps_at_once_in_one_folder_are_refused(

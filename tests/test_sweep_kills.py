@@ -16,6 +16,7 @@ import pytest
 from compressed_cache.eval.results.row import FILE, from_json, read
 
 pytest.importorskip("lm_eval")
+from compressed_cache.eval.sweep import processes
 from compressed_cache.eval.sweep.cell import take
 from compressed_cache.eval.sweep.folder import RESULT, Folder
 from compressed_cache.eval.sweep.group import Group
@@ -139,8 +140,23 @@ def test_a_killed_process_is_the_error_of_its_cell_and_none_outlives_the_sweep(
         orphan.wait(timeout=PATIENCE)
     outcome = folder.outcome(first)
     assert outcome == "its process was ended by SIGKILL, as the system does when memory runs out"
-    finished(tmp_path, "--retry-failed")
+    finished(tmp_path, "--retry-failed", "--minutes-per-cell=10")
     assert essence(read(tmp_path)) == unbroken
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_cell_that_takes_too_long_is_ended_and_the_next_one_begins(
+    together: bool, tmp_path: Path
+) -> None:
+    folder, (first, second, *_) = Folder(tmp_path), PLAN.cells()
+    groups = [Group((first, second))] if together else [Group((first,)), Group((second,))]
+    with folder.open(PLAN):
+        # Before it has as much as imported torch.
+        done = list(processes.run(PLAN, [groups], folder, processes=1, minutes=0.0001))
+    assert done == [first, second]
+    for cell in done:
+        assert folder.outcome(cell) == "it took longer than --minutes-per-cell 0.0001"
+    assert not list(folder.cells.glob(".*"))
 
 
 @pytest.mark.slow

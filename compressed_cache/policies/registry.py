@@ -152,7 +152,7 @@ def as_policy(policy: Any, options: dict[str, Any]) -> Policy:
     if "compression_ratio" in options:
         raise TypeError(
             "compression_ratio must be given as budget, the tokens to keep: "
-            f"budget=round((1 - {options['compression_ratio']}) * tokens of the prompt)"
+            f"budget=int(tokens of the prompt * (1 - {options['compression_ratio']}))"
         )
     if isinstance(policy, str):
         return make_policy(policy, **options)
@@ -178,9 +178,10 @@ def option_names(name: str) -> list[str]:
 
 def canonical_name(name: str) -> str:
     """A name written as for :func:`make_policy`, as tables and results have it; unknown parts of it
-    stay as they are."""
-    scorers, modifiers = _parts(name)
-    return "+".join(["/".join(scorers), *modifiers])
+    and what stands behind a colon stay as they are."""
+    policy, colon, options = name.partition(":")
+    scorers, modifiers = _parts(policy)
+    return "+".join(["/".join(scorers), *modifiers]) + colon + options
 
 
 def split_name(name: str) -> tuple[list[str], list[str]]:
@@ -241,7 +242,7 @@ def _told_by(part: str) -> str:
     """A further sentence for a press that has no namesake here, or nothing."""
     if not part.lower().endswith(_PRESS):
         return ""
-    return f". `python -m compressed_cache presses {part}` tells what to type here for this press"
+    return f". `compressed-cache presses {part}` tells what to type here for this press"
 
 
 @functools.cache
@@ -251,7 +252,7 @@ def _note_presses(name: str) -> None:
     if presses:
         logger.warning(
             "policy %r is %r here, with options and defaults of its own: "
-            "`python -m compressed_cache presses %s` shows those of the press",
+            "`compressed-cache presses %s` shows those of the press",
             *(name, canonical_name(name), presses[0]),
         )
 

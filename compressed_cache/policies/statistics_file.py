@@ -198,7 +198,7 @@ def find(
         name = getattr(config, "name_or_path", "") or "MODEL"
         raise ValueError(
             f"policy {policy!r} needs statistics of the model, and none came with this package for "
-            f"{name!r}. Run\n    python -m compressed_cache calibrate --model {name} --policy "
+            f"{name!r}. Run\n    compressed-cache calibrate --model {name} --policy "
             f"{policy} --out FILE\nand pass {option}=FILE."
         )
     check_policy(found, policy)
@@ -234,7 +234,7 @@ def _read_once(path: Path, state: tuple[int, int] | None) -> _File:
             kind = hub_files.recognised(shapes)
             if kind is None:
                 raise ValueError(
-                    f"{str(path)!r} must be written by 'python -m compressed_cache calibrate' in "
+                    f"{str(path)!r} must be written by 'compressed-cache calibrate' in "
                     f"format {FORMAT!r}, or be a file of kvpress with query_mean and query_cov or "
                     f"of Q-Filters with q_filters, got format {metadata.get('format')!r} with "
                     f"{', '.join(sorted(shapes)[:3])}"

@@ -1,4 +1,4 @@
-"""Makes the stock ``lm_eval`` accept ``kv_`` arguments.
+"""Makes the stock ``lm_eval`` accept ``kv_`` arguments and know the tasks of this package.
 
 torch calls :func:`install` whenever it is imported (entry-point group ``torch.backends``), because
 lm_eval 0.4.13 loads no plugins itself. So this module imports nothing but what Python has loaded
@@ -8,21 +8,28 @@ It waits for ``lm_eval.api.registry`` and watches what is registered there. Not 
 the model class: that one imports torch before it defines the class, so that it may be half executed
 when torch calls.
 
+Tasks are known without ``--include_path`` wherever torch is imported before lm_eval looks for
+them: from Python, and in releases with an entry-point group ``lm_eval.tasks``, which need no hook.
+The command ``lm_eval`` of 0.4.13 looks before anybody has imported torch.
+
 Off with ``COMPRESSED_CACHE_AUTOLOAD=0``, or with torch's own ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``.
 """
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from compressed_cache.integrations import when_imported
 
 _REGISTRY = "lm_eval.api.registry"
 _MODELS = "lm_eval.models.huggingface"
+_INDEX = "lm_eval.tasks._index"
 
 
 def install() -> None:
-    """Patches lm_eval's Hugging Face model class, now or as soon as it is defined."""
+    """Patches lm_eval's Hugging Face model class and its index of tasks, now or as soon as they are
+    defined."""
     if os.environ.get("COMPRESSED_CACHE_AUTOLOAD") == "0":
         return
     try:
@@ -31,6 +38,7 @@ def install() -> None:
             _patch(model_class)
         else:
             when_imported(_REGISTRY, _watch)
+        when_imported(_INDEX, _add_tasks)
     except Exception as error:
         _report(error)
 
@@ -56,6 +64,29 @@ def _watch(registry: Any) -> None:
     registry.register_model = watching
 
 
+def _add_tasks(module: Any) -> None:
+    """Puts this package's tasks between lm_eval's own and those of ``--include_path``."""
+    try:
+        build = module.TaskIndex.build
+    except AttributeError as error:
+        _report(error, "tasks are known by --include_path only")
+        return
+    if getattr(build, "has_ours", False):
+        return
+    own = Path(module.__file__).parent
+
+    def build_with_ours(paths: Any, *args: Any, **kwargs: Any) -> Any:
+        from compressed_cache.tasks import PATH
+
+        paths = list(paths)
+        if own in paths and PATH not in [Path(path).resolve() for path in paths]:
+            paths.insert(paths.index(own) + 1, PATH)
+        return build(paths, *args, **kwargs)
+
+    build_with_ours.has_ours = True  # pyright: ignore[reportFunctionMemberAccess]
+    module.TaskIndex.build = staticmethod(build_with_ours)
+
+
 def _patch(model_class: Any) -> None:
     try:
         from compressed_cache.integrations.harness.adapter import patch
@@ -65,9 +96,9 @@ def _patch(model_class: Any) -> None:
         _report(error)
 
 
-def _report(error: Exception) -> None:
+def _report(error: Exception, what: str = "kv_ arguments are not available") -> None:
     import logging
 
     logging.getLogger("lm_eval.compressed_cache").warning(
-        "kv_ arguments are not available with this lm_eval: %r", error
+        "%s with this lm_eval: %r", *(what, error)
     )

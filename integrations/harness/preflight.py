@@ -112,16 +112,20 @@ def prompts(
         run: what ``simple_evaluate`` is given.
         template: makes text of a conversation, if the run asks for that.
     """
+    # Else examples would be others each time.
+    task.set_fewshot_seed(seed=0)
     for number in _chosen(task, run):
+        document = task.eval_docs[number]
         yield (
             number,
             task.fewshot_context(
-                task.eval_docs[number],
-                num_fewshot=0,
+                document,
+                num_fewshot=task.config.num_fewshot or 0,
                 system_instruction=run["system_instruction"],
                 apply_chat_template=bool(run["apply_chat_template"]),
                 fewshot_as_multiturn=run["fewshot_as_multiturn"],
                 chat_template=template,
+                gen_prefix=task.doc_to_prefix(document),
             ),
         )
 

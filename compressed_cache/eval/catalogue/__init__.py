@@ -1,1 +1,1 @@
-"""``python -m compressed_cache policies`` and ``presses``."""
+"""``compressed-cache policies`` and ``presses``."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("entries.json")
-"""Written by ``python -m bench.readme``."""
+"""Written by ``python -m bench.pages``."""
 BUDGET = 256
 """Where defaults are told."""
 HEAD_DIM = 128

@@ -1,4 +1,4 @@
-"""The catalogue as text for a terminal and as Markdown for the README."""
+"""The catalogue as text for a terminal and as Markdown for the documentation."""
 
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -38,7 +38,7 @@ def press(row: PressEquivalent) -> str:
 
 
 def tables(entries: Sequence[Entry]) -> str:
-    """The Policies section of the README."""
+    """All of them: what they do, their options and their deviations."""
     policies = [entry for entry in entries if not entry.is_modifier]
     modifiers = [entry for entry in entries if entry.is_modifier]
     return "\n".join(
@@ -51,17 +51,20 @@ def tables(entries: Sequence[Entry]) -> str:
             "arguments of `CompressedCache`, where it is not `interval=1`, `sinks=0`, `recent=0`, "
             "`protect_prompt=False`.",
             "",
-            "Modifiers go behind a policy, as in `h2o+caote`; what they look at and hold is beside "
-            "what it does:",
+            "## Modifiers",
             "",
-            _modifiers(modifiers, any_policy=len([entry for entry in policies if entry.evicts])),
+            "Modifiers follow a policy, as in `h2o+caote`. What they look at and hold comes on top "
+            "of what the policy does. *All*: every policy that evicts.",
             "",
-            _folded("Options", _options(entries)),
+            _modifiers(modifiers, [entry.name for entry in policies if entry.evicts]),
             "",
-            _folded(
-                "Where they differ from their papers",
-                "\n".join(f"- `{e.name}`: {e.deviations}" for e in entries if e.deviations),
-            ),
+            "## Options",
+            "",
+            _options(entries),
+            "",
+            "## Where they differ from their papers",
+            "",
+            *(f"- `{e.name}`: {e.deviations}" for e in entries if e.deviations),
         ]
     )
 
@@ -74,7 +77,7 @@ def alone(entry: Entry) -> str:
 
 
 def presses(rows: Sequence[PressEquivalent]) -> str:
-    """The table of presses for the README, and how budgets are told."""
+    """The table of presses, and how budgets are told."""
     cells = [
         [
             f"`{row.name}`{f' ({row.origin})' * (row.origin != KVPRESS)}",
@@ -129,13 +132,18 @@ def _policies(entries: Iterable[Entry]) -> str:
     return _table(["policy", *header], [[*_cells(e), _defaults(e) or "-"] for e in entries])
 
 
-def _modifiers(entries: Sequence[Entry], any_policy: int | None = None) -> str:
-    """Those behind as many policies as there are stand behind any."""
+def _modifiers(entries: Sequence[Entry], policies: Sequence[str] = ()) -> str:
+    """Of ``policies``, those that a modifier does not follow are told where these are fewer."""
     header = ("in one line", "paper", "works at", "looks at", "state", "behind")
-    behind = {
-        e.name: "any" if len(e.works_on) == any_policy else _names(e.works_on) for e in entries
-    }
-    return _table(["modifier", *header], [[*_cells(e), behind[e.name]] for e in entries])
+    rows = [[*_cells(each), _behind(each, policies)] for each in entries]
+    return _table(["modifier", *header], rows)
+
+
+def _behind(entry: Entry, policies: Sequence[str]) -> str:
+    others = [name for name in policies if name not in entry.works_on]
+    if len(others) >= len(entry.works_on) or not policies:
+        return _names(entry.works_on)
+    return f"all but {_names(others)}" if others else "all"
 
 
 def _options(entries: Iterable[Entry]) -> str:
@@ -176,10 +184,6 @@ def _typed(option: Option) -> str:
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return markdown(header, [[cell.replace("|", r"\|") for cell in row] for row in rows])
-
-
-def _folded(title: str, text: str) -> str:
-    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def _bare(text: str) -> str:

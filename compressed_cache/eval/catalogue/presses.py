@@ -135,7 +135,7 @@ _MANY: tuple[PressEquivalent, ...] = tuple(
             '"expected_attention", n_future=512, n_sinks=4, use_covariance=True, use_vnorm=True, '
             "epsilon=0.0",
             "with `calibration=` the file of the hub, once downloaded, or one that "
-            "`python -m compressed_cache calibrate` wrote",
+            "`compressed-cache calibrate` wrote",
         ),
         (
             "FastKVzipPress",

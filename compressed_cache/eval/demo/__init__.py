@@ -1,1 +1,1 @@
-"""``python -m compressed_cache demo``."""
+"""``compressed-cache demo``."""

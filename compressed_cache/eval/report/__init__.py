@@ -1,1 +1,1 @@
-"""``python -m compressed_cache report``: measurements as one page."""
+"""``compressed-cache report``: measurements as one page."""

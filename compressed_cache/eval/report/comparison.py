@@ -15,7 +15,7 @@ from compressed_cache.eval.results.row import Measured, Option
 class Beside:
     """A policy with options of its own, and how it compares."""
 
-    policy: str
+    setting: str
     options: dict[str, Option]
     against: str
     found: Comparison
@@ -29,17 +29,17 @@ def comparison(
     refused: list[str] = []
     of_setting: dict[tuple[str, str], list[Measured]] = {}
     for row in results:
-        setting = row.policy, json.dumps(settled(row), sort_keys=True)
+        setting = row.name, json.dumps(settled(row), sort_keys=True)
         of_setting.setdefault(setting, []).append(row)
-    for (policy, _), own in of_setting.items():
+    for (name, _), own in of_setting.items():
         options = settled(own[0])
-        for against, others in _others(policy, options, results).items():
+        for against, others in _others(own[0].policy, options, results).items():
             try:
-                compared = compare([*own, *others], policy, against)
+                compared = compare([*own, *others], name, against)
             except ValueError as error:
                 refused.append(str(error))
                 continue
-            found += [Beside(policy, options, against, one) for one in compared]
+            found += [Beside(name, options, against, one) for one in compared]
     text = f"Not compared: {'; '.join(dict.fromkeys(refused))}" if refused else ""
     tables = [table(title, _COLUMNS, found)] if found else []
     return [Part(title, text, tables=tables)] if found or refused else []
@@ -51,18 +51,17 @@ def _others(
     """Rows of the full cache, and of `random` with the prompt as protected, if there are any."""
     if policy == "full":
         return {}
-    found = {"full": [row for row in results if row.policy == "full" and row.scores]}
-    if policy != "random":
-        found["random"] = [
-            row
-            for row in results
-            if row.policy == "random" and row.options.get(PROTECT) == options.get(PROTECT)
-        ]
-    return {name: rows for name, rows in found.items() if rows}
+    found: dict[str, list[Measured]] = {}
+    for row in results:
+        is_full = row.policy == "full" and row.scores
+        is_random = row.policy == "random" != policy
+        if is_full or (is_random and row.options.get(PROTECT) == options.get(PROTECT)):
+            found.setdefault(row.name, []).append(row)
+    return found
 
 
 _COLUMNS: list[Column[Beside]] = [
-    Column("policy", lambda each: each.policy),
+    Column("policy", lambda each: each.setting),
     Column("task", lambda each: each.found.task),
     Column("model", lambda each: each.found.model),
     Column("budget", lambda each: each.found.budget, ",d"),

@@ -43,7 +43,7 @@ def compare(results: Sequence[Measured], first: str, second: str) -> list[Compar
 
     Args:
         results: rows of any policies.
-        first: a policy.
+        first: a policy, or a setting of one, as a sweep was given it.
         second: another; one that has no budget is compared at each budget of the other.
 
     Raises:
@@ -71,7 +71,7 @@ def _by_cell(
     """Rows by measure, model, task and budget, then by seed."""
     found: dict[tuple[str, str, str, int | None], dict[int, Measured]] = defaultdict(dict)
     for row in results:
-        if row.policy != policy:
+        if row.name != policy:
             continue
         rows = found[row.measure, row.model, row.task, row.budget]
         if row.seed in rows:
@@ -81,7 +81,7 @@ def _by_cell(
             )
         rows[row.seed] = row
     if not found:
-        names = {row.policy for row in results}
+        names = {row.name for row in results}
         raise ValueError(
             f"there are no rows of {policy!r}, only of {listing(names)}{nearest(policy, names)}"
         )

@@ -3,7 +3,7 @@
 import json
 import os
 import typing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Self
@@ -42,9 +42,17 @@ class Measured:
     """Of Python and the packages."""
     machine: dict[str, str | int]
     """The device, its architecture, threads of PyTorch and the model's dtype."""
+    setting: str | None = None
+    """Policy and options as the sweep called them, such as ``h2o:recent=16``. None: the row is of
+    before there were settings."""
     given: dict[str, Option] | None = None
     """Those of the options that were asked for; the others are defaults, some of which depend on
     the budget. None: the row is of before this was kept."""
+
+    @property
+    def name(self) -> str:
+        """What two rows of a task, a budget and a seed are told apart by."""
+        return self.setting or self.policy
 
     @property
     def scores(self) -> dict[str, float]:
@@ -62,7 +70,9 @@ class Measured:
         Raises:
             ValueError: fields that are missing, unknown or of another type.
         """
-        values = {"given": None} | values
+        # Those of before there was such a field have what it is by default.
+        later = {one.name: one.default for one in fields(cls) if one.default is not MISSING}
+        values = later | values
         names = {field.name for field in fields(cls)}
         if names != set(values):
             raise ValueError(f"must have the fields of a row, differs in {names ^ set(values)}")
@@ -94,6 +104,8 @@ class Result(Measured):
     """Generated tokens of all replies, by the seconds that took, prefill included."""
     correct: dict[str, float]
     """Score of each document, 0 to 1, by what identifies it."""
+    metric: str = "accuracy,none"
+    """What the harness calls the score: metric and filter."""
 
     @property
     def scores(self) -> dict[str, float]:

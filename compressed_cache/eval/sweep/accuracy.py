@@ -1,6 +1,8 @@
 """Accuracy of one cell, as the harness grades it."""
 
 import time
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import lm_eval
@@ -12,6 +14,8 @@ from compressed_cache.eval.sweep.plan import Plan
 from compressed_cache.integrations.harness import adapter
 from compressed_cache.integrations.harness.arguments import PressArguments
 from compressed_cache.integrations.harness.preflight import check_tasks
+from compressed_cache.tasks import metrics
+from compressed_cache.wording import listing
 
 
 def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
@@ -29,7 +33,9 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
     results = simple_evaluate(
         model=model, bootstrap_iters=0, log_samples=True, **run, **dict.fromkeys(seeds, cell.seed)
     )
-    found, samples = results["results"][cell.task], results["samples"][cell.task]
+    samples = results["samples"][cell.task]
+    metric, correct = scores(samples, results["higher_is_better"][cell.task])
+    low, high = (end(list(correct.values())) for end in (metrics.low, metrics.high))
     meter = model.compressed_cache.meter
     result = Result(
         model=plan.model,
@@ -38,23 +44,58 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
         options=press.options(),
         budget=cell.budget,
         seed=cell.seed,
-        documents=found["sample_len"],
-        accuracy=found["accuracy,none"],
-        accuracy_low=found["accuracy_low,none"],
-        accuracy_high=found["accuracy_high,none"],
-        tokens=found["tokens,none"],
-        truncated=found["truncated,none"],
-        evicted_tokens=found["evicted_tokens,none"],
-        held_tokens=found["held_tokens,none"],
-        cache_bytes=found["cache_bytes,none"],
+        documents=len(correct),
+        accuracy=fmean(correct.values()),
+        accuracy_low=low,
+        accuracy_high=high,
+        tokens=fmean(record.tokens for record in meter.records),
+        truncated=fmean(record.truncated for record in meter.records),
+        evicted_tokens=fmean(record.evicted_tokens for record in meter.records),
+        held_tokens=fmean(record.held_tokens for record in meter.records),
+        cache_bytes=fmean(record.cache_bytes for record in meter.records),
         tokens_per_s=sum(record.tokens for record in meter.records) / meter.seconds,
         seconds=time.perf_counter() - started,
-        correct={_identity(sample): sample["accuracy"] for sample in samples},
+        correct=correct,
+        metric=metric,
         versions=loaded.versions(),
         machine=loaded.machine(model.model),
-        given=plan.given(cell.policy),
+        given=plan.given(cell.setting),
+        setting=cell.setting,
     )
     return [Finished(result, samples)]
+
+
+def scores(
+    samples: Sequence[dict[str, Any]], higher_is_better: Mapping[str, bool]
+) -> tuple[str, dict[str, float]]:
+    """Of each document what the task grades first, under its first filter.
+
+    Args:
+        samples: as the harness logs them: one for each document and filter.
+        higher_is_better: of each metric.
+
+    Returns:
+        What the harness calls the metric, and the scores by what identifies a document.
+
+    Raises:
+        ValueError: there is no metric which every document has as a share, 0 to 1.
+    """
+    filter_ = samples[0]["filter"]
+    own = [sample for sample in samples if sample["filter"] == filter_]
+    for metric in own[0]["metrics"]:
+        values: list[Any] = [sample.get(metric) for sample in own]
+        if higher_is_better.get(metric, True) and all(map(_is_share, values)):
+            return f"{metric},{filter_}", {
+                _identity(sample): float(value) for sample, value in zip(own, values, strict=True)
+            }
+    raise ValueError(
+        f"the task must have a metric that is a share of each document, 0 to 1, has "
+        f"{listing(own[0]['metrics'])}. Use lm_eval itself: compressed-cache eval"
+    )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) and 0 <= value <= 1
 
 
 def _identity(sample: dict[str, Any]) -> str:

@@ -52,7 +52,8 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
             seconds=seconds,
             versions=loaded.versions(),
             machine=loaded.machine(lm.model),
-            given=plan.given(cell.policy),
+            given=plan.given(cell.setting),
+            setting=cell.setting,
             weights=weights,
             **summary(documents),
         )

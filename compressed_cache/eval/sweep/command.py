@@ -1,6 +1,7 @@
 """What the sweep command does with its options."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from compressed_cache.eval.results.row import FILE, Agreement, Measured, Option,
 from compressed_cache.eval.sweep import estimate, plan, processes, prompts, tasks
 from compressed_cache.eval.sweep.folder import ERROR, Folder
 from compressed_cache.eval.sweep.group import Group, together
-from compressed_cache.eval.sweep.plan import Cell, Plan, named
+from compressed_cache.eval.sweep.plan import Cell, Plan, named, options_of, policy_of
 from compressed_cache.hf.loading import why
 from compressed_cache.policies import canonical_name
 from compressed_cache.wording import listing, missing, nearest
@@ -38,6 +39,7 @@ class Run:
     processes: int | None = None
     ray: str | None = None
     gpus_per_cell: float | None = None
+    minutes_per_cell: float | None = None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -158,7 +160,8 @@ def _run(
 
         gpus = options.gpus_per_cell
         return cluster.run(asked, phases, folder, address=options.ray, gpus=gpus)
-    return processes.run(asked, phases, folder, processes=count)
+    minutes = options.minutes_per_cell
+    return processes.run(asked, phases, folder, processes=count, minutes=minutes)
 
 
 def _has_ray() -> bool:
@@ -220,6 +223,11 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, list[str]]:
             count[name] = 1
     if options.gpus_per_cell is not None and not options.ray:
         problems.append("--gpus-per-cell must come with --ray")
+    if options.minutes_per_cell is not None:
+        if options.minutes_per_cell <= 0:
+            problems.append(f"--minutes-per-cell must be > 0, got {options.minutes_per_cell:g}")
+        if options.ray:
+            problems.append("--minutes-per-cell must come without --ray, which begins cells itself")
 
     def tried(read: Callable[[], T], otherwise: T) -> T:
         try:
@@ -230,6 +238,7 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, list[str]]:
 
     is_agreement = options.measure == Agreement.measure
     policies = list(dict.fromkeys(map(canonical_name, options.policies)))
+    policies = tried(lambda: _on_grid(policies, options.grid), policies)
     if is_agreement and "full" not in policies:
         policies = ["full", *policies]
     gen_kwargs = tried(lambda: _gen_kwargs(options.gen_kwargs, is_agreement), {})
@@ -291,6 +300,34 @@ def _paragraphs(file: str) -> list[str]:
         return prompts.of_file(Path(file))
     except OSError as error:
         raise ValueError(f"--text {file}: {error.strerror}") from None
+
+
+def _on_grid(settings: list[str], grid: list[str]) -> list[str]:
+    """Each setting with all combinations of the values that are asked for of its policy."""
+    axes = [_axis(text) for text in grid]
+    policies = list(dict.fromkeys(map(policy_of, settings)))
+    if strangers := [policy for policy, *_ in axes if policy and policy not in policies]:
+        raise ValueError(f"--grid: {listing(strangers)} not among --policies {listing(policies)}")
+    found = []
+    for setting in settings:
+        policy, _, given = setting.partition(":")
+        own = [axis for one, *axis in axes if one == policy or (not one and policy != "full")]
+        names = [name for name, _ in own] + list(options_of(setting))
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"--grid: {setting!r} must be given {twice[0]} once, got it twice")
+        fixed = given.split(",") if given else []
+        for values in itertools.product(*(values for _, values in own)):
+            parts = [f"{name}={value}" for (name, _), value in zip(own, values, strict=True)]
+            found.append(f"{policy}:{','.join(sorted(fixed + parts))}" if parts else setting)
+    return found
+
+
+def _axis(text: str) -> tuple[str, str, list[str]]:
+    where, _, values = text.partition("=")
+    policy, _, name = where.rpartition(":")
+    if not name or not all(values.split(",")):
+        raise ValueError(f"--grid must be OPTION=VALUE,VALUE,..., got {text!r}")
+    return canonical_name(policy), name, values.split(",")
 
 
 def _policy_options(texts: list[str]) -> dict[str, dict[str, Option]]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from compressed_cache.eval.results.row import Measured, Row
-from compressed_cache.eval.sweep.plan import Cell, Plan
+from compressed_cache.eval.sweep.plan import Cell, Plan, policy_of
 from compressed_cache.eval.sweep.tasks import Size
 from compressed_cache.wording import markdown
 
@@ -48,10 +48,11 @@ def page(
     cells = plan.cells()
     table = []
     for task in plan.tasks:
-        for policy in plan.policies:
-            budgets = "-" if policy == "full" else ",".join(map(str, plan.budgets))
-            own = [outcomes[c.name] for c in cells if (c.task, c.policy) == (task, policy)]
-            table.append([task, policy, budgets, str(plan.seeds), *_counts(own)])
+        for setting in plan.policies:
+            is_full = policy_of(setting) == "full"
+            budgets = "-" if is_full else ",".join(map(str, plan.budgets))
+            own = [outcomes[c.name] for c in cells if (c.task, c.setting) == (task, setting)]
+            table.append([task, setting, budgets, str(plan.seeds), *_counts(own)])
     tokens = sum(sizes[cell.task].tokens for cell in todo)
     documents = sum(sizes[cell.task].documents for cell in todo)
     lines = [

@@ -1,6 +1,6 @@
 """The folder of a sweep: what is done, and nothing half done.
 
-    sweep.json      the plan
+    sweep.json      the plan, which further sweeps extend by tasks, policies, budgets and seeds
     results.jsonl   one row for each finished cell, in the order in which they finished
     cells/NAME/     log.txt, and result.json with samples.jsonl, or error.json; with agreement the
                     full cache's has texts.jsonl
@@ -16,12 +16,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from compressed_cache.eval.results import row as rows
-from compressed_cache.eval.results.row import Measured, Result, Row
-from compressed_cache.eval.sweep.plan import FORMAT, Cell, Plan
+from compressed_cache.eval.results.row import Measured, Row
+from compressed_cache.eval.sweep.plan import FORMAT, Cell, Plan, extended
 
 LOG, SAMPLES, RESULT, ERROR = "log.txt", "samples.jsonl", "result.json", "error.json"
 
@@ -50,16 +51,18 @@ class Folder:
         self.cells.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.path / ".lock", timeout=0):
-                self.check(plan)
-                self._mend(plan)
+                self._mend(self.check(plan))
                 yield
         except Timeout:
             raise BlockingIOError(
                 f"another sweep is at work in {self.path}. Wait for it, or use another --out"
             ) from None
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: Plan) -> dict[str, Any]:
         """Refuses a folder that cannot be used, and leaves it as it is.
+
+        Returns:
+            What its plan is to be.
 
         Raises:
             NotADirectoryError: one inside a file.
@@ -72,8 +75,9 @@ class Folder:
         if not os.access(there, os.W_OK):
             raise PermissionError(errno.EACCES, "Permission denied", str(there))
         path = self.path / "sweep.json"
+        wanted = plan.to_json()
         if not path.exists():
-            return
+            return wanted
         try:
             found = json.loads(path.read_text())
             version = found["format"]
@@ -84,13 +88,13 @@ class Folder:
                 f"{path}: format must be {FORMAT}, got {version!r}. A newer compressed-cache wrote "
                 "it: update, or use another --out"
             )
-        # Sweeps of before there was a choice.
-        found = {"measure": Result.measure, "prompts": None} | found
-        wanted = json.loads(json.dumps(plan.to_json()))
-        names = [name for name in wanted | found if wanted.get(name) != found.get(name)]
-        if names:
-            differing = "; ".join(f"{n} {found.get(n)} there, {wanted.get(n)} here" for n in names)
-            raise ValueError(f"{self.path} holds another plan: {differing}. Use another --out")
+        try:
+            return extended(found, wanted)
+        except KeyError:
+            raise ValueError(f"{path} is no plan of a sweep. Use another --out") from None
+        except ValueError as error:
+            message = f"{self.path} holds another plan: {error}. Use another --out"
+            raise ValueError(message) from None
 
     def outcome(self, cell: Cell) -> Row | str | None:
         """The cell's row, or its error, or None if it is still to do.
@@ -99,8 +103,9 @@ class Folder:
             ValueError: a file that is no row.
         """
         folder = self.cells / cell.name
-        if not folder.exists():
-            return None
+        return self._outcome(folder) if folder.exists() else None
+
+    def _outcome(self, folder: Path) -> Row | str:
         path = folder / (ERROR if (folder / ERROR).exists() else RESULT)
         try:
             text = path.read_text()
@@ -125,11 +130,12 @@ class Folder:
         """The cell is to do again."""
         shutil.rmtree(self.cells / cell.name)
 
-    def _mend(self, plan: Plan) -> None:
+    def _mend(self, plan: dict[str, Any]) -> None:
         for folder in self.cells.glob(".*"):
             shutil.rmtree(folder)
-        _write(self.path / "sweep.json", json.dumps(plan.to_json(), indent=1) + "\n")
-        outcomes = [_line(self.outcome(cell)) for cell in plan.cells()]
+        _write(self.path / "sweep.json", json.dumps(plan, indent=1) + "\n")
+        # Those of all sweeps that were at work here.
+        outcomes = [_line(self._outcome(folder)) for folder in sorted(self.cells.iterdir())]
         finished = [line for line in outcomes if line]
         path = self.path / rows.FILE
         text = path.read_text() if path.exists() else ""
@@ -143,7 +149,7 @@ class Folder:
         _write(path, "".join(line + "\n" for line in kept))
 
 
-def _line(outcome: Row | str | None) -> str | None:
+def _line(outcome: Row | str) -> str | None:
     return outcome.to_json() if isinstance(outcome, Measured) else None
 
 

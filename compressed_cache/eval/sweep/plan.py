@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+from lm_eval.utils import simple_parse_args_string
 
 from compressed_cache.cache import CompressedCache
 from compressed_cache.eval.results.row import Agreement, Option, Result
@@ -26,10 +29,11 @@ def named(model: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One policy at one budget on one task: a row."""
+    """One setting of a policy at one budget on one task: a row."""
 
     task: str
-    policy: str
+    setting: str
+    """As the plan has it."""
     options: Mapping[str, Option]
     """Further arguments of the cache, as far as given."""
     budget: int | None
@@ -38,9 +42,15 @@ class Cell:
     @property
     def name(self) -> str:
         """Its folder, which no other cell of the sweep has."""
-        policy = self.policy.replace("/", "-")
+        policy, *options = self.setting.split(":", 1)
+        setting = ",".join([policy.replace("/", "-"), *(quote(one, "=,") for one in options)])
         budget = [] if self.budget is None else [str(self.budget)]
-        return ".".join([self.task, policy, *budget, str(self.seed)])
+        return ".".join([self.task, setting, *budget, str(self.seed)])
+
+    @property
+    def policy(self) -> str:
+        """Its name."""
+        return policy_of(self.setting)
 
     @property
     def cache_arguments(self) -> dict[str, Any]:
@@ -48,13 +58,24 @@ class Cell:
         return dict(self.options) | ({} if self.budget is None else {"budget": self.budget})
 
 
+def policy_of(setting: str) -> str:
+    """The name of the policy in a setting."""
+    return setting.partition(":")[0]
+
+
+def options_of(setting: str) -> dict[str, Option]:
+    """The options in a setting."""
+    return simple_parse_args_string(setting.partition(":")[2])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was asked for. All of it shapes the rows, so that a folder holds one plan."""
+    """What was asked for."""
 
     model: str
     tasks: list[str]
     policies: list[str]
+    """Settings: names, or names with options, such as ``h2o:interval=8,recent=16``."""
     budgets: list[int]
     seeds: int
     options: dict[str, dict[str, Option]] = field(default_factory=dict)
@@ -84,16 +105,16 @@ class Plan:
         return [
             Cell(
                 task=task,
-                policy=policy,
-                options=self._options(policy, seed),
+                setting=setting,
+                options=self._options(setting, seed),
                 budget=budget,
                 seed=seed,
             )
             for seed in range(self.seeds)
             for task in self.tasks
-            for policy in self.policies
-            for budget in ([None] if policy == "full" else self.budgets)
-            if not (self.is_agreement and policy == "full" and seed)
+            for setting in self.policies
+            for budget in ([None] if policy_of(setting) == "full" else self.budgets)
+            if not (self.is_agreement and policy_of(setting) == "full" and seed)
         ]
 
     def writer(self, task: str) -> Cell:
@@ -101,27 +122,62 @@ class Plan:
         return next(cell for cell in self.cells() if (cell.task, cell.policy) == (task, "full"))
 
     def repeating(self) -> list[str]:
-        """The policies whose rows are the same under every seed: decoding is greedy."""
+        """The settings whose rows are the same under every seed: decoding is greedy."""
         if self.gen_kwargs.get("do_sample") or self.seeds == 1:
             return []
-        return [policy for policy in self.policies if not self._draws(policy)]
+        return [setting for setting in self.policies if not self._draws(setting)]
 
-    def given(self, policy: str) -> dict[str, Option]:
-        """The options that were asked for of a policy."""
+    def given(self, setting: str) -> dict[str, Option]:
+        """The options that were asked for of a setting; its own come before those of its policy."""
+        policy = policy_of(setting)
         shared = {} if policy == "full" else self.options.get("", {})
-        return shared | self.options.get(policy, {})
+        return shared | self.options.get(policy, {}) | options_of(setting)
 
     def to_json(self) -> dict[str, Any]:
         """What the folder keeps."""
+        found = {"format": FORMAT} | asdict(self)
         prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
-        text = {"prompts": prompts} if self.prompts else {"prompts": None}
-        return {"format": FORMAT} | asdict(self) | text
+        found["prompts"] = prompts if self.prompts else None
+        del found["options"]
+        return found | {"given": {setting: self.given(setting) for setting in self.policies}}
 
-    def _options(self, policy: str, seed: int) -> dict[str, Option]:
-        return ({"seed": seed} if self._draws(policy) else {}) | self.given(policy)
+    def _options(self, setting: str, seed: int) -> dict[str, Option]:
+        return ({"seed": seed} if self._draws(setting) else {}) | self.given(setting)
 
-    def _draws(self, policy: str) -> bool:
-        return "seed" in option_names(policy) and "seed" not in self.given(policy)
+    def _draws(self, setting: str) -> bool:
+        return "seed" in option_names(policy_of(setting)) and "seed" not in self.given(setting)
+
+
+def extended(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """What a folder keeps of its plan and of a further one.
+
+    Raises:
+        ValueError: plans that differ in more than tasks, policies, budgets and seeds, so that one
+            name could mean two rows.
+    """
+    here = json.loads(json.dumps(here))
+    # Sweeps of before there was a choice.
+    there = {"measure": Result.measure, "prompts": None} | there
+    if "options" in there:
+        # Those of before there were settings.
+        policies, options = there["policies"], there.pop("options")
+        of_old = Plan(model="", tasks=[], policies=policies, budgets=[], seeds=1, options=options)
+        there["given"] = {setting: of_old.given(setting) for setting in policies}
+    lists, kept = ("tasks", "policies", "budgets"), there["given"]
+    names = [name for name in here | there if name not in (*lists, "seeds", "given")]
+    found = [(name, there.get(name), here.get(name)) for name in names]
+    found += [
+        (f"options of {setting}", kept[setting], given)
+        for setting, given in here["given"].items()
+        if setting in kept
+    ]
+    if differing := [f"{name} {old} there, {new} here" for name, old, new in found if old != new]:
+        raise ValueError("; ".join(differing))
+    return here | {
+        **{name: list(dict.fromkeys(there[name] + here[name])) for name in lists},
+        "seeds": max(there["seeds"], here["seeds"]),
+        "given": kept | here["given"],
+    }
 
 
 def problems(plan: Plan, config: Any) -> Iterator[str]:
@@ -132,15 +188,16 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
         config: of the model, None where it is not known.
     """
     known = []
-    for policy in plan.policies:
+    policies = list(dict.fromkeys(map(policy_of, plan.policies)))
+    for policy in policies:
         try:
             option_names(policy)
-            known.append(policy)
+            known += [setting for setting in plan.policies if policy_of(setting) == policy]
         except ValueError as error:
             yield f"--policies: {error}"
-    if strangers := [name for name in plan.options if name and name not in plan.policies]:
-        yield f"--policy-args: {listing(strangers)} not among --policies {listing(plan.policies)}"
-    if not plan.budgets and any(policy != "full" for policy in plan.policies):
+    if strangers := [name for name in plan.options if name and name not in policies]:
+        yield f"--policy-args: {listing(strangers)} not among --policies {listing(policies)}"
+    if not plan.budgets and any(policy != "full" for policy in policies):
         yield "--budgets must be given, all policies but full need one"
     heard = set()
     for cell in replace(plan, policies=known).cells():
@@ -148,7 +205,7 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
             cache = CompressedCache(cell.policy, config=config, **cell.cache_arguments)
             check_first_pass(cache.policy)
         except (NotImplementedError, TypeError, ValueError) as error:
-            where = cell.policy if cell.budget is None else f"{cell.policy} at {cell.budget}"
+            where = cell.setting if cell.budget is None else f"{cell.setting} at {cell.budget}"
             if (problem := f"{where}: {error}") not in heard:
                 heard.add(problem)
                 yield problem

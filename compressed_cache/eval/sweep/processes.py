@@ -4,11 +4,13 @@ Not a pool of ``concurrent.futures``, which gives up all its work when one proce
 that is the error of one cell, and a new process takes the next.
 """
 
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -25,7 +27,12 @@ _CONTEXT = multiprocessing.get_context("spawn")
 
 
 def run(
-    plan: Plan, phases: Iterable[Iterable[Group]], folder: Folder, *, processes: int
+    plan: Plan,
+    phases: Iterable[Iterable[Group]],
+    folder: Folder,
+    *,
+    processes: int,
+    minutes: float | None = None,
 ) -> Iterator[Cell]:
     """Runs groups of cells, each of which is published in the folder when it is yielded.
 
@@ -34,8 +41,9 @@ def run(
         phases: groups, of which those of a phase begin when all of the phase before have ended.
         folder: open.
         processes: how many groups run at a time.
+        minutes: after which a process is ended, for each cell of its group; None for no limit.
     """
-    workers = [_Worker(plan, folder, number, processes) for number in range(processes)]
+    workers = [_Worker(plan, folder, number, processes, minutes) for number in range(processes)]
     busy: dict[Connection, _Worker] = {}
     try:
         for phase in phases:
@@ -44,11 +52,15 @@ def run(
                 for worker in workers:
                     if waiting and worker not in busy.values():
                         busy[worker.begin(waiting.popleft())] = worker
-                for pipe in wait(list(busy)):
+                rest = None if minutes is None else min(one.rest() for one in busy.values())
+                for pipe in wait(list(busy), rest):
                     assert isinstance(pipe, Connection)
                     cells, again = busy.pop(pipe).end()
                     waiting.extend(again)
                     yield from cells
+                for worker in busy.values():
+                    if not worker.rest():
+                        worker.end_late()
     finally:
         for worker in workers:
             worker.stop()
@@ -57,9 +69,14 @@ def run(
 class _Worker:
     """A process that is started when it is needed and keeps its model from group to group."""
 
-    def __init__(self, plan: Plan, folder: Folder, number: int, processes: int) -> None:
+    def __init__(
+        self, plan: Plan, folder: Folder, number: int, processes: int, minutes: float | None
+    ) -> None:
         self._plan, self._folder = plan, folder
         self._number, self._processes = number, processes
+        self._minutes = minutes
+        self._deadline = math.inf
+        self._is_late = False
         self._process: Any = None
         self._pipe: Any = None
         self._group: Any = None
@@ -77,11 +94,24 @@ class _Worker:
             # Else the pipe would not end with the process.
             theirs.close()
         self._group = group
+        self._is_late = False
+        if self._minutes is not None:
+            self._deadline = time.monotonic() + 60 * self._minutes * len(group.cells)
         self._partials = [self._folder.begin(cell) for cell in group.cells]
         # If it ends just now, the pipe ends too.
         with suppress(BrokenPipeError):
             self._pipe.send((group, self._partials))
         return self._pipe
+
+    def rest(self) -> float:
+        """Seconds that the group may still take."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def end_late(self) -> None:
+        """Ends the process of a group that has had its time, as :meth:`end` will find."""
+        self._is_late = True
+        self._process.kill()
+        self._process.join()
 
     def end(self) -> tuple[Sequence[Cell], Iterable[Group]]:
         """The cells, published, and what is to run again.
@@ -97,7 +127,10 @@ class _Worker:
                 for partial in self._partials:
                     shutil.rmtree(partial)
                 return (), self._group.singly()
-            write_error(self._partials[0], _cause(self._process.exitcode))
+            cause = _cause(self._process.exitcode)
+            if self._is_late:
+                cause = f"it took longer than --minutes-per-cell {self._minutes:g}"
+            write_error(self._partials[0], cause)
             is_well = False
         for cell, partial in zip(self._group.cells, self._partials, strict=True):
             self._folder.publish(cell, partial)

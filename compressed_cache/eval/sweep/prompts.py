@@ -62,7 +62,7 @@ def load(plan: Plan, name: str, lm: Any) -> Prompts:
     else:
         run = tasks.evaluation(plan, name)
         check_tasks(lm, plan.model_args, run)
-        task: Any = run["task_manager"].load([name])["tasks"][name]
+        task = tasks.load(plan, name)
         limit = tasks.reply_limit(plan, task)
         texts = dict(prompts(task, run, lm.apply_chat_template))
     ids = {}
@@ -88,7 +88,7 @@ def too_long(plan: Plan) -> Iterator[str]:
             tokens = torch.tensor([longest(cell.task)])
             check_prompt(tokens, cache.policy, eviction, cell.budget or 1)
         except ValueError as error:
-            found[f"{cell.policy} at {cell.budget} on {cell.task}: {error}"] = None
+            found[f"{cell.setting} at {cell.budget} on {cell.task}: {error}"] = None
     return iter(found)
 
 
@@ -104,7 +104,7 @@ def _longest(plan: Plan, name: str) -> int:
         texts = list(_of_user(plan, functools.partial(apply, add_generation_prompt=True)))
     else:
         run = tasks.evaluation(plan, name)
-        task: Any = run["task_manager"].load([name])["tasks"][name]
+        task = tasks.load(plan, name)
         texts = [text for _, text in prompts(task, run, apply)]
     return max(len(tokenizer(text).input_ids) for text in texts)
 

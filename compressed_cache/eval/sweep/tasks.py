@@ -1,9 +1,14 @@
-"""The tasks of this package by the names a sweep takes, and how much they ask for."""
+"""Tasks of this package and of lm_eval by the names a sweep takes, and how much they ask for."""
 
+import functools
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
+from lm_eval.config.group import GroupConfig
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
@@ -21,21 +26,46 @@ class Size:
     """Generated at most."""
 
 
-def manager(metadata: dict[str, Any]) -> TaskManager:
-    """The harness's loader of tasks, which knows those of this package alone."""
-    return TaskManager(include_path=str(PATH), include_defaults=False, metadata=metadata)
+HARNESS = Path(lm_eval.tasks.__file__).parent
+"""The tasks of lm_eval."""
+
+
+def manager(metadata: dict[str, Any], name: str) -> TaskManager:
+    """The harness's loader of tasks, which knows those of the folder of one alone."""
+    file = _index(name)[name].yaml_path
+    return _manager(json.dumps(metadata), str(PATH if PATH in file.parents else file.parent))
+
+
+def _index(name: str) -> Any:
+    """All tasks, groups and tags of this package; with those of lm_eval where it has no such."""
+    ours = _manager("{}", str(PATH)).task_index
+    # Which are some 14,000 files, read once.
+    return ours if name in ours else _manager("{}", str(HARNESS), str(PATH)).task_index
+
+
+@functools.cache
+def _manager(metadata: str, *paths: str) -> TaskManager:
+    return TaskManager(
+        include_path=list(paths), include_defaults=False, metadata=json.loads(metadata)
+    )
 
 
 def expanded(names: list[str]) -> tuple[list[str], list[str]]:
     """The single tasks behind names of tasks, groups and tags, and what is wrong with others."""
-    index = manager({}).task_index
     found, problems = [], []
     for name in names:
-        if name in index:
+        index = _index(name)
+        if name not in index:
+            ours = listing(_manager("{}", str(PATH)).task_index)
+            problems.append(
+                f"--tasks: unknown task {name!r}, expected one of lm_eval's or of "
+                f"{ours}{nearest(name, index)}"
+            )
+            continue
+        try:
             found += _members(index, name)
-        else:
-            known = f"expected one of {listing(index)}{nearest(name, index)}"
-            problems.append(f"--tasks: unknown task {name!r}, {known}")
+        except ValueError as error:
+            problems.append(f"--tasks: {error}")
     return list(dict.fromkeys(found)), problems
 
 
@@ -48,15 +78,26 @@ def sizes(plan: Plan) -> tuple[dict[str, Size], list[str]]:
         return dict.fromkeys(plan.tasks, size), []
     for name in plan.tasks:
         try:
-            task: Any = manager(plan.metadata).load([name])["tasks"][name]
-        except (OSError, RuntimeError, ValueError) as error:
-            problems.append(str(error))
+            task = load(plan, name)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            problems.append(str(error) if name in str(error) else f"{name}: {error}")
+            continue
+        if task.OUTPUT_TYPE != "generate_until":
+            problems.append(
+                f"{name} must have the model write something, but has {task.OUTPUT_TYPE}: nothing "
+                "is decoded in it, so that policies change nothing"
+            )
             continue
         documents = min(len(task.eval_docs), plan.limit or len(task.eval_docs))
         # Greedy texts are written once.
         repeats = 1 if plan.is_agreement else task.config.repeats
         found[name] = Size(documents, documents * repeats * reply_limit(plan, task))
     return found, problems
+
+
+def load(plan: Plan, name: str) -> Any:
+    """A task of the harness, with its data."""
+    return manager(_metadata(plan), name).load([name])["tasks"][name]
 
 
 def reply_limit(plan: Plan, task: Any) -> int:
@@ -70,7 +111,7 @@ def evaluation(plan: Plan, task: str) -> dict[str, Any]:
     """What the harness's ``simple_evaluate`` is given for a task."""
     return dict(
         tasks=[task],
-        task_manager=manager(plan.metadata),
+        task_manager=manager(_metadata(plan), task),
         limit=plan.limit,
         samples=None,
         gen_kwargs=plan.gen_kwargs or None,
@@ -80,12 +121,22 @@ def evaluation(plan: Plan, task: str) -> dict[str, Any]:
     )
 
 
+def _metadata(plan: Plan) -> dict[str, Any]:
+    # As the harness does, whose tasks may make texts of so many tokens of the model.
+    return {"pretrained": plan.pretrained} | plan.model_args | plan.metadata
+
+
 def _members(index: Any, name: str) -> Iterator[str]:
     entry = index[name]
+    config = entry.cfg or {}
     # The harness keeps the members of a tag in a set.
-    members = sorted(entry.tags) if entry.yaml_path is None else (entry.cfg or {}).get("task")
-    if isinstance(members, list):
-        for member in members:
-            yield from _members(index, member)
-    else:
+    members = sorted(entry.tags) if entry.yaml_path is None else config.get("task")
+    if not isinstance(members, list):
         yield name
+        return
+    own = {field.name for field in fields(GroupConfig)}
+    for member in members:
+        # Alone, a member would be another task.
+        if not isinstance(member, str) or config.keys() - own:
+            raise ValueError(f"{name} changes what is its members'. Name single tasks instead")
+        yield from _members(index, member)

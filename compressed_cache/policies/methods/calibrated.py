@@ -20,7 +20,7 @@ class Calibrated(Policy):
     """
 
     calibration: str | None = None
-    """Path of a file that ``python -m compressed_cache calibrate`` wrote for the model, or for
+    """Path of a file that ``compressed-cache calibrate`` wrote for the model, or for
     ``qfilter`` of a ``model.safetensors`` that its authors published (with ``q_filters``), or of a
     folder with ``qfilter.safetensors`` for ``qfilter``, and so on, or with that; None: the file
     that came with this package, as it does for the shipped model."""

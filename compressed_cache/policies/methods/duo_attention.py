@@ -39,7 +39,7 @@ class DuoAttention(Modifier):
     name: ClassVar[str] = "duo_attention"
     store: ClassVar = "pool"
     gates: str | None = None
-    """Path of a file that ``python -m compressed_cache calibrate`` wrote for the model, or of a
+    """Path of a file that ``compressed-cache calibrate`` wrote for the model, or of a
     ``.tsv`` of the authors, a row for each layer; a folder as of ``calibration``; None: the one
     that came with this package."""
     sparsity: float = 0.5

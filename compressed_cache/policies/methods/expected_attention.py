@@ -48,7 +48,7 @@ class ExpectedAttention(Calibrated):
     name: ClassVar[str] = "expected_attention"
     scores_attention: ClassVar = True
     calibration: str | None = None
-    """Path of a file that ``python -m compressed_cache calibrate`` wrote for the model, or of a
+    """Path of a file that ``compressed-cache calibrate`` wrote for the model, or of a
     ``model.safetensors`` that kvpress made for it (``query_mean`` and ``query_cov``), or of a
     folder with ``expected_attention.safetensors`` or that; None: statistics of the prompt."""
     n_future: int = 512

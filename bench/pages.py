@@ -1,28 +1,33 @@
-"""Writes the tables of the README from results and docstrings, so that none is typed.
+"""Writes the tables of README.md and docs/ from results, docstrings and tests; none is typed.
 
-Beside it the file of all policies that ``python -m compressed_cache policies`` reads.
+It also writes the file that ``compressed-cache policies`` reads. What is measured comes
+from these commands:
 
-    python -m compressed_cache demo --out bench/results
+    compressed-cache demo --out bench/results
     python -m bench.catalogue
     python -m bench.harness
     pytest bench/ --benchmark-only
-    python -m bench.readme
+    python -m tests.features
+    python -m bench.pages
 
 Each part stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench import markers
 from bench import report as bench_report
-from compressed_cache.eval.catalogue import entries, entry, page
+from compressed_cache.eval.catalogue import entries, entry
+from compressed_cache.eval.catalogue import page as catalogue
 from compressed_cache.eval.catalogue.presses import PRESSES
 from compressed_cache.eval.demo import report as demo_report
 from compressed_cache.wording import markdown
+from tests import families, features
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -40,6 +45,41 @@ COSTS = (
 )
 
 
+SUMMARY = {
+    "full": "keeps everything",
+    "h2o": "the tokens that received most attention",
+    "snapkv": "what the last queries attend to",
+    "random": "chance",
+    "streaming_llm": "the first tokens and the newest",
+}
+PRESSES_OF_THE_README = (
+    "SnapKVPress",
+    "StreamingLLMPress",
+    "AdaKVPress",
+    "DecodingPress",
+    "PrefillDecodingPress",
+    "PerLayerCompressionPress",
+)
+
+
+def summary() -> str:
+    """Five policies of the demo, without a protected prompt."""
+    columns, found = _by_column(json.loads((RESULTS / "demo.json").read_text()))
+    budgets = [column for column in columns if "prompt" not in column]
+    rows = [
+        [f"`{name}`", meaning, *(f"{row['accuracy']:.0%}" for row in found[name][: len(budgets)])]
+        for name, meaning in SUMMARY.items()
+    ]
+    return markdown(["policy", "keeps", *(f"{budget} slots" for budget in budgets)], rows)
+
+
+def kvpress() -> str:
+    """Six presses and what to type here."""
+    first = {press.name: press for press in reversed(PRESSES)}
+    rows = [[f"`{name}`", f"`{first[name].here}`"] for name in PRESSES_OF_THE_README]
+    return markdown(["press", "`CompressedCache(..., budget=...)`"], rows)
+
+
 def demo() -> str:
     """Accuracy of the policies of the demo, then every number of it."""
     document = json.loads((RESULTS / "demo.json").read_text())
@@ -54,7 +94,7 @@ def demo() -> str:
             "",
             "![Accuracy against budget](bench/results/demo.png)",
             "",
-            "<details><summary>All numbers of the demo</summary>",
+            '<details markdown="1"><summary>All numbers of the demo</summary>',
             "",
             markdown(demo_report.COLUMNS, [demo_report.cells(row) for row in document["rows"]]),
             "",
@@ -120,13 +160,13 @@ def _names(policies: list[str]) -> str:
 
 
 def policies() -> str:
-    """What ``python -m compressed_cache policies --markdown`` prints."""
-    return page.tables(entries.every())
+    """What ``compressed-cache policies --markdown`` prints."""
+    return catalogue.tables(entries.every())
 
 
 def presses() -> str:
-    """What ``python -m compressed_cache presses --markdown`` prints."""
-    return page.presses(PRESSES)
+    """What ``compressed-cache presses --markdown`` prints."""
+    return catalogue.presses(PRESSES)
 
 
 def harness() -> str:
@@ -160,7 +200,7 @@ def harness() -> str:
             "",
             markdown(["policy", *(f"{task} at {budget}" for task, budget in cells)], lines),
             "",
-            "<details><summary>What it cost</summary>",
+            '<details markdown="1"><summary>What it cost</summary>',
             "",
             markdown(COSTS, costs),
             "",
@@ -174,29 +214,38 @@ def _accuracy(row: dict[str, Any]) -> str:
     return f"{row['accuracy']:.0%} [{low:.0f}, {high:.0f}]"
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    "demo": demo,
-    "policies": policies,
-    "accuracy": accuracy,
-    "presses": presses,
-    "harness": harness,
-    "decode": bench_report.decode,
-    "speeds": bench_report.policies,
-    "telemetry": bench_report.telemetry,
-    "seen": bench_report.tokens_seen,
-    "budget": bench_report.budget,
-    "prefill": bench_report.prefill,
-    "chunks": bench_report.chunks,
-    "capacity": bench_report.capacity,
-    "compile": bench_report.compilation,
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"summary": summary, "kvpress": kvpress},
+    "docs/shipped-model.md": {"demo": demo, "accuracy": accuracy, "harness": harness},
+    "docs/policies.md": {"policies": policies},
+    "docs/features.md": {"features": features.table},
+    "docs/from-kvpress.md": {"presses": presses},
+    "docs/models.md": {"families": families.table},
+    "docs/speed.md": {
+        "decode": bench_report.decode,
+        "speeds": bench_report.policies,
+        "seen": bench_report.tokens_seen,
+        "budget": bench_report.budget,
+        "prefill": bench_report.prefill,
+        "chunks": bench_report.chunks,
+        "capacity": bench_report.capacity,
+    },
+    "docs/compile.md": {"compile": bench_report.compilation},
+    "docs/telemetry.md": {"telemetry": bench_report.telemetry},
 }
 
 
-def filled(text: str) -> str:
-    """The README with every part made anew."""
-    for name, make in PARTS.items():
-        text = markers.filled(text, name, make())
+def filled(page: str, text: str) -> str:
+    """The text of a page with every part made anew."""
+    for name, make in PAGES[page].items():
+        text = markers.filled(text, name, _seen_from(page, make()))
     return text
+
+
+def _seen_from(page: str, part: str) -> str:
+    """Links from the root of the repository as links from the folder of the page."""
+    up = "../" * page.count("/")
+    return re.sub(r"\]\((?!\w+:|#)", f"]({up}", part)
 
 
 def _full_length(document: dict[str, Any]) -> str:
@@ -205,16 +254,17 @@ def _full_length(document: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Rewrites README.md and draws what it shows."""
+    """Rewrites the pages and draws what they show."""
     argparse.ArgumentParser(
-        prog="python -m bench.readme",
+        prog="python -m bench.pages",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(arguments)
     bench_report.draw_peaks()
     entry.FILE.write_text(entry.text(entries.every()), encoding="utf-8")
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(page, path.read_text()))
 
 
 if __name__ == "__main__":
