@@ -81,7 +81,8 @@ def lossless(
 
 def _check(model: Any, arguments: dict[str, Any]) -> None:
     """Raises before any work is done."""
-    cache, config = arguments.get(CACHE), arguments["generation_config"]
+    cache: Any = arguments.get(CACHE)
+    config = arguments["generation_config"]
     if not hook.is_compressed(cache) or not arguments.get("use_cache"):
         raise ValueError(
             "lossless drafts with a CompressedCache. Pass it as cache= and leave use_cache on."
