@@ -10,15 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lm_eval.tasks
 import pytest
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import TaskIndex
 
 from compressed_cache.integrations.harness import autoload
 from compressed_cache.integrations.harness.autoload import install
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import PATH
+
+pytest.importorskip("lm_eval")
+import lm_eval.tasks
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import TaskIndex
 
 BIN = Path(sys.executable).parent
 TASK = "reasoning_shipped_easy"

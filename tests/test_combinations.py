@@ -94,7 +94,7 @@ def test_presses_understood_by_name_are_those_of_the_table() -> None:
     for press in PRESSES:
         name = canonical_name(press.name)
         if name == press.name:
-            with pytest.raises(ValueError, match=rf"`python .* presses {name}` tells"):
+            with pytest.raises(ValueError, match=rf"`compressed-cache presses {name}` tells"):
                 make_policy(name)
         else:
             assert name in re.split(r"\W", press.here), press

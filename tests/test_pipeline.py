@@ -343,7 +343,7 @@ def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
         ("1", dict(prefill_chunk_size=-3), ValueError, r"prefill_chunk_size must be >= 1, got -3"),
         ("1", dict(batch_size=-1), ValueError, r"batch_size must be >= 1, got -1"),
         ("1", dict(press="snapvk"), ValueError, r"policy='snapvk': unknown .* mean 'snapkv'"),
-        ("1", dict(press="CURPress"), ValueError, r"`python .* presses CURPress` tells"),
+        ("1", dict(press="CURPress"), ValueError, r"`compressed-cache presses CURPress` tells"),
         ("1", dict(policy=object()), TypeError, r"policy must be a name or a Policy object"),
         ("1", dict(policy="h2o", press="h2o"), ValueError, r"policy and press are the same"),
         ("1", dict(policy="h2o", compression_ratio=0.5, budget=4), ValueError, r"and budget must"),
