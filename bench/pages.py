@@ -94,11 +94,10 @@ def demo() -> str:
             "",
             "![Accuracy against budget](bench/results/demo.png)",
             "",
-            '<details markdown="1"><summary>All numbers of the demo</summary>',
-            "",
-            markdown(demo_report.COLUMNS, [demo_report.cells(row) for row in document["rows"]]),
-            "",
-            "</details>",
+            _folded(
+                "All numbers of the demo",
+                markdown(demo_report.COLUMNS, [demo_report.cells(row) for row in document["rows"]]),
+            ),
         ]
     )
 
@@ -200,13 +199,13 @@ def harness() -> str:
             "",
             markdown(["policy", *(f"{task} at {budget}" for task, budget in cells)], lines),
             "",
-            '<details markdown="1"><summary>What it cost</summary>',
-            "",
-            markdown(COSTS, costs),
-            "",
-            "</details>",
+            _folded("What it cost", markdown(COSTS, costs)),
         ]
     )
+
+
+def _folded(title: str, text: str) -> str:
+    return f'<details markdown="1"><summary>{title}</summary>\n\n{text}\n\n</details>'
 
 
 def _accuracy(row: dict[str, Any]) -> str:

@@ -65,29 +65,30 @@ def _statistics_of_any_model(
     monkeypatch.setattr(gate_file, "load", load_or_make_up_gate)
 
 
+def make_llama(**changes: object) -> LlamaForCausalLM:
+    """Two layers with grouped queries 2:1, in evaluation mode."""
+    torch.manual_seed(0)
+    settings = dict(
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        vocab_size=VOCABULARY,
+        initializer_range=0.3,
+        max_position_embeddings=16384,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., LlamaForCausalLM]:
-    """A factory of 2-layer Llamas with grouped queries 2:1."""
-
-    def make(**changes: object) -> LlamaForCausalLM:
-        torch.manual_seed(0)
-        settings = dict(
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=12,
-            vocab_size=VOCABULARY,
-            initializer_range=0.3,
-            max_position_embeddings=16384,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
-
-    return make
+    """A factory of :func:`make_llama`'s models."""
+    return make_llama
 
 
 @pytest.fixture(scope="session")

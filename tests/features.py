@@ -15,7 +15,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.every_policy import COMBINATIONS, statistics
 from compressed_cache import CompressedCache, compress
@@ -27,6 +26,7 @@ from compressed_cache.stores.slots import SlotStore
 from compressed_cache.versions import cache_argument
 from compressed_cache.wording import markdown
 from tests.compiling import CountingBackend, compiled
+from tests.conftest import make_llama
 from tests.parallel import CASES
 
 FILE = Path(__file__).with_name("features.json")
@@ -37,32 +37,12 @@ QUESTION = 4
 """Tokens behind a context that is read twice."""
 
 
-def make_model() -> LlamaForCausalLM:
-    """Two layers with two key/value heads, whose attention is far from uniform."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        vocab_size=400,
-        initializer_range=0.3,
-        max_position_embeddings=16384,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 class Trial:
     """A policy, and texts to try it on."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.model = make_model()
+        self.model = make_llama()
         self.options: dict[str, Any] = statistics(name, self.model)
         if POLICIES.get(name, POLICIES["h2o"])().evicts:
             self.options |= dict(recent=8, protect_prompt=False)
@@ -206,7 +186,7 @@ def tried(name: str) -> dict[str, str]:
 
 def statistics_of(name: str) -> str:
     """Files that a policy cannot do without."""
-    if "weights" in (needed := statistics(name, make_model())):
+    if "weights" in (needed := statistics(name, make_llama())):
         return "trained gates"
     return "a file" if needed else "none"
 

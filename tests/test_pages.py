@@ -19,14 +19,7 @@ from tests.conftest import distinct_tokens
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 README = (ROOT / "README.md").read_text()
-TEXTS = {
-    path: path.read_text()
-    for path in (
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-    )
-}
+TEXTS = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS)}
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 

@@ -1,6 +1,7 @@
 """A loop for ``generate`` that leaves the host little to do between two steps."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from compressed_cache.versions import CACHE
 hook.install()
 
 _MASK = "attention_mask"
-_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # A model with one of these of its own may need more than another token in each step.
 _METHODS = (
     "_sample",
@@ -57,7 +58,7 @@ def decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
     """
     config: GenerationConfig = arguments["generation_config"]
     mode = config.get_generation_mode(arguments.get("assistant_model"))
-    if mode in _MODES and _is_simple(model, config, arguments):
+    if mode in MODES and _is_simple(model, config, arguments):
         return _decode(model, input_ids, **arguments)
     return getattr(type(model), GENERATION_MODES_MAPPING[mode])(model, input_ids, **arguments)
 
@@ -87,6 +88,12 @@ def _is_inherited(model: Any, method: str) -> bool:
     return getattr(getattr(model, method), "__func__", None) is getattr(GenerationMixin, method)
 
 
+def longest_text(criteria: Sequence[Any]) -> float:
+    """Tokens that the criteria let a text have, the prompt included."""
+    limits = (one.max_length for one in criteria if type(one) is MaxLengthCriteria)
+    return min(limits, default=math.inf)
+
+
 def _decode(
     model: Any,
     ids: Tensor,
@@ -107,8 +114,7 @@ def _decode(
     kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
 
     criteria = [c for c in stopping_criteria if type(c) is not MaxLengthCriteria]
-    limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
-    longest = min(limits, default=math.inf)
+    longest = longest_text(stopping_criteria)
     pad = generation_config._pad_token_tensor
     pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     unfinished = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)

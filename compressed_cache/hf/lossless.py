@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from compressed_cache.hf import attention_hook as hook
 from compressed_cache.hf import checks
-from compressed_cache.hf.decode_loop import prepares_plainly
+from compressed_cache.hf.decode_loop import MODES, longest_text, prepares_plainly
 from compressed_cache.hf.draft_length import DraftLength, DraftStatistics
 from compressed_cache.hf.drafter import Drafter
 from compressed_cache.hf.full_cache import CopyPrompt, FullCache
@@ -88,7 +86,7 @@ def _check(model: Any, arguments: dict[str, Any]) -> None:
             "lossless drafts with a CompressedCache. Pass it as cache= and leave use_cache on."
         )
     mode = config.get_generation_mode(arguments.get("assistant_model"))
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    if mode not in MODES:
         raise NotImplementedError(
             f"lossless is for greedy decoding and sampling, got {mode.value}. Leave out what asks "
             "for it, or custom_generate."
@@ -144,13 +142,12 @@ class _Loop:
         self.full = FullCache(needs_hidden_states=self.cache.needs_hidden_states)
         self.statistics = statistics
         self.samples: bool = generation_config.do_sample
-        limits = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
         self.texts = RowTexts(
             ids,
             logits_processor,
             stopping_criteria,
             pad_token=generation_config._pad_token_tensor,
-            longest=min(limits, default=math.inf),
+            longest=longest_text(stopping_criteria),
             streamer=streamer,
         )
         self.prompt = ids.shape[1]

@@ -33,9 +33,7 @@ def together(
     def read(reader: Callable[[], Result]) -> Result | Exception:
         try:
             with torch.inference_mode(), _Meeting(table):
-                return reader()
-        except Exception as error:
-            return error
+                return _tried(reader)
         finally:
             table.leave()
 
@@ -44,13 +42,14 @@ def together(
 
 def apart(readers: Sequence[Callable[[], Result]]) -> list[Result | Exception]:
     """Calls all readers, one after the other, and returns what they return or raise."""
-    results: list[Result | Exception] = []
-    for reader in readers:
-        try:
-            results.append(reader())
-        except Exception as error:
-            results.append(error)
-    return results
+    return [_tried(reader) for reader in readers]
+
+
+def _tried(reader: Callable[[], Result]) -> Result | Exception:
+    try:
+        return reader()
+    except Exception as error:
+        return error
 
 
 class _Place:

@@ -102,7 +102,6 @@ def read(
     """
     sides = {name: _Side(model, batch, make) for name, make in caches.items()}
     full = _Steps(model, batch, DynamicCache(config=model.config))
-    dtype = next(iter(model.parameters())).dtype
     with ThreadPoolExecutor(len(sides) + 1) as pool:
         for step in range(batch.answers.shape[1]):
             reading = [side for side in sides.values() if side.error is None]
@@ -111,7 +110,7 @@ def read(
             readers = [full.next, *(side.next for side in reading)]
             # Rounded to few bits, a row would depend on what is read beside it; and prompts have
             # rows enough, all of which would be held at once.
-            joins = step > 0 and dtype == torch.float32
+            joins = step > 0 and model.dtype == torch.float32
             logits, *others = together(readers, pool) if joins else apart(readers)
             if isinstance(logits, Exception):
                 raise logits
