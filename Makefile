@@ -34,12 +34,13 @@ dist: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench --benchmark-only
 
-# The demo, all policies and the evaluation, then all tables of README.md and docs/.
+# The demo, all policies and the evaluation, then all pictures and tables of README.md and docs/.
 pages: $(VENV)/installed
 	$(BIN)/python -m compressed_cache demo --out bench/results
 	$(BIN)/python -m bench.catalogue
 	$(BIN)/python -m bench.harness
 	$(BIN)/python -m tests.features
+	$(BIN)/python -m bench.screenshot
 	$(BIN)/python -m bench.pages
 
 # The core under the oldest transformers that is supported and under the newest there is. What it
