@@ -21,8 +21,11 @@ PICTURE = ROOT / "docs" / "pictures" / "report.png"
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes the picture."""
-    parser = argparse.ArgumentParser(prog="python -m bench.screenshot", description=__doc__)
-    parser.parse_args(arguments)
+    argparse.ArgumentParser(
+        prog="python -m bench.screenshot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     chromium = shutil.which("chromium")
     if chromium is None:
         print("chromium must be on the PATH", file=sys.stderr)
