@@ -4,7 +4,7 @@
     python -m bench.real_models page
 
 ``run`` is ``compressed-cache agree`` for all policies, with options that need no
-statistics of the model, and can be stopped and gone on with. It copies its rows to
+statistics of the model, and can be stopped and gone on with. It adds its rows to those in
 ``bench/results/agreement``, of which ``page`` makes ``docs/results.md``. Rows 0 to 49 of a task are
 for choosing defaults (``bench.variants``), those from 50 on for the page.
 """
@@ -12,6 +12,7 @@ for choosing defaults (``bench.variants``), those from 50 on for the page.
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.every_policy import EVERY, UNTRAINED
@@ -82,16 +83,33 @@ def policies() -> list[str]:
 
 
 def _keep(folder: Path, rows: str) -> None:
-    """Copies the rows, with the name of the model in place of its folder."""
+    """Adds the rows to those of this model, with its name in place of its folder."""
     if not (folder / FILE).exists():
         return
     found = [row for row in read(folder) if isinstance(row, Agreement)]
     if not found:
         return
     named = [dataclasses.replace(row, model=Path(row.model).name) for row in found]
-    name = f"{named[0].model}-{named[0].task}-{rows.replace(':', '-')}-{folder.name}.jsonl"
     FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / name).write_text("".join(row.to_json() + "\n" for row in named))
+    path = FOLDER / f"{named[0].model}-{named[0].task}-{rows.replace(':', '-')}-{folder.name}.jsonl"
+    earlier = [row for row in read(path) if isinstance(row, Agreement)] if path.exists() else []
+    path.write_text("".join(row.to_json() + "\n" for row in extended(earlier, named)))
+
+
+def extended(earlier: Sequence[Agreement], new: Sequence[Agreement]) -> list[Agreement]:
+    """The rows of earlier runs, those measured again in place, and what is new.
+
+    Raises:
+        ValueError: they are of other texts.
+    """
+    texts = {(row.weights, row.documents, row.text_tokens) for row in (*earlier, *new)}
+    if len(texts) > 1:
+        raise ValueError(f"rows must be of the same texts, got {sorted(texts)}. Use another --out")
+    return list({_cell(row): row for row in (*earlier, *new)}.values())
+
+
+def _cell(row: Agreement) -> str:
+    return json.dumps([row.policy, row.budget, row.seed, row.given, row.setting])
 
 
 if __name__ == "__main__":
