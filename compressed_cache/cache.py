@@ -321,7 +321,9 @@ class CompressedCache(Drafts, AnnouncedCalls):
 
     def begin_call(self, prompt_tokens: int, steps: int) -> None:
         """Counts a call that begins: tokens read as a prompt, then tokens read one by one."""
-        if self._is_filled and (self.counter.running or prompt_tokens or steps > 1):
+        is_told = self.counter.running or prompt_tokens or steps > 1
+        # A model that is given its masks does not announce a step.
+        if self._is_filled and (is_told or not torch.compiler.is_compiling()):
             self._end_step(prompt_tokens + steps)
         self.counter.begin(prompt_tokens, steps)
 

@@ -22,6 +22,7 @@ from compressed_cache.policies import POLICIES
 from compressed_cache.policies.capabilities import ReadsTwice, find
 from compressed_cache.reasoner.tokenizer import build_tokenizer
 from compressed_cache.stores import memory
+from compressed_cache.stores.growing import GrowingStore
 from compressed_cache.stores.slots import SlotStore
 from compressed_cache.versions import cache_argument
 from compressed_cache.wording import markdown
@@ -153,7 +154,7 @@ def kernel(trial: Trial) -> None:
 
 
 def _step_in_torch(store: Any) -> str:
-    if type(store) is not SlotStore:
+    if type(store) not in (SlotStore, GrowingStore):
         kind = type(store).__name__
         return f"PyTorch takes its steps, because slots are laid out otherwise (`{kind}`)."
     if store.bound.rerotates:

@@ -11,6 +11,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from compressed_cache import CompressedCache, decode
+from compressed_cache.hf.decode_loop import draw
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import VOCABULARY, distinct_tokens, held
@@ -389,3 +390,23 @@ def test_cuda_graphs_give_what_they_give_generate(
     assert torch.equal(got, expected)
     _assert_same(caches[1], caches[0])
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("vocabulary", [5, 2000])
+def test_draws_are_those_of_pytorch(vocabulary: int) -> None:
+    chances = torch.randn(3, vocabulary).mul(3).softmax(dim=-1)
+    chances[:, ::3] = 0.0
+    torch.manual_seed(1)
+    expected, later = torch.multinomial(chances, num_samples=1), torch.rand(2)
+    torch.manual_seed(1)
+    tokens, is_broken = draw(chances)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(torch.rand(2), later)
+    assert not is_broken
+
+
+def test_nothing_is_drawn_of_nan(make_model: Callable[..., LlamaForCausalLM]) -> None:
+    model: Any = make_model()
+    model.lm_head.weight.data[7] = torch.nan
+    with pytest.raises(ValueError, match="probabilities must be numbers, got NaN"):
+        _generate(model, _cache(), do_sample=True, custom_generate=decode)

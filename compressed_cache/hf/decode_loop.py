@@ -118,6 +118,8 @@ def _decode(
     pad = generation_config._pad_token_tensor
     pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     unfinished = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
+    told = Told(2, ids.device)
+    broken = torch.zeros((), dtype=torch.bool, device=ids.device)
     inputs: Any = None
     padding: _Padding | None = None
     with model._optimize_model_for_decode():
@@ -128,7 +130,7 @@ def _decode(
             for processor in logits_processor:
                 scores = processor(ids, scores)
             if generation_config.do_sample:
-                tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+                tokens, broken = draw(scores.softmax(dim=-1))
             else:
                 tokens = scores.argmax(dim=-1, keepdim=True)
             if pads:
@@ -140,8 +142,10 @@ def _decode(
                 unfinished = unfinished & ~criterion(ids, None)[:, None]
             if streamer is not None:
                 streamer.put(tokens[:, 0].cpu())
-            has_ended = bool(criteria) and not unfinished.any()
-            if ids.shape[1] >= longest or (has_ended and not pads):
+            if ids.shape[1] >= longest:
+                break
+            told.tell(torch.stack([~unfinished.any(), broken]))
+            if criteria and not pads and told.read()[0]:
                 break
             # Ends the step before, as transformers does when it asks for the size of a mask.
             kwargs[CACHE].get_mask_sizes(1, 0)
@@ -155,12 +159,56 @@ def _decode(
                 if padding is not None:
                     padding.write(real)
             outputs = forward(**inputs, return_dict=True)
+            # Asked behind the step, so that the device has work while the host waits. And alone or
+            # beside longer ones, a row has read the token that ended it.
+            has_ended, is_broken = told.read()
+            if is_broken:
+                raise ValueError("probabilities must be numbers, got NaN. Does the model overflow?")
             if has_ended:
-                # Alone or beside longer ones, a row has read the token that ended it.
                 break
     if streamer is not None:
         streamer.end()
     return ids
+
+
+def draw(chances: Tensor) -> tuple[Tensor, Tensor]:
+    """The draw of ``torch.multinomial``, which on CUDA would wait twice to see what it is given.
+
+    Args:
+        chances: ``[B, V]`` float32.
+
+    Returns:
+        A token of each row ``[B, 1]``, and whether there is one of which nothing can be drawn, a
+        bool ``[]``.
+    """
+    tokens = (chances / torch.empty_like(chances).exponential_(1.0)).argmax(dim=-1, keepdim=True)
+    return tokens, chances.isnan().any()
+
+
+class Told:
+    """What the device says, which the host reads some work later without waiting for that.
+
+    Args:
+        count: of its answers.
+        device: which.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        self._answers = torch.zeros(count, dtype=torch.bool, pin_memory=is_cuda)
+        self._event = torch.cuda.Event() if is_cuda else None
+
+    def tell(self, answers: Tensor) -> None:
+        """Takes bools ``[count]``, as they will be once the device is there."""
+        self._answers.copy_(answers, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> list[bool]:
+        """The answers, once the device has given them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._answers.tolist()
 
 
 class _Padding:

@@ -10,8 +10,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from compressed_cache.hf import attention_hook, checks
 from compressed_cache.hf.module_inputs import ModuleInput
 from compressed_cache.observers import Observer
+from compressed_cache.stores.growing import power_of_two
 from compressed_cache.stores.inputs import AttentionInputs
-from compressed_cache.stores.memory import power_of_two
 
 
 class FullLayer(CacheLayerMixin):

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from compressed_cache.ops.attention import group_queries
 from compressed_cache.ops.eviction import ranks_by_position
@@ -37,11 +39,21 @@ def rerotate_to_ranks(
     missing = positions.amax(dim=-1, keepdim=True) - ranks.amax(dim=-1, keepdim=True)
     own = query_positions[:, None]
     grouped = group_queries(queries, keys.shape[1])
-    grouped = _move(rotary, grouped, own[:, :, None], (own - missing)[:, :, None])
-    return grouped.flatten(1, 2), _move(rotary, keys, positions, ranks)
+    turns = rotary.turns((own - missing)[:, :, None])
+    grouped = _move(rotary, grouped, own[:, :, None], turns)
+    # All heads have the same places.
+    places = rotary.turns(torch.arange(ranks.shape[-1], device=ranks.device))
+    turns = tuple(embedding(ranks.clamp(min=0), table) for table in places)
+    return grouped.flatten(1, 2), _move(rotary, keys, positions, turns)
 
 
-def _move(rotary: Rotary, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    # Not at once by the difference: far into a text the model's own angles are rounded, which only
-    # the same angles undo.
-    return rotary.rotate(rotary.rotate(x, -old), new)
+def _move(rotary: Rotary, x: Tensor, old: Tensor, new: tuple[Tensor, ...]) -> Tensor:
+    """``x`` turned back from its positions, and by the cosines and sines of others."""
+    # Not by the angle of the difference: far into a text the model's own angles are rounded, which
+    # only the same angles undo.
+    (old_cos, old_sin), (cos, sin) = rotary.turns(old), new
+    difference = (
+        torch.addcmul(cos * old_cos, sin, old_sin),
+        torch.addcmul(sin * old_cos, cos, old_sin, value=-1),
+    )
+    return rotary.turn(x.to(torch.promote_types(x.dtype, torch.float32)), *difference)

@@ -46,11 +46,19 @@ class Rotary(NamedTuple):
             ``[..., D]`` float32, or float64 where ``x`` or ``positions`` is.
         """
         precise = torch.float64 in (x.dtype, positions.dtype)
-        x = x.double() if precise else x.float()
+        return self.turn(x.double() if precise else x.float(), *self.turns(positions))
+
+    def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[..., D]`` of positions ``[...]``, float32 but for float64 ones."""
         angles = torch.float64 if positions.dtype == torch.float64 else torch.float32
         angle = positions[..., None].to(angles) * self.frequencies.to(angles)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        return x * cos + self.signs.to(x.dtype) * x[..., self.partners] * sin
+        return angle.cos(), angle.sin()
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``x`` ``[..., D]`` turned by angles of these cosines and sines, in its dtype."""
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        partners = self.signs.to(x.dtype) * x.index_select(-1, self.partners)
+        return torch.addcmul(x * cos, partners, sin)
 
     def scale(self) -> Tensor:
         """``[D]`` float32, the scaling of rotated channels and 1 for the others."""

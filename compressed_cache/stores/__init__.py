@@ -1,4 +1,4 @@
-"""Where a layer keeps its tokens: five stores behind one protocol, and how they are read.
+"""Where a layer keeps its tokens: six stores behind one protocol, and how they are read.
 
 :class:`~compressed_cache.stores.slots.SlotStore` is the protocol and the plain store; the others
 override what is different. :mod:`~compressed_cache.stores.decode_step` is the way of one token,
@@ -8,6 +8,7 @@ override what is different. :mod:`~compressed_cache.stores.decode_step` is the w
 from compressed_cache.policies.budgets import is_per_head
 from compressed_cache.policies.capabilities import find_store
 from compressed_cache.stores.bound_policy import BoundPolicy
+from compressed_cache.stores.growing import GrowingStore
 from compressed_cache.stores.lazy import LazyStore
 from compressed_cache.stores.offloaded import OffloadedStore
 from compressed_cache.stores.pool import PoolStore
@@ -25,8 +26,11 @@ STORES: dict[str, type[SlotStore]] = {
 
 def store_for(bound: BoundPolicy) -> type[SlotStore]:
     """What keeps the tokens of a layer."""
-    own = bound.policy.evicts and is_per_head(bound.eviction.budget)
-    kind = STORES["pool" if own else find_store(bound.policy)]
+    kind = STORES[find_store(bound.policy)]
+    if not bound.policy.evicts:
+        return GrowingStore if kind is SlotStore else kind
+    if is_per_head(bound.eviction.budget):
+        kind = PoolStore
     if bound.pruning is None:
         return kind
     return PrunedLazyStore if kind is LazyStore else PrunedStore

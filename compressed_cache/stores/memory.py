@@ -11,8 +11,6 @@ from compressed_cache.ops.tokens import Sizes, Tokens
 from compressed_cache.stores.bound_policy import BoundPolicy, copied
 from compressed_cache.stores.inputs import AttentionInputs
 
-_SMALLEST_CAPACITY = 256
-
 
 class SlotMemory:
     """What one layer keeps between two steps; addresses hold as long as the sizes do.
@@ -76,11 +74,6 @@ class SlotMemory:
         return self.counts[:1, 2]
 
     @property
-    def free_slot(self) -> Tensor:
-        """0-d int64, the slot of the incoming token (policies that do not evict)."""
-        return self.tokens_seen
-
-    @property
     def nbytes(self) -> int:
         """Bytes held on the device."""
         held = sum(tensor.nbytes for tensor in self.named_tensors().values())
@@ -125,8 +118,7 @@ class SlotMemory:
     def capacities(self, length: int, heads: int) -> tuple[int, int]:
         """Slots in each row of slots for a prompt of this length, and tokens that must fit off the
         device."""
-        evicts = self.bound.policy.evicts
-        return self.bound.budget if evicts else power_of_two(length + 1), 0
+        return self.bound.budget, 0
 
     def key_channels(self, dim: int) -> int:
         """Channels of the keys in the slots, of ``dim``."""
@@ -183,18 +175,7 @@ class SlotMemory:
         return {**self.tokens._asdict(), **others} if self.sizes is not None else others
 
     def grow(self, tokens: int) -> None:
-        """Doubles the slots until ``tokens`` tokens fit; where tokens are evicted, they do."""
-        if self.bound.policy.evicts:
-            return
-        sizes, capacity = self.sizes, power_of_two(tokens)
-        if sizes is None or capacity <= sizes.capacity:
-            return
-        held, tokens_held = self.named_tensors(), self.tokens
-        self.allocate(sizes._replace(capacity=capacity))
-        tokens_held.copy_into(self.tokens, slice(0, sizes.capacity))
-        for name, tensor in self.named_tensors().items():
-            if name not in Tokens._fields:
-                tensor.copy_(held[name])
+        """Makes room for ``tokens`` tokens; where tokens are evicted, there is."""
 
     def reset(self) -> None:
         """Forgets all tokens and keeps the memory."""
@@ -267,8 +248,3 @@ class SlotMemory:
             self.protected_prefix.fill_(eviction.sinks)
         else:
             self.protected_prefix.copy_(eviction.protected(length, self.bound.budget))
-
-
-def power_of_two(tokens: int) -> int:
-    """The smallest power of two, at least 256, that holds ``tokens`` tokens."""
-    return max(_SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length())

@@ -94,8 +94,6 @@ class RankedSlots(SlotMemory):
             real: ``[B]`` bool, rows whose token is real; None: all.
         """
         interval = self.bound.eviction.interval
-        if not self.bound.policy.evicts:
-            return self.free_slot.expand(*self.tokens.positions.shape[:2], 1)
         if interval == 1:
             return None
         if ranks:

@@ -2,7 +2,6 @@
 
 import functools
 
-import torch
 from torch import Tensor
 
 from compressed_cache.ops import attention, eviction
@@ -83,15 +82,7 @@ class SlotStore(RankedSlots):
             new: those of them that are new, the last ones.
             is_first_prompt: whether they go on with the first prompt.
         """
-        if self.bound.policy.evicts:
-            self.keep(tokens)
-        else:
-            self.append(new)
-
-    def append(self, tokens: Tokens) -> None:
-        """Puts tokens ``[B, H, L, ...]`` into free slots (policies that do not evict)."""
-        free = torch.arange(tokens.positions.shape[2], device=tokens.positions.device)
-        tokens.copy_into(self.tokens, self.free_slot + free)
+        self.keep(tokens)
 
     # Attend.
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from compressed_cache.layer import CompressedLayer
 from compressed_cache.ops import attention
+from compressed_cache.stores.growing import power_of_two
 from compressed_cache.stores.inputs import AttentionInputs
-from compressed_cache.stores.memory import power_of_two
 
 
 class Shadow:

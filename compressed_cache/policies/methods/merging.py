@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from compressed_cache.ops.tokens import expand, gather
 from compressed_cache.policies.modifier import Modifier
 
 _BLOCK_ELEMENTS = 1 << 24
@@ -48,8 +49,10 @@ class Merging(Modifier):
         self, keys: Tensor, values: Tensor, kept: Tensor, evicted: tuple[Tensor, Tensor, Tensor]
     ) -> Tensor:
         exact = torch.promote_types(values.dtype, torch.float32)
+        # What is broken stays in a row and a column of its own, which count for nothing.
         kept, directions, own, lengths = _usable(keys, values, kept, exact)
         present, their_directions, theirs, their_lengths = _usable(*evicted, exact)
+        theirs = theirs.masked_fill(~present.unsqueeze(-1), 0.0)
         places = torch.arange(keys.shape[2], device=keys.device)
         sums, totals = torch.zeros_like(own), torch.zeros_like(lengths)
         block = max(1, _BLOCK_ELEMENTS // kept.numel())
@@ -65,6 +68,11 @@ class Merging(Modifier):
         weight = cosine * their_lengths
         weight = weight / (their_lengths + lengths.gather(2, target)).clamp(min=1e-12)
         weight = weight.masked_fill(~self._resembles(cosine, present), 0.0)
+        if present.shape[2] == 1:
+            old = gather(own, target)
+            new = (old + weight.unsqueeze(-1) * theirs) / (1 + weight).unsqueeze(-1)
+            new = torch.where((weight > 0).unsqueeze(-1), new, old).to(values.dtype)
+            return values.scatter(2, expand(target, values), new)
         for here in blocks:
             # A product of matrices: sums by index have no fixed order on CUDA.
             is_target = target[:, :, here, None] == places
@@ -88,9 +96,8 @@ def _usable(
     keys: Tensor, values: Tensor, present: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which tokens are there and not broken, the directions of their keys, values and lengths."""
-    broken = ~(keys.isfinite().all(dim=-1) & values.isfinite().all(dim=-1))
-    present = present & ~broken
-    keys, values = (
-        tensor.to(dtype).masked_fill(~present.unsqueeze(-1), 0.0) for tensor in (keys, values)
-    )
+    # On a CPU several times as fast as to ask each number whether it is finite.
+    largest = [tensor.abs().amax(dim=-1) for tensor in (keys, values)]
+    present = present & (largest[0] < torch.inf) & (largest[1] < torch.inf)
+    keys, values = keys.to(dtype), values.to(dtype)
     return present, normalize(keys, dim=-1), values, values.norm(dim=-1)
