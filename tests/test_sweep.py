@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from compressed_cache.__main__ import main
 from compressed_cache.eval.options import parse
@@ -213,14 +214,14 @@ OTHERS = {
 
 @pytest.fixture
 def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands for the folder of tasks of lm_eval, which takes seconds to read."""
+    """Stands for the folder of tasks of lm_eval."""
     folder = tmp_path / "harness"
     folder.mkdir()
     rows = [{"question": "oil 9p tax 1", "answer": "10"}, {"question": "tin 3p", "answer": "3"}]
     (folder / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
     for name, config in OTHERS.items():
         more = {"dataset_kwargs": {"data_files": str(folder / "rows.json")}}
-        text = json.dumps(config | more if "dataset_path" in config else config)
+        text = yaml.safe_dump(config | more if "dataset_path" in config else config)
         (folder / f"{name}.yaml").write_text(text)
     monkeypatch.setattr(tasks, "HARNESS", folder)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -242,6 +243,16 @@ def test_tasks_of_the_harness_are_taken_too() -> None:
     (problem,) = tasks.expanded(["summs"])[1]
     assert problem.startswith("--tasks: unknown task 'summs', expected one of lm_eval's or of ")
     assert problem.endswith("Did you mean 'sums'?")
+
+
+def test_groups_and_tags_of_lm_eval_are_found_in_its_folders() -> None:
+    ruler, problems = tasks.expanded(["ruler"])
+    assert (ruler[0], len(ruler), problems) == ("niah_single_1", 13, [])
+    assert set(ruler) == set(tasks.expanded(["longcxt"])[0])
+    longbench, problems = tasks.expanded(["longbench", "gsm8k"])
+    assert "longbench_2wikimqa" in longbench and longbench[-1] == "gsm8k" and not problems
+    (problem,) = tasks.expanded(["niah_singel_1"])[1]
+    assert problem.endswith("Did you mean 'niah_single_1'?")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -37,10 +38,33 @@ def manager(metadata: dict[str, Any], name: str) -> TaskManager:
 
 
 def _index(name: str) -> Any:
-    """All tasks, groups and tags of this package; with those of lm_eval where it has no such."""
+    """All tasks, groups and tags of this package; where it has no such, with those of the folders
+    of lm_eval that may."""
     ours = _manager("{}", str(PATH)).task_index
-    # Which are some 14,000 files, read once.
-    return ours if name in ours else _manager("{}", str(HARNESS), str(PATH)).task_index
+    if name in ours:
+        return ours
+    # The harness itself would parse all of its files, some 14,000, which takes a minute.
+    own = re.escape(name)
+    folders = _folders(rf"^(?:task|group): *{own} *$") or _folders(rf"(?<![\w-]){own}(?![\w-])")
+    topmost = sorted(str(one) for one in folders if folders.isdisjoint(one.parents))
+    return _manager("{}", *topmost, str(PATH)).task_index if topmost else ours
+
+
+def _folders(pattern: str) -> set[Path]:
+    found = re.compile(pattern, re.MULTILINE)
+    return {file.parent for file, text in _texts(HARNESS).items() if found.search(text)}
+
+
+@functools.cache
+def _texts(folder: Path) -> dict[Path, str]:
+    """The files of tasks."""
+    return {file: file.read_text() for file in folder.rglob("*.yaml")}
+
+
+def _names() -> Iterator[str]:
+    """What lm_eval calls its tasks and groups."""
+    for text in _texts(HARNESS).values():
+        yield from re.findall(r"^(?:task|group): *([\w-]+) *$", text, re.MULTILINE)
 
 
 @functools.cache
@@ -54,16 +78,15 @@ def expanded(names: list[str]) -> tuple[list[str], list[str]]:
     """The single tasks behind names of tasks, groups and tags, and what is wrong with others."""
     found, problems = [], []
     for name in names:
-        index = _index(name)
-        if name not in index:
-            ours = listing(_manager("{}", str(PATH)).task_index)
+        if name not in _index(name):
+            ours = _manager("{}", str(PATH)).task_index
             problems.append(
                 f"--tasks: unknown task {name!r}, expected one of lm_eval's or of "
-                f"{ours}{nearest(name, index)}"
+                f"{listing(ours)}{nearest(name, [*ours, *_names()])}"
             )
             continue
         try:
-            found += _members(index, name)
+            found += _members(name)
         except ValueError as error:
             problems.append(f"--tasks: {error}")
     return list(dict.fromkeys(found)), problems
@@ -126,8 +149,8 @@ def _metadata(plan: Plan) -> dict[str, Any]:
     return {"pretrained": plan.pretrained} | plan.model_args | plan.metadata
 
 
-def _members(index: Any, name: str) -> Iterator[str]:
-    entry = index[name]
+def _members(name: str) -> Iterator[str]:
+    entry = _index(name)[name]
     config = entry.cfg or {}
     # The harness keeps the members of a tag in a set.
     members = sorted(entry.tags) if entry.yaml_path is None else config.get("task")
@@ -139,4 +162,4 @@ def _members(index: Any, name: str) -> Iterator[str]:
         # Alone, a member would be another task.
         if not isinstance(member, str) or config.keys() - own:
             raise ValueError(f"{name} changes what is its members'. Name single tasks instead")
-        yield from _members(index, member)
+        yield from _members(member)
