@@ -1,5 +1,6 @@
 """The public face: a transformers cache with a fixed number of slots per layer."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from compressed_cache.policies.eviction_config import (
     share_budget,
 )
 from compressed_cache.policies.registry import as_policy
+from compressed_cache.policies.relative_budget import UNKNOWN, relative_budget
 from compressed_cache.step_counter import StepCounter
 from compressed_cache.stores.slots import SlotStore
 
@@ -47,9 +49,11 @@ class CompressedCache(Drafts, AnnouncedCalls):
 
     Args:
         policy: a name from ``compressed_cache.POLICIES`` or a policy object.
-        budget: slots per key/value head and layer, allocated once and never exceeded. A list has
-            one number for each layer of full attention, or a list with one number for each
-            key/value head. Policies may share out a single number, which then is the mean.
+        budget: slots per key/value head and layer, allocated once and never exceeded; 256 if None.
+            A list has one number for each layer of full attention, or a list with one number for
+            each key/value head. Policies may share out a single number, which then is the mean.
+        compression_ratio: in place of ``budget``, the share of the prompt that goes, 0 to below 1:
+            of ``n`` tokens, the longest row of a batch, ``int(n * (1 - compression_ratio))`` slots.
         interval: decode steps between two rankings. The ``interval`` lowest-ranked slots are
             overwritten in order until the next ranking and stay attended until then; where fewer
             are unprotected, the oldest of the recent ones follow. With 1 the victim is chosen anew
@@ -83,8 +87,9 @@ class CompressedCache(Drafts, AnnouncedCalls):
     def __init__(
         self,
         policy: str | Policy = "snapkv",
-        budget: int | Sequence[int] | Sequence[Sequence[int]] = 256,
+        budget: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
         *,
+        compression_ratio: float | None = None,
         interval: int | None = None,
         sinks: int | None = None,
         recent: int | None = None,
@@ -94,14 +99,11 @@ class CompressedCache(Drafts, AnnouncedCalls):
         **policy_options: Any,
     ) -> None:
         self.policy = as_policy(policy, policy_options)
-        self.eviction: EvictionConfig = resolve_eviction(
-            self.policy,
-            budget=budget,
-            interval=interval,
-            sinks=sinks,
-            recent=recent,
-            protect_prompt=protect_prompt,
-        )
+        rules = dict(interval=interval, sinks=sinks, recent=recent, protect_prompt=protect_prompt)
+        resolve = functools.partial(resolve_eviction, self.policy, **rules)
+        self.relative = relative_budget(compression_ratio, budget, resolve)
+        most = 256 if self.relative is None else UNKNOWN
+        self.eviction: EvictionConfig = resolve(budget=most if budget is None else budget)
         if config is not None:
             checks.check_config(config)
             if (model := checks.class_of(config)) is not None:
@@ -146,6 +148,8 @@ class CompressedCache(Drafts, AnnouncedCalls):
             if is_eager:
                 self.tell_call(tokens)
             steps = tokens if self.takes_step(tokens) else self.counter.drafted
+            if self.relative is not None and not layer.is_filled:
+                self.settle(self.announced or tokens - steps)
             self.begin_call(tokens - steps, steps)
         if self.needs_hidden_states:
             layer.shown, self.shown = self.shown, None
@@ -278,9 +282,10 @@ class CompressedCache(Drafts, AnnouncedCalls):
         return self._timer.timing(self)
 
     def __repr__(self) -> str:
-        eviction = ", ".join(
-            f"{name}={value!r}" for name, value in self.eviction.described().items()
-        )
+        rules = self.eviction.described()
+        if self.relative is not None and not self._is_filled:
+            rules = {"compression_ratio": self.relative.ratio}
+        eviction = ", ".join(f"{name}={value!r}" for name, value in rules.items())
         seen = self.get_seq_length()
         return f"CompressedCache(policy={self.policy.label!r}, {eviction}, tokens_seen={seen})"
 
@@ -326,6 +331,18 @@ class CompressedCache(Drafts, AnnouncedCalls):
         if self._is_filled and (is_told or not torch.compiler.is_compiling()):
             self._end_step(prompt_tokens + steps)
         self.counter.begin(prompt_tokens, steps)
+
+    @torch.compiler.disable(reason=attention_hook.PROMPTS)
+    def settle(self, tokens: int) -> None:
+        """Says how long the prompt is, whose share the budget may be."""
+        if self.relative is not None:
+            self.go_by(self.relative.of(tokens))
+
+    def go_by(self, eviction: EvictionConfig) -> None:
+        """Takes these numbers for the text that begins."""
+        self.eviction, self.counter.interval = eviction, eviction.interval
+        for layer in self._attention_layers():
+            layer.settings = self.policy, eviction
 
     def first_filled(self) -> Any:
         """The layer that a call meets first, None while it holds nothing."""

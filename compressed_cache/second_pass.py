@@ -75,6 +75,7 @@ def compress(
     mask = mask.to(input_ids.device, torch.int64)
     check_left(mask.bool())
     lengths = mask.sum(dim=1)
+    cache.settle(input_ids.shape[1])
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)

@@ -19,6 +19,7 @@ from compressed_cache.policies.base import Policy
 from compressed_cache.policies.budgets import to_budget
 from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.policies.registry import make_policy, split_name
+from compressed_cache.policies.relative_budget import RelativeBudget
 from compressed_cache.step_counter import StepCounter
 from compressed_cache.stores.bound_policy import copied
 from compressed_cache.stores.slots import SlotStore
@@ -163,6 +164,12 @@ class Snapshots(LinearLayers, Observed):
     counter: StepCounter
     columns: Columns
 
+    relative: RelativeBudget | None
+
+    def go_by(self, eviction: EvictionConfig) -> None:
+        """Takes these numbers for the text that begins."""
+        raise NotImplementedError
+
     def attention_layer(self, index: int) -> Any:
         """The layer of this index, made where there is none yet."""
         raise NotImplementedError
@@ -183,7 +190,10 @@ class Snapshots(LinearLayers, Observed):
         Raises:
             ValueError: a snapshot of a cache with another policy or other arguments.
         """
-        snapshot.check(self.policy, self.eviction)
+        # A share of the prompt is that of the prompt that comes back.
+        own = self.eviction if self.relative is None else snapshot.eviction
+        snapshot.check(self.policy, own)
+        self.go_by(own)
         self.notify("restore")
         self.hold(snapshot)
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from compressed_cache.wording import listing, nearest, shown
+from compressed_cache.policies.relative_budget import check_ratio, slots_kept
+from compressed_cache.wording import listing, nearest
 
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
@@ -69,10 +70,7 @@ def by_budget(
     ratio = given.pop("compression_ratio", None)
     if ratio is None:
         return [(given, [*range(len(lengths))])]
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-        raise TypeError(f"compression_ratio must be a float, got {shown(ratio)}")
-    if not 0 <= ratio < 1:
-        raise ValueError(f"compression_ratio must be from 0 to below 1, got {ratio}")
+    check_ratio(ratio)
     for other in ("budget", "cache"):
         if given.get(other) is not None:
             raise ValueError(
@@ -85,7 +83,7 @@ def by_budget(
         )
     groups: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
-        groups.setdefault(max(1, int(length * (1 - ratio))), []).append(row)
+        groups.setdefault(slots_kept(ratio, length), []).append(row)
     return [(given | {"budget": budget}, rows) for budget, rows in groups.items()]
 
 

@@ -345,7 +345,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"kv_press": "h2o", "kv_compression_ratio": 0.5},
         TypeError,
-        r"kv_press='h2o': compression_ratio must be given as budget, the tokens to keep",
+        r"kv_press='h2o': compression_ratio must be given as kv_budget, so that results are of one",
     ),
     (
         {"kv_budget": 64},

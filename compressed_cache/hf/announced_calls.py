@@ -24,6 +24,8 @@ class AnnouncedCalls(Observed):
     policy: Policy
     counter: StepCounter
     columns: Columns
+    announced = 0
+    """Tokens of the text that is being read in parts, 0 where it is not."""
     needs_hidden_states: bool
     """Whether the policy looks at what attention modules are given."""
 
@@ -82,11 +84,11 @@ class AnnouncedCalls(Observed):
 
         So a part of one token is read as text and not as a step. A single new token is a step.
         """
-        self.counter.in_parts = tokens > 1
+        self.counter.in_parts, self.announced = tokens > 1, tokens
         try:
             yield
         finally:
-            self.counter.in_parts = False
+            self.counter.in_parts, self.announced = False, 0
 
     def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
         """Says what a call is like that begins, unless it is compiled.

@@ -149,11 +149,6 @@ def as_policy(policy: Any, options: dict[str, Any]) -> Policy:
     Raises:
         TypeError: neither, or options beside a policy object.
     """
-    if "compression_ratio" in options:
-        raise TypeError(
-            "compression_ratio must be given as budget, the tokens to keep: "
-            f"budget=int(tokens of the prompt * (1 - {options['compression_ratio']}))"
-        )
     if isinstance(policy, str):
         return make_policy(policy, **options)
     if not isinstance(policy, Policy):

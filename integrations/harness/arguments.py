@@ -112,9 +112,14 @@ def _check_names(word: str, policy: Any, options: dict[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"{word}={policy!r}: {error}") from None
     known = [word, *(PREFIX + name for name in (*_RULES, *own))]
+    if "compression_ratio" in options:
+        raise TypeError(
+            f"{word}={policy!r}: compression_ratio must be given as kv_budget, so that results "
+            "are of one budget: the tokens of a prompt times (1 - "
+            f"{options['compression_ratio']})"
+        )
     for name in options:
-        # The cache says itself what to give in its place.
-        if name != "compression_ratio" and PREFIX + name not in known:
+        if PREFIX + name not in known:
             raise TypeError(
                 f"unknown model argument {PREFIX + name!r} for {word}={policy!r}, expected one "
                 f"of {listing(known)}{nearest(PREFIX + name, known)}"

@@ -90,9 +90,10 @@ def presses(rows: Sequence[PressEquivalent]) -> str:
     return "\n".join(
         [
             "What stands under *here* goes into `CompressedCache(..., budget=...)`, or into the "
-            "arguments of `lm_eval` as `kv_press=snapkv,kv_window=64`. `compression_ratio=r` of a "
-            "prompt of `n` tokens is `budget=int(n * (1 - r))`, which also holds while decoding; "
-            "the `cache_budget` of the fork is `budget`. Policies rank at prefill and while "
+            "arguments of `lm_eval` as `kv_press=snapkv,kv_window=64`. `compression_ratio=r` in "
+            "place of `budget` is `budget=int(n * (1 - r))` of a prompt of `n` tokens, which also "
+            "holds while decoding; `lm_eval` takes `kv_budget` alone. The `cache_budget` of the "
+            "fork is `budget`. Policies rank at prefill and while "
             "decoding, so nothing wraps them for either; options are those of the press, with its "
             "defaults, and where its default does nothing (SimLayerKVPress, DuoAttentionPress, "
             "ThinKPress), ours.",
