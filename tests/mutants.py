@@ -1917,9 +1917,23 @@ MUTANTS = (
     Mutant(
         "a turn of one token is no step",
         "hf/announced_calls.py",
-        "self.counter.in_parts = tokens > 1",
-        "self.counter.in_parts = True",
+        "self.counter.in_parts, self.announced = tokens > 1, tokens",
+        "self.counter.in_parts, self.announced = True, tokens",
         "test_turns.py -k turn_of_one_token",
+    ),
+    Mutant(
+        "a share of the prompt is that of its first part",
+        "cache.py",
+        "self.settle(self.announced or tokens - steps)",
+        "self.settle(tokens - steps)",
+        "test_compression_ratio.py",
+    ),
+    Mutant(
+        "the interval of another prompt's budget",
+        "cache.py",
+        "self.eviction, self.counter.interval = eviction, eviction.interval",
+        "self.eviction = eviction",
+        "test_compression_ratio.py",
     ),
     Mutant(
         "kvzip: sinks are not protected at the cut",
