@@ -64,6 +64,25 @@ def test_replies_and_records_are_those_of_generate(policy: str) -> None:
         assert (cache.evicted_tokens > 0) == (policy != "full")
 
 
+def test_drafts_that_a_full_cache_verifies_answer_as_it_does() -> None:
+    options: dict[str, Any] = dict(limit=3, batch_size=2, gen_kwargs={"max_gen_toks": 200})
+    press = {"kv_press": "h2o", "kv_budget": 90, "dtype": "float32"}
+    full = evaluate([EASY], model_args={"dtype": "float32"}, **options)
+    found = evaluate([EASY], model_args=press | {"kv_lossless": True}, **options)
+    assert replies(found, EASY) == replies(full, EASY)
+    summary = found["config"]["compressed_cache"]
+    assert summary["lossless"] is True
+    assert 0 < summary["accepted"] <= summary["drafted"]
+    assert summary["acceptance_rate"] == summary["accepted"] / summary["drafted"]
+    records = [sample["resps"][0][0].record for sample in found["samples"][EASY]]
+    assert sum(record.tokens for record in records) - 3 <= summary["tokens"]
+    assert all(record.evicted_tokens == 0 for record in records)
+    alone = evaluate([EASY], model_args=press, **options)
+    (bytes_alone,) = {s["resps"][0][0].record.cache_bytes for s in alone["samples"][EASY]}
+    assert all(record.cache_bytes > bytes_alone for record in records)
+    assert json.loads(json.dumps(summary)) == summary
+
+
 @pytest.mark.slow
 def test_batches_of_any_size_answer_as_their_rows_do_alone() -> None:
     # Walks of both lengths, so that rows are padded and end at different times.
@@ -341,6 +360,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"kv_press": "h2o", "kv_window": 8},
         TypeError,
         r"unknown model argument 'kv_window' for kv_press='h2o'",
+    ),
+    (
+        {"kv_press": "h2o", "kv_lossless": 1},
+        TypeError,
+        r"kv_lossless must be a bool, got 1 \(int\)",
     ),
     (
         {"kv_press": "h2o", "kv_compression_ratio": 0.5},

@@ -19,6 +19,7 @@ What decides about the cache stands in --model_args, beside pretrained=:
   kv_sinks=N                first tokens that are never evicted
   kv_recent=N               newest tokens that are never evicted
   kv_protect_prompt=BOOL    whether the prompt is never evicted
+  kv_lossless=BOOL          whether it only drafts what a full cache verifies
   kv_OPTION=VALUE           an option of the policy itself, see `compressed-cache policies NAME`
 
 What is left out has the default of the policy. The value none means None.

@@ -1,8 +1,11 @@
 """How many tokens to draft, and what drafting has brought so far."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+_RATES = ("acceptance_rate", "tokens_per_verification")
 _WEIGHT = 0.2
 """Of the newest measurement in a running mean."""
 _FIRST_ROUNDS = 3
@@ -25,6 +28,7 @@ class DraftStatistics:
         verifying_s: seconds in which the full cache verified.
         plain_from: tokens of the longest row of the last text when drafting was given up, because
             it cost more than it brought; None: it was not.
+        full_bytes: of the full cache at the end of the last text.
     """
 
     tokens: int = 0
@@ -34,6 +38,7 @@ class DraftStatistics:
     drafting_s: float = 0.0
     verifying_s: float = 0.0
     plain_from: int | None = None
+    full_bytes: int = 0
 
     @property
     def acceptance_rate(self) -> float:
@@ -44,6 +49,12 @@ class DraftStatistics:
     def tokens_per_verification(self) -> float:
         """Tokens that a row gets from one call with the full cache; NaN before the first."""
         return self.tokens / self.row_verifications if self.row_verifications else float("nan")
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, null for what is not known."""
+        rates = {name: getattr(self, name) for name in _RATES}
+        known = {name: None if math.isnan(rate) else rate for name, rate in rates.items()}
+        return asdict(self) | known
 
 
 class Mean:

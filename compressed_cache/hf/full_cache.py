@@ -46,6 +46,11 @@ class FullLayer(CacheLayerMixin):
         """``[B, H, T, D]``, like :attr:`keys`."""
         return None if self._memory is None else self._memory[1][:, :, : self.length]
 
+    @property
+    def nbytes(self) -> int:
+        """Of all memory, in use or not."""
+        return sum(memory.nbytes for memory in self._memory or ())
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates room for these."""
         self._memory = _room(key_states), _room(value_states)
@@ -183,6 +188,11 @@ class FullCache(Cache):
             # What came round from nowhere is padding.
             first = torch.arange(self.real.shape[1], device=moved.device)
             self.real &= first >= moved[:, None]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all layers."""
+        return sum(layer.nbytes for layer in self.layers)
 
     def layer(self, index: int) -> FullLayer:
         """The layer of this index, made where there is none yet."""

@@ -183,6 +183,7 @@ class _Loop:
                 self._verify(texts.last(), self._positions(drafter, 0))
                 self._keep(drafter, texts.closing, 1)
         drafter.end()
+        self.statistics.full_bytes = self.full.nbytes
         return texts.finished()
 
     def _read_prompt(self) -> Any:

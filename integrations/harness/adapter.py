@@ -27,9 +27,11 @@ class Session:
     """The compressed cache of one model object of the harness."""
 
     def __init__(self, press: PressArguments, arguments: Mapping[str, Any]) -> None:
+        from compressed_cache.hf.draft_length import DraftStatistics
         from compressed_cache.integrations.harness.meter import Meter
 
         self.press = press
+        self.drafts = DraftStatistics() if press.lossless else None
         self.arguments = arguments
         self.meter = Meter()
         self.sampling: dict[str, float] = {}
@@ -139,7 +141,8 @@ def generate_until(original: Any, self: Any, requests: Any, *args: Any, **kwargs
     if refused is not None:
         raise refused
     replies = session.meter.replies(requests, texts)
-    _warn_without_eviction(session.press, requests, replies)
+    if session.drafts is None:
+        _warn_without_eviction(session.press, requests, replies)
     return replies
 
 
@@ -156,6 +159,10 @@ def _model_generate(
         _fill_in_sampling(session, self.model.generation_config, kwargs)
     started = time.perf_counter()
     cache = session.press.make_cache(config=self.config)
+    if session.drafts is not None:
+        from compressed_cache import lossless
+
+        kwargs |= {"custom_generate": lossless, "statistics": session.drafts}
     with _seeded(session, context):
         output = original(self, context, max_length, stop, **cache_argument(cache), **kwargs)
     ends = self.model.generation_config.eos_token_id
@@ -166,6 +173,7 @@ def _model_generate(
         limit=max_length - context.shape[1],
         ends={self.eot_token_id, *(ends if isinstance(ends, list) else [ends])},
         padding=self.tokenizer.pad_token_id,
+        full_bytes=None if session.drafts is None else session.drafts.full_bytes,
     )
     # The ids were read just now, so the device has finished.
     session.meter.measure(records, seconds=time.perf_counter() - started)
@@ -207,6 +215,8 @@ def get_model_info(original: Any, self: Any) -> dict[str, Any]:
             "held_tokens": _mean(record.held_tokens for record in records),
             "cache_bytes": _mean(record.cache_bytes for record in records),
         }
+    if session.drafts is not None:
+        summary |= session.drafts.to_json()
     return info | {"compressed_cache": summary}
 
 

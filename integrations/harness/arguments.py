@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compressed_cache.wording import listing, nearest
+from compressed_cache.wording import listing, nearest, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -25,6 +25,8 @@ class PressArguments:
     """A name, or a policy object where the harness is called from Python."""
     arguments: Mapping[str, Any]
     """Further arguments of :class:`~compressed_cache.CompressedCache`, without the prefix."""
+    lossless: bool = False
+    """Whether the cache only drafts, and a full one verifies."""
 
     def make_cache(self, config: "PreTrainedConfig | None" = None) -> "CompressedCache":
         """A cache as the user asked for; ``config`` lets it refuse a model it cannot serve."""
@@ -40,6 +42,7 @@ class PressArguments:
             "policy": policy.label,
             **cache.eviction.described(),
             **policy.options,
+            **({"lossless": True} if self.lossless else {}),
         }
 
     def options(self) -> dict[str, Any]:
@@ -89,8 +92,11 @@ def take_press(arguments: dict[str, Any]) -> PressArguments | None:
     if isinstance(budget := options.get("budget"), str) and "/" in budget:
         # The harness takes a comma for the end of an argument.
         options["budget"] = [_number(part) for part in budget.split("/")]
+    lossless = options.pop("lossless", None)
+    if not isinstance(lossless, bool | None):
+        raise TypeError(f"kv_lossless must be a bool, got {shown(lossless)}")
     _check_names(word, policy, options)
-    press = PressArguments(policy, options)
+    press = PressArguments(policy, options, bool(lossless))
     try:
         press.make_cache()
     except (TypeError, ValueError) as error:
@@ -111,7 +117,7 @@ def _check_names(word: str, policy: Any, options: dict[str, Any]) -> None:
         own = option_names(policy) if isinstance(policy, str) else []
     except ValueError as error:
         raise ValueError(f"{word}={policy!r}: {error}") from None
-    known = [word, *(PREFIX + name for name in (*_RULES, *own))]
+    known = [word, *(PREFIX + name for name in (*_RULES, "lossless", *own))]
     if "compression_ratio" in options:
         raise TypeError(
             f"{word}={policy!r}: compression_ratio must be given as kv_budget, so that results "

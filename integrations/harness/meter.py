@@ -60,6 +60,7 @@ def batch_records(
     limit: int,
     ends: set[int],
     padding: int,
+    full_bytes: int | None = None,
 ) -> list[Record]:
     """One record per row of a batch.
 
@@ -73,11 +74,12 @@ def batch_records(
         limit: most tokens a reply could have.
         ends: ids that end a text, and count.
         padding: the id that fills a row after its end, and does not.
+        full_bytes: of the full cache that verifies, and holds everything; None: there is none.
     """
     layer = cache.compressed_layer
     assert layer is not None, "a batch was generated"
     slots = layer.store.slots_per_head
-    share = cache.nbytes // len(replies)
+    share = (cache.nbytes + (full_bytes or 0)) // len(replies)
     records = []
     for prompt, row in zip(attention_mask.sum(dim=1).tolist(), replies.tolist(), strict=True):
         end = next((i for i, token in enumerate(row) if token in ends or token == padding), None)
@@ -89,7 +91,7 @@ def batch_records(
                 tokens=tokens,
                 truncated=end is None and tokens >= limit,
                 seen_tokens=seen,
-                held_tokens=min(seen, slots),
+                held_tokens=min(seen, slots) if full_bytes is None else seen,
                 cache_bytes=share,
             )
         )
