@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import spearmanr
+
 from bench import markers
 from compressed_cache.eval.results.row import Agreement, read
 from compressed_cache.wording import markdown
@@ -12,6 +14,8 @@ from compressed_cache.wording import markdown
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results" / "agreement"
 LOOKUPS = ROOT / "bench" / "results" / "lookups.jsonl"
+SHIPPED = ROOT / "bench" / "results" / "shipped.jsonl"
+HARNESS = ROOT / "bench" / "results" / "harness.json"
 VARIANTS = ROOT / "bench" / "results" / "variants.json"
 PAGE = ROOT / "docs" / "results.md"
 _SHOWN = ("interval", "sinks", "recent")
@@ -19,10 +23,19 @@ _SHOWN = ("interval", "sinks", "recent")
 
 def write() -> None:
     """Fills in the tables."""
-    text = PAGE.read_text()
-    text = markers.filled(text, "agreement", agreement(FOLDER))
-    text = markers.filled(text, "lookups", lookups(LOOKUPS))
-    PAGE.write_text(markers.filled(text, "variants", variants(VARIANTS)))
+    PAGE.write_text(filled(PAGE.read_text()))
+
+
+def filled(text: str) -> str:
+    """The page with its tables as they are to be."""
+    for name, table in (
+        ("agreement", agreement(FOLDER)),
+        ("ranking", ranking(SHIPPED, HARNESS)),
+        ("lookups", lookups(LOOKUPS)),
+        ("variants", variants(VARIANTS)),
+    ):
+        text = markers.filled(text, name, table)
+    return text
 
 
 def agreement(folder: Path) -> str:
@@ -135,6 +148,35 @@ def _found(rows: list[dict[str, Any]]) -> str:
         f"torch {one['torch']}."
     )
     return caption + "\n\n" + markdown(header, lines)
+
+
+def ranking(agreement: Path, accuracy: Path) -> str:
+    """Whether policies rank by agreement as they do by accuracy: Spearman's coefficient."""
+    rows = [row for row in read(agreement) if isinstance(row, Agreement) and row.agreement]
+    right = {
+        (row["task"], row["policy"], row["budget"]): row["accuracy"]
+        for row in json.loads(accuracy.read_text())["rows"]
+    }
+    lines = []
+    for task, budget in sorted({(row.task, row.budget or 0) for row in rows}):
+        found = {
+            row.policy: row.agreement or 0.0
+            for row in rows
+            if (row.task, row.budget) == (task, budget)
+        }
+        shares = [right[task, policy, budget] for policy in found]
+        best = [max(found, key=lambda policy: found[policy])]
+        best.append(list(found)[shares.index(max(shares))])
+        result: Any = spearmanr(list(found.values()), shares)
+        lines.append(
+            [
+                *(f"`{task}`", str(budget), str(len(found)), f"{result.statistic:.2f}"),
+                *(f"`{policy}`" for policy in best),
+                f"{100 * min(shares):.0f} to {100 * max(shares):.0f}",
+            ]
+        )
+    header = ["task", "budget", "policies", "rank correlation"]
+    return markdown([*header, "best by agreement", "best by accuracy", "accuracies, %"], lines)
 
 
 def variants(path: Path) -> str:

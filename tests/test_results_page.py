@@ -1,11 +1,11 @@
-"""Rows of agreement that runs add to those of earlier ones."""
+"""Rows of agreement that runs add to those of earlier ones, and the page that is made of them."""
 
 import dataclasses
 
 import pytest
 
 from bench.real_models import extended
-from bench.results_page import FOLDER
+from bench.results_page import FOLDER, PAGE, filled
 from compressed_cache.eval.results.row import Agreement, read
 
 (PATH, *_) = sorted(FOLDER.glob("*.jsonl"))
@@ -23,3 +23,9 @@ def test_other_texts_are_refused() -> None:
     of_another = dataclasses.replace(EARLIER[0], text_tokens=1.0)
     with pytest.raises(ValueError, match=r"same texts.* Use another --out"):
         extended(EARLIER, [of_another])
+
+
+def test_the_page_is_current() -> None:
+    text = PAGE.read_text()
+    assert filled(text) == text
+    assert filled(text.replace("`rkv`", "`r`")) == text
