@@ -129,8 +129,8 @@ def test_the_stock_command_ends_with_one_clear_error(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "TypeError: unknown model argument 'kv_recnt' for kv_press='h2o', expected one of "
-        "'kv_budget', 'kv_interval', 'kv_press', 'kv_protect_prompt', 'kv_recent', 'kv_sinks'. "
-        "Did you mean 'kv_recent'?"
+        "'kv_budget', 'kv_interval', 'kv_lossless', 'kv_press', 'kv_protect_prompt', 'kv_recent', "
+        "'kv_sinks'. Did you mean 'kv_recent'?"
     )
     assert done.stderr.count("Traceback") == 1
     assert "Loading weights" not in done.stderr
