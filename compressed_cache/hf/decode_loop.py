@@ -130,7 +130,8 @@ def _decode(
             for processor in logits_processor:
                 scores = processor(ids, scores)
             if generation_config.do_sample:
-                tokens, broken = draw(scores.softmax(dim=-1))
+                tokens, is_broken = draw(scores.softmax(dim=-1))
+                broken |= is_broken
             else:
                 tokens = scores.argmax(dim=-1, keepdim=True)
             if pads:
@@ -144,9 +145,10 @@ def _decode(
                 streamer.put(tokens[:, 0].cpu())
             if ids.shape[1] >= longest:
                 break
-            told.tell(torch.stack([~unfinished.any(), broken]))
-            if criteria and not pads and told.read()[0]:
-                break
+            if criteria:
+                told.tell(torch.stack([~unfinished.any(), broken]))
+                if not pads and any(told.read()):
+                    break
             # Ends the step before, as transformers does when it asks for the size of a mask.
             kwargs[CACHE].get_mask_sizes(1, 0)
             if inputs is None:
@@ -161,11 +163,10 @@ def _decode(
             outputs = forward(**inputs, return_dict=True)
             # Asked behind the step, so that the device has work while the host waits. And alone or
             # beside longer ones, a row has read the token that ended it.
-            has_ended, is_broken = told.read()
-            if is_broken:
-                raise ValueError("probabilities must be numbers, got NaN. Does the model overflow?")
-            if has_ended:
+            if criteria and any(told.read()):
                 break
+    if broken:
+        raise ValueError("probabilities must be numbers, got NaN. Does the model overflow?")
     if streamer is not None:
         streamer.end()
     return ids
@@ -194,13 +195,13 @@ class Told:
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
-        is_cuda = device.type == "cuda"
-        self._answers = torch.zeros(count, dtype=torch.bool, pin_memory=is_cuda)
-        self._event = torch.cuda.Event() if is_cuda else None
+        self._is_cuda = device.type == "cuda"
+        self._answers = torch.zeros(count, dtype=torch.bool, pin_memory=self._is_cuda)
+        self._event = torch.cuda.Event() if self._is_cuda else None
 
     def tell(self, answers: Tensor) -> None:
         """Takes bools ``[count]``, as they will be once the device is there."""
-        self._answers.copy_(answers, non_blocking=True)
+        self._answers.copy_(answers, non_blocking=self._is_cuda)
         if self._event is not None:
             self._event.record()
 
