@@ -853,13 +853,6 @@ MUTANTS = (
         "test_growing.py",
     ),
     Mutant(
-        "a chunk reads what is not in use",
-        "stores/growing.py",
-        "before = self.in_use - inputs.key.shape[2]",
-        "before = self.in_use",
-        "test_growing.py",
-    ),
-    Mutant(
         "a step that is not announced finds the size of the text before",
         "cache.py",
         " or not torch.compiler.is_compiling())",

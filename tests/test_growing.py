@@ -31,9 +31,8 @@ def _break_what_is_unused(cache: CompressedCache, held: int) -> None:
             memory[:, :, held:] = torch.nan
 
 
-@pytest.mark.parametrize("new", [1, 5])
-def test_an_eager_call_reads_what_is_in_use(model: Any, new: int) -> None:
-    ids = distinct_tokens(2, PROMPT + new)
+def test_an_eager_step_reads_what_is_in_use(model: Any) -> None:
+    ids = distinct_tokens(2, PROMPT + 1)
     cache, expected = CompressedCache("full"), DynamicCache()
     for text in (ids[:, :PROMPT], ids[:, PROMPT:]):
         logits, whole = _read(model, cache, text), _read(model, expected, text)

@@ -7,7 +7,6 @@ from torch.nn.functional import pad
 from compressed_cache.ops import attention
 from compressed_cache.ops.masks import Mask
 from compressed_cache.ops.tokens import Tokens
-from compressed_cache.stores.inputs import AttentionInputs
 from compressed_cache.stores.slots import SlotStore
 
 _SMALLEST_CAPACITY = 256
@@ -17,7 +16,8 @@ class GrowingStore(SlotStore):
     """Keys and values of every token, in the order of their columns.
 
     Memory doubles when it is full, so that few graphs are compiled. A compiled step attends over
-    all of it, because shapes must stay; an eager one over what is in use.
+    all of it, because shapes must stay, and so does a further prompt; an eager step over what is
+    in use.
     """
 
     in_use = 0
@@ -58,14 +58,6 @@ class GrowingStore(SlotStore):
         """Puts tokens ``[B, H, L, ...]`` into free slots."""
         free = torch.arange(tokens.positions.shape[2], device=tokens.positions.device)
         tokens.copy_into(self.tokens, self.free_slot + free)
-
-    def held_for_chunk(
-        self, inputs: AttentionInputs, *, is_first_prompt: bool
-    ) -> tuple[Tokens, Tensor]:
-        """What the tokens of a chunk may see of what was read before, and its keys as a whole."""
-        before = self.in_use - inputs.key.shape[2]
-        held = self.held().map(lambda tensor: tensor[:, :, :before])
-        return held, held.keys
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Mask | None
