@@ -228,6 +228,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "prefill": bench_report.prefill,
         "chunks": bench_report.chunks,
         "capacity": bench_report.capacity,
+        "growth": bench_report.growth,
     },
     "docs/compile.md": {"compile": bench_report.compilation},
     "docs/telemetry.md": {"telemetry": bench_report.telemetry},

@@ -62,6 +62,11 @@ def capacity() -> str:
     return table("capacity", _capacity)
 
 
+def growth() -> str:
+    """How memory and the time of a token grow."""
+    return table("growth", _growth)
+
+
 def compilation() -> str:
     """How long the decode step takes to compile."""
     return table("compile", _compilation)
@@ -319,6 +324,31 @@ def _capacity(results: Results) -> str:
             f"({results.device}).\n\n" + markdown(header, lines)
         )
     return "\n\n".join(parts)
+
+
+def _growth(results: Results) -> str:
+    rows = results.rows("growth")
+    found = {(row["policy"], row["quantity"]): row for row in rows}
+    quantities = list(dict.fromkeys(row["quantity"] for row in rows))
+    lines = []
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        cells = [f"`{policy}`"]
+        for quantity in quantities:
+            row = found.get((policy, quantity))
+            exponents = ("bytes_exponent", "seconds_exponent")
+            cells += ["-", "-"] if row is None else [f"{row[name]:.2f}" for name in exponents]
+        lines.append(cells)
+    header = ["policy", *(f"{one}: {what}" for one in quantities for what in ("bytes", "time"))]
+    ranges = [
+        f"{quantity} {min(values):,} to {max(values):,}"
+        for quantity in quantities
+        for values in [next(row["values"] for row in rows if row["quantity"] == quantity)]
+    ]
+    others = ", ".join(f"{name} {value:,}" for name, value in rows[0]["as_it_is"].items())
+    return (
+        f"{_machine(results, 'growth')}; layers of 512, eager. {', '.join(ranges)}, one at a time; "
+        f"the others are {others}.\n\n" + markdown(header, lines)
+    )
 
 
 def _compilation(results: Results) -> str:

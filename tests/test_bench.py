@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from bench.bandwidth import cache_bytes, step_bytes
 from bench.contenders import BASELINE, GROUPED_STATIC, Generation, compressed
 from bench.results import Results
+from bench.test_growth import exponent
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,3 +91,9 @@ def test_the_last_line_is_one_json_document(tmp_path: Path) -> None:
     assert row["largest_batch"] == row["memory_bytes"] // row["row_bytes"]
     (path,) = tmp_path.glob("*.json")
     assert list(json.loads(path.read_text())["tables"]) == ["capacity"]
+
+
+def test_growth_is_told_by_its_power() -> None:
+    assert exponent([128, 256, 1024], [5, 10, 40]) == pytest.approx(1)
+    assert exponent([1, 2, 4, 8], [3, 3, 3, 3]) == pytest.approx(0)
+    assert exponent([2, 4, 8], [4, 16, 64]) == pytest.approx(2)
