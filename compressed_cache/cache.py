@@ -101,7 +101,7 @@ class CompressedCache(Drafts, AnnouncedCalls):
         self.policy = as_policy(policy, policy_options)
         rules = dict(interval=interval, sinks=sinks, recent=recent, protect_prompt=protect_prompt)
         resolve = functools.partial(resolve_eviction, self.policy, **rules)
-        self.relative = relative_budget(compression_ratio, budget, resolve)
+        self.relative = relative_budget(self.policy, compression_ratio, budget, resolve)
         most = 256 if self.relative is None else UNKNOWN
         self.eviction: EvictionConfig = resolve(budget=most if budget is None else budget)
         if config is not None:

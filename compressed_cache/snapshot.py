@@ -19,7 +19,7 @@ from compressed_cache.policies.base import Policy
 from compressed_cache.policies.budgets import to_budget
 from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.policies.registry import make_policy, split_name
-from compressed_cache.policies.relative_budget import RelativeBudget
+from compressed_cache.policies.relative_budget import UNKNOWN, RelativeBudget
 from compressed_cache.step_counter import StepCounter
 from compressed_cache.stores.bound_policy import copied
 from compressed_cache.stores.slots import SlotStore
@@ -190,8 +190,10 @@ class Snapshots(LinearLayers, Observed):
         Raises:
             ValueError: a snapshot of a cache with another policy or other arguments.
         """
-        # A share of the prompt is that of the prompt that comes back.
-        own = self.eviction if self.relative is None else snapshot.eviction
+        own = self.eviction
+        if self.relative is not None:
+            # A share of the prompt is that of the prompt that comes back.
+            own = self.relative.resolve(budget=snapshot.eviction.budget)
         snapshot.check(self.policy, own)
         self.go_by(own)
         self.notify("restore")
@@ -200,9 +202,16 @@ class Snapshots(LinearLayers, Observed):
     def save(self, path: str | Path) -> None:
         """Writes what is held to a safetensors file.
 
+        A cache with ``compression_ratio`` comes back with the budget of its prompt.
+
         Raises:
             NotImplementedError: a model with linear-attention layers.
+            ValueError: a budget that no prompt has settled yet.
         """
+        if self.eviction.budget == UNKNOWN:
+            raise ValueError(
+                "a cache with compression_ratio must hold a prompt to be saved, got an empty one"
+            )
         self.snapshot().save(path)
 
     @classmethod

@@ -134,3 +134,21 @@ def test_a_prompt_that_leaves_no_room_changes_nothing(model: Any) -> None:
     assert cache.get_seq_length() == 0
     _generate(model, cache, distinct_tokens(1, 200))
     assert cache.eviction.budget == int(200 * (1 - 0.9))
+
+
+def test_shadowkv_is_told_what_to_do() -> None:
+    with pytest.raises(ValueError, match="must be given as budget with 'shadowkv'"):
+        CompressedCache("shadowkv", compression_ratio=0.5)
+
+
+def test_a_snapshot_of_other_arguments_is_refused(model: Any) -> None:
+    for other in (dict(compression_ratio=0.5, sinks=4), dict(budget=20, sinks=4)):
+        cache = CompressedCache("h2o", **other)
+        _generate(model, cache, distinct_tokens(1, PROMPT))
+        with pytest.raises(ValueError, match="snapshot must be of a cache like this one"):
+            CompressedCache("h2o", compression_ratio=0.5).restore(cache.snapshot())
+
+
+def test_an_empty_cache_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must hold a prompt to be saved"):
+        CompressedCache("h2o", compression_ratio=0.5).save(tmp_path / "cache.safetensors")

@@ -66,3 +66,16 @@ def test_eager_steps_after_compiled_ones(model: Any) -> None:
     assert backend.graphs
     again = [model.generate(text, **cache_argument(cache), **options) for cache in caches]
     assert torch.equal(*again)
+
+
+@pytest.mark.parametrize("policy", ["full", "shadowkv"])
+@pytest.mark.parametrize("length", [40, 254])
+def test_drafts_in_the_call_of_the_prompt(model: Any, policy: str, length: int) -> None:
+    """An assistant that is right, whose first drafts come with the prompt."""
+    cache, ids = CompressedCache(policy, 400), distinct_tokens(1, length)
+    options: dict[str, Any] = dict(max_new_tokens=12, do_sample=False)
+    expected = model.generate(ids, **options)
+    for _ in range(2):
+        got = model.generate(ids, **cache_argument(cache), assistant_model=model, **options)
+        assert torch.equal(got, expected)
+        cache.reset()

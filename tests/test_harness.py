@@ -65,7 +65,7 @@ def test_replies_and_records_are_those_of_generate(policy: str) -> None:
 
 
 def test_drafts_that_a_full_cache_verifies_answer_as_it_does() -> None:
-    options: dict[str, Any] = dict(limit=3, batch_size=2, gen_kwargs={"max_gen_toks": 200})
+    options: dict[str, Any] = dict(limit=3, gen_kwargs={"max_gen_toks": 200})
     press = {"kv_press": "h2o", "kv_budget": 90, "dtype": "float32"}
     full = evaluate([EASY], model_args={"dtype": "float32"}, **options)
     found = evaluate([EASY], model_args=press | {"kv_lossless": True}, **options)
@@ -81,6 +81,8 @@ def test_drafts_that_a_full_cache_verifies_answer_as_it_does() -> None:
     (bytes_alone,) = {s["resps"][0][0].record.cache_bytes for s in alone["samples"][EASY]}
     assert all(record.cache_bytes > bytes_alone for record in records)
     assert json.loads(json.dumps(summary)) == summary
+    with pytest.raises(NotImplementedError, match=r"one document at a time, got 3\. Set"):
+        evaluate([EASY], model_args=press | {"kv_lossless": True}, **options | {"batch_size": 3})
 
 
 @pytest.mark.slow

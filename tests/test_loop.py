@@ -410,3 +410,23 @@ def test_nothing_is_drawn_of_nan(make_model: Callable[..., LlamaForCausalLM]) ->
     model.lm_head.weight.data[7] = torch.nan
     with pytest.raises(ValueError, match="probabilities must be numbers, got NaN"):
         _generate(model, _cache(), do_sample=True, custom_generate=decode)
+
+
+class _OfTheBatch(StoppingCriteria):
+    """Says one thing of all rows."""
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        return input_ids.shape[1] >= self.longest
+
+
+def test_a_criterion_that_speaks_of_the_batch(model: Any) -> None:
+    longest = _padded()["input_ids"].shape[1] + 6
+    criteria = StoppingCriteriaList([_OfTheBatch(longest)])
+    options: dict[str, Any] = dict(stopping_criteria=criteria, eos_token_id=None)
+    expected = _generate(model, _cache(), **options)
+    assert expected.shape[1] == longest
+    got = _generate(model, _cache(), custom_generate=decode, **options)
+    assert torch.equal(got, expected)

@@ -37,7 +37,7 @@ def decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
     What a model reads in a step over a :class:`CompressedCache` is the same each time but for the
     token and its position, so it is prepared once and then written in place. The compiled step,
     the logits processors, the stopping criteria and the streamer are those of plain ``generate``.
-    Nothing waits for the device where only a length ends the text.
+    Nothing waits for the device where only a length ends a greedy text.
 
     A row that has ended is padded, and here the cache is told so: once it has read the token that
     ended it, a row holds what it held, and a conversation goes on in a batch as it does alone. For
@@ -118,7 +118,7 @@ def _decode(
     pad = generation_config._pad_token_tensor
     pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     unfinished = torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device)
-    told = Told(2, ids.device)
+    told, asks = Told(2, ids.device), bool(criteria) or generation_config.do_sample
     broken = torch.zeros((), dtype=torch.bool, device=ids.device)
     inputs: Any = None
     padding: _Padding | None = None
@@ -140,14 +140,16 @@ def _decode(
             # What ends a row is still read as text.
             real = unfinished
             for criterion in criteria:
-                unfinished = unfinished & ~criterion(ids, None)[:, None]
+                # One of a user's may say it of the batch.
+                ended = torch.as_tensor(criterion(ids, None), device=ids.device)
+                unfinished = unfinished & ~ended.view(-1, 1)
             if streamer is not None:
                 streamer.put(tokens[:, 0].cpu())
             if ids.shape[1] >= longest:
                 break
-            if criteria:
+            if asks:
                 told.tell(torch.stack([~unfinished.any(), broken]))
-                if not pads and any(told.read()):
+                if criteria and not pads and any(told.read()):
                     break
             # Ends the step before, as transformers does when it asks for the size of a mask.
             kwargs[CACHE].get_mask_sizes(1, 0)
@@ -163,7 +165,7 @@ def _decode(
             outputs = forward(**inputs, return_dict=True)
             # Asked behind the step, so that the device has work while the host waits. And alone or
             # beside longer ones, a row has read the token that ended it.
-            if criteria and any(told.read()):
+            if asks and any(told.read()):
                 break
     if broken:
         raise ValueError("probabilities must be numbers, got NaN. Does the model overflow?")

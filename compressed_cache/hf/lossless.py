@@ -43,9 +43,10 @@ def lossless(
     equal up to rounding; sampled ones have its distribution (speculative sampling). Memory is that
     of the full cache and of the budget together, and layers with a sliding window keep all, too.
 
-    Batches with padding on the left, processors, stopping criteria, streamers and several
-    sequences work as in plain ``generate``. A cache that holds an earlier text of the conversation
-    is given the whole text, which the full cache then reads anew.
+    Batches with padding on the left, processors, stopping criteria, streamers and several sequences
+    work as in plain ``generate``, but for criteria that keep state, in a batch. A cache that holds
+    an earlier text of the conversation is given the whole text, which the full cache then reads
+    anew.
 
     Args:
         model: the model.

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from compressed_cache.policies.base import Policy
+from compressed_cache.policies.capabilities import find_store
 from compressed_cache.policies.eviction_config import EvictionConfig
 from compressed_cache.wording import shown
 
@@ -43,13 +45,18 @@ class RelativeBudget:
 
 
 def relative_budget(
-    ratio: float | None, budget: object, resolve: Callable[..., EvictionConfig]
+    policy: Policy, ratio: float | None, budget: object, resolve: Callable[..., EvictionConfig]
 ) -> RelativeBudget | None:
     """What stands for ``compression_ratio``, None where there is none.
 
     Raises:
-        ValueError: a budget, too.
+        ValueError: a budget, too, or a policy whose budget is no share of the prompt.
     """
+    if ratio is not None and find_store(policy) == "offloaded":
+        raise ValueError(
+            f"compression_ratio must be given as budget with {policy.label!r}, where that is what "
+            "each step fetches"
+        )
     if ratio is not None and budget is not None:
         raise ValueError(
             "compression_ratio and budget must not both be given. Leave one of them out."

@@ -1,12 +1,15 @@
 """A store for policies that evict nothing: it grows with the text."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from compressed_cache.ops import attention
 from compressed_cache.ops.masks import Mask
-from compressed_cache.ops.tokens import Tokens
+from compressed_cache.ops.tokens import Sizes, Tokens
+from compressed_cache.stores.inputs import AttentionInputs
 from compressed_cache.stores.slots import SlotStore
 
 _SMALLEST_CAPACITY = 256
@@ -21,7 +24,7 @@ class GrowingStore(SlotStore):
     """
 
     in_use = 0
-    """Slots that hold tokens once the call that is announced is over, the same in all rows."""
+    """Slots, the same in all rows, after which none holds a token until a call is announced."""
 
     @property
     def free_slot(self) -> Tensor:
@@ -32,6 +35,17 @@ class GrowingStore(SlotStore):
         """Slots of each head for a prompt of this length and a token, and no tokens off the
         device."""
         return power_of_two(length + 1), 0
+
+    def prepare(self, inputs: AttentionInputs) -> None:
+        """Makes room for a first prompt; memory that fits is kept."""
+        super().prepare(inputs)
+        # Drafts may come in the same call.
+        self.in_use = self.tokens.positions.shape[2]
+
+    def load(self, tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
+        """Takes over the contents of another memory, in place where the sizes are the same."""
+        super().load(tensors, sizes)
+        self.in_use = sizes.capacity
 
     def grow(self, tokens: int) -> None:
         """Doubles the slots until ``tokens`` tokens fit."""

@@ -160,6 +160,12 @@ def _model_generate(
     started = time.perf_counter()
     cache = session.press.make_cache(config=self.config)
     if session.drafts is not None:
+        if len(context) > 1:
+            # The harness's stop sequences keep state, and rows grow unevenly.
+            raise NotImplementedError(
+                f"kv_lossless=True answers one document at a time, got {len(context)}. Set "
+                "--batch_size 1"
+            )
         from compressed_cache import lossless
 
         kwargs |= {"custom_generate": lossless, "statistics": session.drafts}
