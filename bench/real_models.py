@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.every_policy import EVERY, UNTRAINED
-from bench.results_page import FOLDER, write
+from bench.results_page import FOLDER, agreements, write
 from compressed_cache.__main__ import main as command
 from compressed_cache.calibration.statistics import STATISTICS
-from compressed_cache.eval.results.row import FILE, Agreement, read
+from compressed_cache.eval.results.row import FILE, Agreement
 from compressed_cache.policies import split_name
 
 
@@ -86,13 +86,13 @@ def _keep(folder: Path, rows: str) -> None:
     """Adds the rows to those of this model, with its name in place of its folder."""
     if not (folder / FILE).exists():
         return
-    found = [row for row in read(folder) if isinstance(row, Agreement)]
+    found = agreements(folder)
     if not found:
         return
     named = [dataclasses.replace(row, model=Path(row.model).name) for row in found]
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{named[0].model}-{named[0].task}-{rows.replace(':', '-')}-{folder.name}.jsonl"
-    earlier = [row for row in read(path) if isinstance(row, Agreement)] if path.exists() else []
+    earlier = agreements(path) if path.exists() else []
     path.write_text("".join(row.to_json() + "\n" for row in extended(earlier, named)))
 
 

@@ -42,9 +42,14 @@ def agreement(folder: Path) -> str:
     """A table for each file of rows: policies by what they reach at the smallest budget."""
     tables = []
     for path in sorted(folder.glob("*.jsonl")):
-        rows = [row for row in read(path) if isinstance(row, Agreement)]
+        rows = agreements(path)
         tables.append(_table(rows))
     return "\n\n".join(tables) or "Not measured."
+
+
+def agreements(path: Path) -> list[Agreement]:
+    """The rows of agreement in a file or in the folder of a sweep."""
+    return [row for row in read(path) if isinstance(row, Agreement)]
 
 
 def _table(rows: Sequence[Agreement]) -> str:
@@ -152,7 +157,7 @@ def _found(rows: list[dict[str, Any]]) -> str:
 
 def ranking(agreement: Path, accuracy: Path) -> str:
     """Whether policies rank by agreement as they do by accuracy: Spearman's coefficient."""
-    rows = [row for row in read(agreement) if isinstance(row, Agreement) and row.agreement]
+    rows = [row for row in agreements(agreement) if row.agreement]
     right = {
         (row["task"], row["policy"], row["budget"]): row["accuracy"]
         for row in json.loads(accuracy.read_text())["rows"]

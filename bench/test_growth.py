@@ -37,15 +37,16 @@ def test_growth(benchmark: BenchmarkFixture, policy: str, quantity: str, device:
     tokens: list[list[float]] = [[] for _ in texts]
 
     def turn() -> None:
-        for text, seconds in zip(texts, tokens, strict=True):
-            seconds.append(median(text.continue_by(TOKENS)))
+        for text, own in zip(texts, tokens, strict=True):
+            own.append(median(text.continue_by(TOKENS)))
 
-    turn()
-    tokens = [[] for _ in texts]
+    for text in texts:
+        text.continue_by(TOKENS)
     benchmark.group = f"growth, {device}"
     benchmark.pedantic(turn, rounds=ROUNDS, iterations=1)
     caches: list[Any] = [text.cache for text in texts]
     held = [cache.nbytes for cache in caches]
+    seconds = [median(own) for own in tokens]
     benchmark.extra_info.update(
         table="growth",
         device=device,
@@ -54,9 +55,9 @@ def test_growth(benchmark: BenchmarkFixture, policy: str, quantity: str, device:
         values=values,
         as_it_is=AS_IT_IS,
         bytes=held,
-        seconds=[median(own) for own in tokens],
+        seconds=seconds,
         bytes_exponent=exponent(values, held),
-        seconds_exponent=exponent(values, [median(own) for own in tokens]),
+        seconds_exponent=exponent(values, seconds),
     )
 
 

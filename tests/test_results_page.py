@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 
 from bench.real_models import extended
-from bench.results_page import FOLDER, PAGE, filled
-from compressed_cache.eval.results.row import Agreement, read
+from bench.results_page import FOLDER, PAGE, agreements, filled
 
 (PATH, *_) = sorted(FOLDER.glob("*.jsonl"))
-EARLIER = [row for row in read(PATH) if isinstance(row, Agreement)]
+EARLIER = agreements(PATH)
 
 
 def test_a_run_extends_an_earlier_one() -> None:

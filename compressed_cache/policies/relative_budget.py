@@ -52,16 +52,18 @@ def relative_budget(
     Raises:
         ValueError: a budget, too, or a policy whose budget is no share of the prompt.
     """
-    if ratio is not None and find_store(policy) == "offloaded":
+    if ratio is None:
+        return None
+    if find_store(policy) == "offloaded":
         raise ValueError(
             f"compression_ratio must be given as budget with {policy.label!r}, where that is what "
             "each step fetches"
         )
-    if ratio is not None and budget is not None:
+    if budget is not None:
         raise ValueError(
             "compression_ratio and budget must not both be given. Leave one of them out."
         )
-    return None if ratio is None else RelativeBudget(ratio, resolve)
+    return RelativeBudget(ratio, resolve)
 
 
 def check_ratio(ratio: object) -> None:

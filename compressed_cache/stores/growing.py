@@ -1,14 +1,11 @@
 """A store for policies that evict nothing: it grows with the text."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressed_cache.ops import attention
 from compressed_cache.ops.masks import Mask
-from compressed_cache.ops.tokens import Sizes, Tokens
+from compressed_cache.ops.tokens import Tokens
 from compressed_cache.stores.inputs import AttentionInputs
 from compressed_cache.stores.slots import SlotStore
 
@@ -42,11 +39,6 @@ class GrowingStore(SlotStore):
         # Drafts may come in the same call.
         self.in_use = self.tokens.positions.shape[2]
 
-    def load(self, tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
-        """Takes over the contents of another memory, in place where the sizes are the same."""
-        super().load(tensors, sizes)
-        self.in_use = sizes.capacity
-
     def grow(self, tokens: int) -> None:
         """Doubles the slots until ``tokens`` tokens fit."""
         self.in_use = tokens
@@ -77,19 +69,19 @@ class GrowingStore(SlotStore):
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Mask | None
     ) -> tuple[Tensor, Tensor]:
         """Attention of one new token per row, see :meth:`SlotStore.attend`."""
-        if torch.compiler.is_compiling():
-            return super().attend(query, keys, values, mask)
-        used = slice(self.in_use)
-        visible, bias = self.visible(mask)
-        output, weights = attention.attend(
-            query,
-            keys[:, :, used],
-            values[:, :, used],
-            visible[..., used],
-            self.bound.transform,
-            None if bias is None else bias[..., used],
-        )
-        return output, pad(weights, (0, keys.shape[2] - weights.shape[-1]))
+        used = self._used
+        output, weights = super().attend(query, keys[:, :, used], values[:, :, used], mask)
+        unused = keys.shape[2] - weights.shape[-1]
+        return output, pad(weights, (0, unused)) if unused else weights
+
+    def visible(self, mask: Mask | None) -> tuple[Tensor, Tensor | None]:
+        """What a new token sees of what :meth:`attend` reads."""
+        visible, bias = super().visible(mask)
+        return visible[..., self._used], None if bias is None else bias[..., self._used]
+
+    @property
+    def _used(self) -> slice:
+        return slice(None if torch.compiler.is_compiling() else self.in_use)
 
 
 def power_of_two(tokens: int) -> int:

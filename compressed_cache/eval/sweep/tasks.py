@@ -45,14 +45,16 @@ def _index(name: str) -> Any:
         return ours
     # The harness itself would parse all of its files, some 14,000, which takes a minute.
     own = re.escape(name)
-    folders = _folders(rf"^(?:task|group): *{own} *$") or _folders(rf"(?<![\w-]){own}(?![\w-])")
+    patterns = rf"^(?:task|group): *{own} *$", rf"(?<![\w-]){own}(?![\w-])"
+    folders = _folders(HARNESS, patterns[0]) or _folders(HARNESS, patterns[1])
     topmost = sorted(str(one) for one in folders if folders.isdisjoint(one.parents))
     return _manager("{}", *topmost, str(PATH)).task_index if topmost else ours
 
 
-def _folders(pattern: str) -> set[Path]:
+@functools.cache
+def _folders(folder: Path, pattern: str) -> set[Path]:
     found = re.compile(pattern, re.MULTILINE)
-    return {file.parent for file, text in _texts(HARNESS).items() if found.search(text)}
+    return {file.parent for file, text in _texts(folder).items() if found.search(text)}
 
 
 @functools.cache
