@@ -73,13 +73,15 @@ class CompressedTextGenerationPipeline(Pipeline):
                 begins with. ``max_context_length``, tokens of a context that are read.
                 ``enable_thinking``, passed on to the chat template, False by default. All else
                 goes to ``model.generate``: greedy decoding of 50 tokens unless told otherwise.
-                ``prefill_chunk_size`` holds for contexts too.
+                ``prefill_chunk_size`` holds for contexts too. With ``lossless=True`` the cache
+                drafts (``num_draft_tokens`` at a time) and a full cache verifies: the answers are
+                those of a full cache, and each question is read with its context anew.
 
         Returns:
             For a text a dictionary with ``answer``, or ``answers`` where ``questions`` are given,
             without the prefix, and ``timing``, a :class:`~compressed_cache.telemetry.timing.Timing`
             of all that was done for its batch. For several texts a list of these. A cache that was
-            given holds the last contexts afterwards.
+            given holds the last contexts afterwards, with ``lossless`` the last texts.
 
         Raises:
             ValueError: an empty context, more tokens than the model can see, both ``question`` and
@@ -134,6 +136,8 @@ class CompressedTextGenerationPipeline(Pipeline):
         from compressed_cache.telemetry.measure import measure
         from compressed_cache.telemetry.timing import total
 
+        if request.lossless:
+            return self._draft(prompts, request)
         cache = request.cache
         cache.reset()
         contexts, context_mask = self._padded([prompt.context for prompt in prompts])
@@ -153,13 +157,32 @@ class CompressedTextGenerationPipeline(Pipeline):
             with measure(self.model) as measured:
                 output = self._generate(text, mask, request)
             runs.append(replace(measured.timing, tokens_in=questions.numel()))
-            new = output[:, text.shape[1] :]
-            decoded = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-            for row, answer in zip(rows, decoded, strict=True):
+            for row, answer in zip(rows, self._decoded(output, text), strict=True):
                 answers[row].append(answer)
             if snapshot is not None:
                 cache.restore(snapshot)
         return answers, total(runs)
+
+    def _draft(self, prompts: list[Prompt], request: Request) -> tuple[list[list[str]], "Timing"]:
+        """As ``_forward``, with nothing lost: a text that is not read as a whole has no full cache
+        to be verified with."""
+        from compressed_cache.hf.lossless import lossless
+        from compressed_cache.telemetry.measure import measure
+
+        answers: list[list[str]] = [[] for _ in prompts]
+        with measure(self.model) as measured:
+            for number, rows in _rounds(prompts, by_length=False):
+                request.cache.reset()
+                asked = [prompts[row].context + prompts[row].questions[number] for row in rows]
+                text, mask = self._padded(asked)
+                output = self._generate(text, mask, request, custom_generate=lossless)
+                for row, answer in zip(rows, self._decoded(output, text), strict=True):
+                    answers[row].append(answer)
+        return answers, measured.timing
+
+    def _decoded(self, output: Tensor, text: Tensor) -> list[str]:
+        """What comes behind a text."""
+        return self.tokenizer.batch_decode(output[:, text.shape[1] :], skip_special_tokens=True)
 
     def postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, output: tuple[list[list[str]], "Timing"], *, is_single: bool
@@ -206,10 +229,10 @@ class CompressedTextGenerationPipeline(Pipeline):
             evicted_tokens=request.cache.evicted_tokens,
         )
 
-    def _generate(self, text: Tensor, mask: Tensor, request: Request) -> Any:
+    def _generate(self, text: Tensor, mask: Tensor, request: Request, **more: Any) -> Any:
         from compressed_cache.versions import cache_argument
 
-        more = dict(request.generate)
+        more = request.generate | more
         if more.get("generation_config") is None and self.tokenizer.pad_token_id is not None:
             more.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         return self.model.generate(

@@ -6,13 +6,14 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from compressed_cache.policies.relative_budget import check_ratio, slots_kept
-from compressed_cache.wording import listing, nearest
+from compressed_cache.wording import listing, nearest, shown
 
 if TYPE_CHECKING:
     from compressed_cache.cache import CompressedCache
 
 _PRESSES = "`compressed-cache presses` tells what to type here for a press of kvpress."
-_OF_CALLS = ("answer_prefix", "compression_ratio", "question", "questions")
+_OF_CALLS = ("answer_prefix", "compression_ratio", "lossless", "question", "questions")
+_OF_DRAFTS = ("adaptive", "num_draft_tokens")
 _FILLED_IN = ("attention_mask", "input_ids", "inputs", "kwargs", "past_key_values", "self")
 # What the pipeline cannot serve, with the value that asks for nothing.
 _NOT_SERVED = {
@@ -33,6 +34,8 @@ class Request:
     """Whether the user made the cache, and may want to see what it held of the context."""
     generate: dict[str, Any]
     """Arguments of ``model.generate``."""
+    lossless: bool
+    """Whether the cache only drafts, and a full one verifies."""
 
 
 def renamed(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +97,7 @@ def make_request(model: Any, arguments: dict[str, Any]) -> Request:
         model: the model that is to answer.
         arguments: ``policy`` with rules and options of its own, or ``cache``; all else is for
             ``generate``. Greedy decoding of at most 50 tokens unless they say otherwise.
+            ``lossless`` asks for drafts.
 
     Raises:
         ValueError: an unknown policy, a value out of range, a budget too small for what is
@@ -103,6 +107,7 @@ def make_request(model: Any, arguments: dict[str, Any]) -> Request:
     """
     given = dict(arguments)
     policy, cache = given.pop("policy", None), given.pop("cache", None)
+    lossless = given.pop("lossless", False)
     own = _own_names(policy)
     rules = {name: given.pop(name) for name in own if name in given}
     _check_generate(model, policy, own, given)
@@ -116,7 +121,22 @@ def make_request(model: Any, arguments: dict[str, Any]) -> Request:
     made = (
         _make_cache(model, "full" if policy is None else policy, rules) if cache is None else cache
     )
-    return Request(made, cache is not None, given)
+    _check_lossless(lossless, made, given)
+    return Request(made, cache is not None, given, lossless)
+
+
+def _check_lossless(lossless: Any, cache: "CompressedCache", given: dict[str, Any]) -> None:
+    if not isinstance(lossless, bool):
+        raise TypeError(f"lossless must be True or False, got {shown(lossless)}")
+    if not lossless:
+        if drafting := [name for name in _OF_DRAFTS if name in given]:
+            raise ValueError(f"{listing(drafting)} given without lossless=True")
+        return
+    if given.get("custom_generate") is not None:
+        raise ValueError("lossless and custom_generate must not both be given. Leave one out.")
+    from compressed_cache.hf.checks import check_drafts
+
+    check_drafts(cache.policy, "lossless=True")
 
 
 def _own_names(policy: Any) -> list[str]:
@@ -168,7 +188,7 @@ def _check_generate(model: Any, policy: Any, own: list[str], given: dict[str, An
     from transformers import GenerationConfig
 
     settings = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
-    known = {*settings, *inspect.signature(model.generate).parameters} - {*_FILLED_IN}
+    known = {*settings, *inspect.signature(model.generate).parameters, *_OF_DRAFTS} - {*_FILLED_IN}
     for name in given:
         if name not in known:
             names = {*own, *known, "policy", "cache", *_OF_CALLS}

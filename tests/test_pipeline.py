@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -414,3 +415,50 @@ def test_pipelines_that_have_changed_are_left_alone(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout == "alive\n", done.stderr
     assert "the pipeline is not available with this transformers" in done.stderr
+
+
+@pytest.mark.parametrize("policy", ["h2o", "snapkv", "streaming_llm"])
+def test_lossless_answers_are_those_of_the_full_cache(pipe: Any, policy: str) -> None:
+    contexts = [CONTEXT, _text(40, seed=9)]
+    asked = [QUESTIONS, QUESTIONS[:1]]
+    options = dict(questions=asked, batch_size=2, max_new_tokens=24)
+    full = pipe(contexts, **options)
+    drafted = pipe(
+        contexts, **options, policy=policy, budget=24, lossless=True, num_draft_tokens=3
+    )
+    for own, answer in zip(drafted, full, strict=True):
+        assert own["answers"] == answer["answers"]
+    drafts = drafted[0]["timing"].drafts
+    # All but the first token of each of four answers.
+    assert drafts.tokens == 4 * 23 and drafts.drafted
+    assert full[0]["timing"].drafts is None
+
+
+def test_lossless_with_a_cache_of_the_users_own(pipe: Any) -> None:
+    cache = CompressedCache("h2o", 24)
+    answer = pipe(CONTEXT, question=QUESTIONS[0], cache=cache, lossless=True, adaptive=False)
+    assert answer["answer"] == pipe(CONTEXT, question=QUESTIONS[0])["answer"]
+    assert cache.get_seq_length() > 60
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "arguments"),
+    [
+        (TypeError, "lossless must be True or False, got 1", dict(lossless=1)),
+        (ValueError, "'num_draft_tokens' given without lossless=True", dict(num_draft_tokens=2)),
+        (ValueError, "num_draft_tokens must be at least 1", dict(lossless=True, num_draft_tokens=0)),
+        (ValueError, "must not both be given", dict(lossless=True, custom_generate=decode)),
+        (
+            NotImplementedError,
+            "'kvzip' ranks a prompt by a second pass over it, but drafts follow the first. "
+            "Choose another policy, or leave out lossless=True.",
+            dict(lossless=True, policy="kvzip"),
+        ),
+    ],
+)
+def test_lossless_is_refused(
+    pipe: Any, calls: list[int], error: type[Exception], says: str, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(error, match=re.escape(says)):
+        pipe(CONTEXT, question=QUESTIONS[0], **{**H2O_24, **arguments})
+    assert not calls

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
-from compressed_cache import CompressedCache, decode
+from compressed_cache import CompressedCache, DraftStatistics, decode, lossless
 from compressed_cache.telemetry import Timing, measure, timestamps
 from compressed_cache.telemetry.timing import total
 from compressed_cache.versions import cache_argument
@@ -251,6 +251,26 @@ def test_a_step_compiles_once_under_measure(make_model: Callable[..., Any]) -> N
     assert len(m.timing.step_s) == NEW - 1
 
 
+def test_measure_tells_what_drafts_brought(model: LlamaForCausalLM, ids: Tensor) -> None:
+    cache, theirs = CompressedCache("h2o", BUDGET), DraftStatistics()
+    options: dict[str, Any] = dict(custom_generate=lossless, adaptive=False, num_draft_tokens=2)
+    with measure(model) as m:
+        text = _generate(model, ids, cache, statistics=theirs, **options)
+        cache.reset()
+        _generate(model, ids, cache, **options)
+    assert torch.equal(text, _generate(model, ids, DynamicCache(config=model.config)))
+    first, second = m.runs
+    assert first.drafts == theirs and theirs is not first.drafts
+    assert first.drafts and second.drafts and m.timing.drafts
+    assert m.timing.drafts.tokens == 2 * theirs.tokens == 2 * ROWS * (NEW - 1)
+    assert first.tokens_in == ROWS * PROMPT and first.tokens_out == ROWS * NEW
+    assert first.prefill_s > 0 and first.step_s == ()
+    assert first.decode_s == first.drafts.drafting_s + first.drafts.verifying_s
+    assert first.tokens_per_s == ROWS * (NEW - 1) / first.decode_s
+    assert first.cache_bytes > cache.nbytes
+    assert m.timing.decode_s == first.decode_s + second.decode_s
+
+
 def test_what_measure_cannot_time_is_refused(model: LlamaForCausalLM, ids: Tensor) -> None:
     refused = pytest.raises(TypeError, match=r"model must be a transformers model .* got Linear")
     with refused, measure(torch.nn.Linear(1, 1)):
@@ -284,7 +304,7 @@ def timing() -> Timing:
 
 def test_what_is_printed_of_a_timing_is_short(timing: Timing) -> None:
     long = dataclasses.replace(timing, step_s=(0.01,) * 2048)
-    assert len(repr(long)) < 320
+    assert len(repr(long)) < 340
     assert "tokens_per_s=" in repr(long) and "step_s" not in repr(long)
 
 
@@ -305,6 +325,18 @@ def test_csv_has_a_header_and_a_row(timing: Timing, tmp_path: Path) -> None:
     assert {name: float(text) if text else None for name, text in row.items()} == {
         name: value for name, value in vars(timing).items() if name != "step_s"
     }
+
+
+def test_files_have_what_drafts_brought(timing: Timing, tmp_path: Path) -> None:
+    drafts = DraftStatistics(tokens=9, row_verifications=4, drafted=10, accepted=5)
+    drafted = dataclasses.replace(timing, drafts=drafts)
+    drafted.write_json(tmp_path / "timing.json")
+    found = json.loads((tmp_path / "timing.json").read_text())
+    assert found["drafts"]["acceptance_rate"] == 0.5
+    drafted.write_csv(tmp_path / "timing.csv")
+    with open(tmp_path / "timing.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert json.loads(row["drafts"]) == drafts.to_json()
 
 
 def test_of_several_the_most_bytes_count(timing: Timing) -> None:

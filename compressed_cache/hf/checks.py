@@ -174,6 +174,15 @@ def check_first_pass(policy: Policy) -> None:
         )
 
 
+def check_drafts(policy: Policy, argument: str) -> None:
+    """Raises ``NotImplementedError`` for a policy that cannot draft, as an ``argument`` asks."""
+    if find(policy, ReadsTwice):
+        raise NotImplementedError(
+            f"{policy.label!r} ranks a prompt by a second pass over it, but drafts follow the "
+            f"first. Choose another policy, or leave out {argument}."
+        )
+
+
 def check_text(seen: int, tokens: int) -> None:
     """Raises ``ValueError`` if a text of ``tokens`` tokens cannot go on with what was read."""
     if seen and tokens <= seen:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_SUMS = ("tokens", "row_verifications", "drafted", "accepted", "drafting_s", "verifying_s")
 _RATES = ("acceptance_rate", "tokens_per_verification")
 _WEIGHT = 0.2
 """Of the newest measurement in a running mean."""
@@ -49,6 +50,17 @@ class DraftStatistics:
     def tokens_per_verification(self) -> float:
         """Tokens that a row gets from one call with the full cache; NaN before the first."""
         return self.tokens / self.row_verifications if self.row_verifications else float("nan")
+
+    @property
+    def seconds(self) -> float:
+        """Of drafting and verifying together; the prompts are not among them."""
+        return self.drafting_s + self.verifying_s
+
+    def add(self, later: "DraftStatistics") -> None:
+        """Adds what drafting brought in further texts."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.plain_from, self.full_bytes = later.plain_from, later.full_bytes
 
     def to_json(self) -> dict[str, Any]:
         """All of it, null for what is not known."""

@@ -89,8 +89,8 @@ def _check(model: Any, arguments: dict[str, Any]) -> None:
     mode = config.get_generation_mode(arguments.get("assistant_model"))
     if mode not in MODES:
         raise NotImplementedError(
-            f"lossless is for greedy decoding and sampling, got {mode.value}. Leave out what asks "
-            "for it, or custom_generate."
+            f"lossless is for greedy decoding and sampling, got {mode.value}. Leave out one of "
+            "the two."
         )
     for name, asked in (
         ("return_dict_in_generate", config.return_dict_in_generate),
@@ -101,7 +101,7 @@ def _check(model: Any, arguments: dict[str, Any]) -> None:
     if not prepares_plainly(model) or arguments.get("position_ids") is None:
         raise NotImplementedError(
             f"{type(model).__name__} prepares its inputs in a way of its own, which lossless does "
-            "not know. Generate without custom_generate."
+            "not know. Generate without it."
         )
     _check_layers(model, cache)
     # Drafts would be among what is told of.
@@ -117,8 +117,7 @@ def _check_layers(model: Any, cache: Any) -> None:
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if cache.is_recurrent or not set(kinds) <= set(checks.ATTENTION):
         raise NotImplementedError(
-            "lossless cannot take tokens back from linear-attention layers. Generate without "
-            "custom_generate."
+            "lossless cannot take tokens back from linear-attention layers. Generate without it."
         )
 
 
@@ -171,7 +170,7 @@ class _Loop:
             length = DraftLength(0, adapts=False)
             warnings.warn(
                 "nothing is drafted, because the compressed cache would hold the whole text: take "
-                "a smaller budget, or policy='full' without custom_generate.",
+                "a smaller budget, or policy='full' without lossless.",
                 stacklevel=2,
             )
         ids = texts.ids[:, : self.prompt + 1]

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from compressed_cache.cache import CompressedCache
+from compressed_cache.hf.draft_length import DraftStatistics
+from compressed_cache.hf.lossless import lossless
 from compressed_cache.telemetry import peaks
 from compressed_cache.telemetry.timer import Timer
 from compressed_cache.telemetry.timestamps import Timestamp, seconds_between
@@ -53,6 +55,9 @@ def measure(model: Any) -> Iterator[Measurement]:
     token to those of the next, noted by a logits processor that changes nothing. On CUDA these
     moments are noted in the stream and compared when ``generate`` is through; no step waits for
     the device.
+
+    Under :func:`~compressed_cache.lossless` there are no steps of one token, and the run has
+    :attr:`Timing.drafts` in their place.
 
     On CUDA, PyTorch's own count of peak memory starts anew with each run.
 
@@ -110,25 +115,35 @@ def _timed(
     before, evicted = _counts(cache)
     peaks.restart()
     start = Timestamp()
-    if isinstance(cache, CompressedCache):
+    drafts = DraftStatistics() if kwargs.get("custom_generate") is lossless else None
+    if drafts is not None:
+        result, steps = _drafted(original, drafts, args, kwargs)
+    elif isinstance(cache, CompressedCache):
         result, steps = _announced(original, cache, args, kwargs)
     else:
         result, cache, steps = _processed(original, cache, config, args, kwargs)
     prefill_s, *step_s = seconds_between([start, *steps], model.device)
+    prefill_s -= drafts.seconds if drafts else 0.0
     sequences: Any = getattr(result, "sequences", result)
     seen, evicted_now = _counts(cache)
     rows, length = sequences.shape
     given = _prompt_length(args, kwargs)
+    if drafts is not None:
+        # The full cache reads all that it is given.
+        tokens_in = given or kwargs["inputs_embeds"].shape[1]
+    else:
+        # The rest were read as steps.
+        tokens_in = given if cache is None else seen - before - len(step_s)
     timing = finished(
         cache,
         device=model.device,
         rows=rows,
         prefill_s=prefill_s,
         step_s=step_s,
-        # The rest were read as steps.
-        tokens_in=rows * (given if cache is None else seen - before - len(step_s)),
+        tokens_in=rows * tokens_in,
         tokens_out=rows * (length - given),
         evicted_tokens=evicted_now - evicted,
+        drafts=drafts,
     )
     return result, timing
 
@@ -145,6 +160,16 @@ def _announced(
         cache.remove_observer(timer)
     # The first call reads what it is given, be it one token.
     return result, [*(call.mark for call in timer.calls[1:] if call.is_step), Timestamp()]
+
+
+def _drafted(
+    original: Any, drafts: DraftStatistics, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, list[Timestamp]]:
+    """The result, and where it was there."""
+    result = original(*args, **kwargs | {"statistics": drafts})
+    if (theirs := kwargs.get("statistics")) is not None:
+        theirs.add(drafts)
+    return result, [Timestamp()]
 
 
 def _processed(

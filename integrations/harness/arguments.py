@@ -98,11 +98,15 @@ def take_press(arguments: dict[str, Any]) -> PressArguments | None:
     _check_names(word, policy, options)
     press = PressArguments(policy, options, bool(lossless))
     try:
-        press.make_cache()
+        cache = press.make_cache()
     except (TypeError, ValueError) as error:
         raise type(error)(
             f"{word}={policy!r}: {error} (each argument carries the prefix kv_ here)"
         ) from None
+    if lossless:
+        from compressed_cache.hf.checks import check_drafts
+
+        check_drafts(cache.policy, "kv_lossless=True")
     return press
 
 
