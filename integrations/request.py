@@ -136,7 +136,7 @@ def _check_lossless(lossless: Any, cache: "CompressedCache", given: dict[str, An
         raise ValueError("lossless and custom_generate must not both be given. Leave one out.")
     from compressed_cache.hf.checks import check_drafts
 
-    check_drafts(cache.policy, "lossless=True")
+    check_drafts(cache.policy)
 
 
 def _own_names(policy: Any) -> list[str]:

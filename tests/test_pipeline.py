@@ -423,9 +423,7 @@ def test_lossless_answers_are_those_of_the_full_cache(pipe: Any, policy: str) ->
     asked = [QUESTIONS, QUESTIONS[:1]]
     options = dict(questions=asked, batch_size=2, max_new_tokens=24)
     full = pipe(contexts, **options)
-    drafted = pipe(
-        contexts, **options, policy=policy, budget=24, lossless=True, num_draft_tokens=3
-    )
+    drafted = pipe(contexts, **options, policy=policy, budget=24, lossless=True, num_draft_tokens=3)
     for own, answer in zip(drafted, full, strict=True):
         assert own["answers"] == answer["answers"]
     drafts = drafted[0]["timing"].drafts
@@ -446,12 +444,16 @@ def test_lossless_with_a_cache_of_the_users_own(pipe: Any) -> None:
     [
         (TypeError, "lossless must be True or False, got 1", dict(lossless=1)),
         (ValueError, "'num_draft_tokens' given without lossless=True", dict(num_draft_tokens=2)),
-        (ValueError, "num_draft_tokens must be at least 1", dict(lossless=True, num_draft_tokens=0)),
+        (
+            ValueError,
+            "num_draft_tokens must be at least 1",
+            dict(lossless=True, num_draft_tokens=0),
+        ),
         (ValueError, "must not both be given", dict(lossless=True, custom_generate=decode)),
         (
             NotImplementedError,
             "'kvzip' ranks a prompt by a second pass over it, but drafts follow the first. "
-            "Choose another policy, or leave out lossless=True.",
+            "Choose another policy, or leave out lossless.",
             dict(lossless=True, policy="kvzip"),
         ),
     ],

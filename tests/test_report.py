@@ -582,6 +582,11 @@ def test_steps_of_a_timing_are_medians_of_as_many_as_it_takes(tmp_path: Path) ->
     assert "peak reserved MiB" not in [title for title, _ in part.tables[0].titles]
     inputs = read([str(write_timing(tmp_path / "timing.json", step_s=[]))])
     assert costs.timings(inputs.timings)[0].pictures == []
+    drafts = {"acceptance_rate": 0.5, "tokens": 9}
+    inputs = read([str(write_timing(tmp_path / "timing.json", step_s=[], drafts=drafts))])
+    (drafted,) = costs.timings(inputs.timings)[0].tables
+    assert ("drafts accepted %", True) in drafted.titles
+    assert [cell.text for cell in drafted.rows[0]][-1] == "50.0"
 
 
 def test_pixels_of_a_head_are_what_it_held(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from compressed_cache.__main__ import main
 from compressed_cache.eval.options import parse
-from compressed_cache.eval.results.row import FILE, Result, from_json, read
+from compressed_cache.eval.results.row import FILE, Result, append, from_json, read
 from compressed_cache.tasks import metrics
 from tests.results import make_result, typed
 
@@ -21,7 +21,7 @@ pytest.importorskip("lm_eval")
 from compressed_cache.eval.sweep import accuracy, command, estimate, loaded, prompts, tasks
 from compressed_cache.eval.sweep.cell import take
 from compressed_cache.eval.sweep.folder import RESULT, Folder, write_error
-from compressed_cache.eval.sweep.group import Group
+from compressed_cache.eval.sweep.group import Finished, Group
 from compressed_cache.eval.sweep.plan import Cell, Plan
 from compressed_cache.wording import missing
 
@@ -393,6 +393,25 @@ WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
         {"policies": "kvzip", "budgets": "64"},
         [r"^kvzip at 64: 'kvzip' ranks a prompt by a second pass"],
     ),
+    "drafts that cannot be": (
+        {"policies": "h2o:lossless=true", "batch_size": "8"},
+        [
+            r"^h2o:lossless=true: lossless answers one document at a time, set --batch-size 1, "
+            "not 8$",
+        ],
+    ),
+    "drafts behind a second pass": (
+        {"policies": "kvzip:lossless=true", "budgets": "64"},
+        [r"^kvzip:lossless=true at 64: 'kvzip' ranks a prompt by a second pass .* leave out"],
+    ),
+    "lossless that is no switch": (
+        {"policies": "h2o:lossless=4", "budgets": "64"},
+        [r"^h2o:lossless=4 at 64: lossless must be true or false, got 4 \(int\)$"],
+    ),
+    "agreement of drafts": (
+        {"policies": "full,h2o:lossless=true", "budgets": "64", "measure": "agreement"},
+        [r"^h2o:lossless=true: lossless says what the full cache says"],
+    ),
     "a dtype that is none": (
         {"dtype": "bf16"},
         [r"^--dtype must be one of 'auto', .*, got 'bf16'\. Did you mean 'bfloat16'\?$"],
@@ -512,6 +531,34 @@ MOMENTS: dict[str, Callable[[list[str]], str]] = {
     "before the end of its line": lambda lines: lines[1] + "\n" + lines[0],
     "before there were rows": lambda lines: "",
 }
+
+
+@pytest.mark.usefixtures("harness")
+def test_a_lossless_setting_has_the_answers_of_the_full_cache(tmp_path: Path) -> None:
+    plan = replace(
+        PLAN,
+        policies=["full", "h2o", "h2o:lossless=true"],
+        budgets=[64],
+        seeds=1,
+        limit=1,
+        gen_kwargs={"max_gen_toks": 80},
+    )
+    rows: list[Any] = []
+    for cell in plan.cells():
+        (outcome,) = accuracy.measure(plan, Group((cell,)))
+        assert isinstance(outcome, Finished)
+        append(tmp_path / FILE, outcome.row)
+        rows.append(outcome.row)
+    assert read(tmp_path / FILE) == rows
+    full, alone, drafted = rows
+    assert (drafted.tokens, drafted.correct) == (full.tokens, full.correct)
+    assert drafted.options["lossless"] is True and drafted.setting == "h2o:lossless=true"
+    assert drafted.drafts["drafted"] and drafted.drafts["tokens"] == full.tokens - 1
+    assert full.drafts is None and alone.drafts is None
+    assert drafted.cache_bytes > alone.cache_bytes + full.cache_bytes / 2
+    page = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / FILE), "--out", str(page)]) == 0
+    assert "drafts accepted %" in page.read_text()
 
 
 @pytest.mark.parametrize("left", MOMENTS.values(), ids=MOMENTS.keys())

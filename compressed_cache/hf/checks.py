@@ -174,12 +174,12 @@ def check_first_pass(policy: Policy) -> None:
         )
 
 
-def check_drafts(policy: Policy, argument: str) -> None:
-    """Raises ``NotImplementedError`` for a policy that cannot draft, as an ``argument`` asks."""
+def check_drafts(policy: Policy) -> None:
+    """Raises ``NotImplementedError`` for a policy that cannot draft."""
     if find(policy, ReadsTwice):
         raise NotImplementedError(
             f"{policy.label!r} ranks a prompt by a second pass over it, but drafts follow the "
-            f"first. Choose another policy, or leave out {argument}."
+            "first. Choose another policy, or leave out lossless."
         )
 
 

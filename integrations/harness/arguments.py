@@ -31,8 +31,12 @@ class PressArguments:
     def make_cache(self, config: "PreTrainedConfig | None" = None) -> "CompressedCache":
         """A cache as the user asked for; ``config`` lets it refuse a model it cannot serve."""
         from compressed_cache.cache import CompressedCache
+        from compressed_cache.hf.checks import check_drafts
 
-        return CompressedCache(self.policy, config=config, **self.arguments)
+        cache = CompressedCache(self.policy, config=config, **self.arguments)
+        if self.lossless:
+            check_drafts(cache.policy)
+        return cache
 
     def describe(self) -> dict[str, Any]:
         """Every number that shapes an answer, defaults filled in."""
@@ -98,15 +102,11 @@ def take_press(arguments: dict[str, Any]) -> PressArguments | None:
     _check_names(word, policy, options)
     press = PressArguments(policy, options, bool(lossless))
     try:
-        cache = press.make_cache()
+        press.make_cache()
     except (TypeError, ValueError) as error:
         raise type(error)(
             f"{word}={policy!r}: {error} (each argument carries the prefix kv_ here)"
         ) from None
-    if lossless:
-        from compressed_cache.hf.checks import check_drafts
-
-        check_drafts(cache.policy, "kv_lossless=True")
     return press
 
 

@@ -139,6 +139,7 @@ def timings(timings: list[TimingFile]) -> list[Part]:
         column("peak_allocated_bytes", "peak allocated MiB", ",.0f", MIB),
         column("peak_reserved_bytes", "peak reserved MiB", ",.0f", MIB),
         column("peak_rss_bytes", "peak RSS MiB", ",.0f", MIB),
+        column("acceptance_rate", "drafts accepted %", ".1f", 0.01),
     ]
     axes = {"x": "decode step", "y": "ms per step", "dots": False}
     return [
@@ -146,9 +147,14 @@ def timings(timings: list[TimingFile]) -> list[Part]:
             words,
             f"Medians where there are more than {_STEPS_DRAWN} steps.",
             drawn(lines, words, **axes) if lines else [],
-            [table(words, columns, [{"file": t.source} | t.document for t in timings])],
+            [table(words, columns, [_row(timing) for timing in timings])],
         )
     ]
+
+
+def _row(timing: TimingFile) -> Measured:
+    drafts = timing.document.get("drafts") or {}
+    return {"file": timing.source} | timing.document | drafts
 
 
 def _by_model(bench: Bench, name: str) -> Iterator[tuple[str, list[Measured]]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ EXPECTED = (
 _DEMO = {"versions", "machine", "problems", "rows"}
 _HARNESS = {"versions", "machine", "batch_size", "rows"}
 _BENCH = {"hardware", "device", "tables"}
-_TIMING = {field.name for field in fields(telemetry.Timing)}
+_TIMING = {field.name for field in fields(telemetry.Timing) if field.default is MISSING}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def accuracy(group: Sequence[Row]) -> Part:
         column("held_tokens", form=",.0f"),
         column("cache_bytes", "cache MiB", ",.2f", MIB),
         column("tokens_per_s", "tokens/s", ",.0f"),
+        column("acceptance_rate", "drafts accepted %", ".1f", 0.01),
+        column("tokens_per_verification", "tokens per verification", ".2f"),
         Column("options", lambda row: told(row.options)),
     ]
     if len({row.source for row in group}) > 1:

@@ -51,6 +51,10 @@ class Row:
     """Mean per reply."""
     tokens_per_s: float | None = None
     """Of all replies together."""
+    acceptance_rate: float | None = None
+    """Of drafted tokens, where a full cache verified them."""
+    tokens_per_verification: float | None = None
+    """Of one reply, by a call with the full cache."""
 
     @property
     def is_full(self) -> bool:
@@ -87,11 +91,14 @@ def of_demo(document: dict[str, Any], source: str) -> list[Row]:
 def of_result(result: Result, source: str) -> Row:
     """A row of a sweep."""
     options, given = dict(result.options), result.given
+    drafts = result.drafts or {}
     return Row(
         source=source,
         protect_prompt=bool(options.pop(PROTECT, False)),
         options=options,
         given=given and {name: value for name, value in given.items() if name != PROTECT},
+        acceptance_rate=drafts.get("acceptance_rate"),
+        tokens_per_verification=drafts.get("tokens_per_verification"),
         **_taken(vars(result), *_RESULT),
     )
 

@@ -106,6 +106,8 @@ class Result(Measured):
     """Score of each document, 0 to 1, by what identifies it."""
     metric: str = "accuracy,none"
     """What the harness calls the score: metric and filter."""
+    drafts: dict[str, float | None] | None = None
+    """What drafting brought, as ``DraftStatistics.to_json`` has it; None: nothing was drafted."""
 
     @property
     def scores(self) -> dict[str, float]:

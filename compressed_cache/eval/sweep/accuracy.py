@@ -12,7 +12,6 @@ from compressed_cache.eval.sweep import loaded, tasks
 from compressed_cache.eval.sweep.group import Finished, Group
 from compressed_cache.eval.sweep.plan import Plan
 from compressed_cache.integrations.harness import adapter
-from compressed_cache.integrations.harness.arguments import PressArguments
 from compressed_cache.integrations.harness.preflight import check_tasks
 from compressed_cache.tasks import metrics
 from compressed_cache.wording import listing
@@ -23,7 +22,7 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
     (cell,) = group.cells
     started = time.perf_counter()
     model = loaded.model(plan)
-    press = PressArguments(cell.policy, cell.cache_arguments)
+    press = cell.press
     adapter.change_press(model, press)
     run = tasks.evaluation(plan, cell.task)
     check_tasks(model, plan.model_args, run)
@@ -36,7 +35,7 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
     samples = results["samples"][cell.task]
     metric, correct = scores(samples, results["higher_is_better"][cell.task])
     low, high = (end(list(correct.values())) for end in (metrics.low, metrics.high))
-    meter = model.compressed_cache.meter
+    meter, drafts = model.compressed_cache.meter, model.compressed_cache.drafts
     result = Result(
         model=plan.model,
         task=cell.task,
@@ -57,6 +56,7 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
         seconds=time.perf_counter() - started,
         correct=correct,
         metric=metric,
+        drafts=drafts.to_json() if drafts else None,
         versions=loaded.versions(),
         machine=loaded.machine(model.model),
         given=plan.given(cell.setting),

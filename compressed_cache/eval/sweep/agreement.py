@@ -15,7 +15,6 @@ from compressed_cache.eval.sweep import loaded
 from compressed_cache.eval.sweep.group import Finished, Group
 from compressed_cache.eval.sweep.plan import Cell, Plan
 from compressed_cache.eval.sweep.prompts import load
-from compressed_cache.integrations.harness.arguments import PressArguments
 
 
 def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
@@ -45,7 +44,7 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
             model=plan.model,
             task=cell.task,
             policy=cell.policy,
-            options=PressArguments(cell.policy, cell.cache_arguments).options(),
+            options=cell.press.options(),
             budget=cell.budget,
             seed=cell.seed,
             cache_bytes=cache_bytes,
@@ -84,7 +83,7 @@ def _read(
     made: dict[str, CompressedCache] = {}
 
     def make(cell: Cell) -> CompressedCache:
-        press = PressArguments(cell.policy, cell.cache_arguments)
+        press = cell.press
         made[cell.name] = press.make_cache(config=lm.config)
         return made[cell.name]
 

@@ -10,16 +10,18 @@ from urllib.parse import quote
 
 from lm_eval.utils import simple_parse_args_string
 
-from compressed_cache.cache import CompressedCache
 from compressed_cache.eval.results.row import Agreement, Option, Result
 from compressed_cache.hf.checks import check_first_pass
+from compressed_cache.integrations.harness.arguments import PressArguments
 from compressed_cache.policies import option_names
 from compressed_cache.reasoner import MODEL_PATH
-from compressed_cache.wording import listing
+from compressed_cache.wording import listing, shown
 
 FORMAT = 1
 SHIPPED = "shipped"
 """What the shipped model is called, whose folder differs from machine to machine."""
+LOSSLESS = "lossless"
+"""The option of a setting that is none of its cache: the cache drafts, and a full one verifies."""
 
 
 def named(model: str) -> str:
@@ -53,9 +55,17 @@ class Cell:
         return policy_of(self.setting)
 
     @property
-    def cache_arguments(self) -> dict[str, Any]:
-        """Those of ``CompressedCache`` behind the policy."""
-        return dict(self.options) | ({} if self.budget is None else {"budget": self.budget})
+    def press(self) -> PressArguments:
+        """The recipe of its caches.
+
+        Raises:
+            TypeError: ``lossless`` is neither true nor false.
+        """
+        arguments = dict(self.options) | ({} if self.budget is None else {"budget": self.budget})
+        lossless = arguments.pop(LOSSLESS, False)
+        if not isinstance(lossless, bool):
+            raise TypeError(f"lossless must be true or false, got {shown(lossless)}")
+        return PressArguments(self.policy, arguments, lossless)
 
 
 def policy_of(setting: str) -> str:
@@ -199,13 +209,23 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
         yield f"--policy-args: {listing(strangers)} not among --policies {listing(policies)}"
     if not plan.budgets and any(policy != "full" for policy in policies):
         yield "--budgets must be given, all policies but full need one"
+    against = _against_lossless(plan)
+    yield from (f"{one}: {against}" for one in known if against and plan.given(one).get(LOSSLESS))
     heard = set()
     for cell in replace(plan, policies=known).cells():
         try:
-            cache = CompressedCache(cell.policy, config=config, **cell.cache_arguments)
-            check_first_pass(cache.policy)
+            check_first_pass(cell.press.make_cache(config).policy)
         except (NotImplementedError, TypeError, ValueError) as error:
             where = cell.setting if cell.budget is None else f"{cell.setting} at {cell.budget}"
             if (problem := f"{where}: {error}") not in heard:
                 heard.add(problem)
                 yield problem
+
+
+def _against_lossless(plan: Plan) -> str | None:
+    """Why the cells of a plan cannot be lossless."""
+    if plan.is_agreement:
+        return "lossless says what the full cache says. Leave it out to measure agreement"
+    if plan.batch_size != 1:
+        return f"lossless answers one document at a time, set --batch-size 1, not {plan.batch_size}"
+    return None

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from compressed_cache.cache import CompressedCache
 from compressed_cache.eval.sweep import tasks
 from compressed_cache.eval.sweep.plan import Plan
 from compressed_cache.hf.checks import check_prompt
@@ -80,7 +79,7 @@ def too_long(plan: Plan) -> Iterator[str]:
     longest = functools.cache(functools.partial(_longest, plan))
     found: dict[str, None] = {}
     for cell in plan.cells():
-        cache = CompressedCache(cell.policy, **cell.cache_arguments)
+        cache = cell.press.make_cache()
         eviction = cache.eviction
         if not eviction.protect_prompt or eviction.prompt_yields:
             continue
