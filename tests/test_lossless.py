@@ -219,7 +219,7 @@ def test_processors_and_criteria_of_the_user(model: Any, ends: dict[str, Any]) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "interval", "graphs"), [("h2o", 1, 1), ("snapkv", 4, 2)])
+@pytest.mark.parametrize(("policy", "interval", "graphs"), [("h2o", 1, 2), ("snapkv", 4, 4)])
 def test_drafts_are_compiled_as_steps_are(
     model: Any, policy: str, interval: int, graphs: int
 ) -> None:
@@ -227,8 +227,13 @@ def test_drafts_are_compiled_as_steps_are(
     backend = CountingBackend()
     options = dict(compile_config=compiled(backend))
     got = _lossless(model, _cache(policy, interval=interval), **options)
+    # One for drafts and one for reading what was accepted, each twice where not all steps rank.
     assert backend.graphs == graphs
     assert torch.equal(got, _plain(model))
+    # Another cache and fewer drafts find these.
+    again = _lossless(model, _cache(policy, interval=interval), num_draft_tokens=2, **options)
+    assert backend.graphs == graphs
+    assert torch.equal(again, got)
     torch._dynamo.reset()
 
 

@@ -1,13 +1,15 @@
 """A compressed cache that drafts: what it read on trial is replaced by what was accepted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressed_cache.snapshot import Snapshot
-from compressed_cache.stores.inputs import AttentionInputs
+from compressed_cache.stores.decode_step import decode_step
+from compressed_cache.stores.inputs import AttentionInputs, NewToken
+from compressed_cache.stores.slots import SlotStore
 
 
 class Drafter:
@@ -22,6 +24,7 @@ class Drafter:
         model: the model.
         cache: holds a prompt.
         forward: the model, maybe compiled.
+        compile: compiles a function as the model is; None: nothing is compiled.
         ids: ``[B, L + 1]`` int64, the prompt and the first token after it.
         kwargs: what ``generate`` goes on with after the prompt.
     """
@@ -31,10 +34,12 @@ class Drafter:
         model: Any,
         cache: Any,
         forward: Callable[..., Any],
+        compile: Callable[..., Any] | None,
         ids: Tensor,
         kwargs: dict[str, Any],
     ) -> None:
         self.cache, self.forward = cache, forward
+        self._read_token = None if compile is None else compile(_read_token)
         self._columns = cache.get_seq_length()
         known = cache.columns.known
         # Ends the step before, as transformers does when it asks for the size of a mask.
@@ -72,8 +77,17 @@ class Drafter:
         count = int(kept.max())
         real = torch.arange(count, device=kept.device) < kept[:, None]
         cache.begin_call(0, count)
-        for index, read in inputs.items():
-            cache.layers[index].replay(read.part(slice(count))._replace(real=real))
+        layers = [cache.layers[index] for index in inputs]
+        reads = [read.part(slice(count))._replace(real=real) for read in inputs.values()]
+        if self._read_token is None:
+            for layer, read in zip(layers, reads, strict=True):
+                layer.replay(read)
+        else:
+            stores = [layer.store for layer in layers]
+            reads = [read.laid_out_by_token() for read in reads]
+            for token in range(count):
+                ranks = cache.counter.ranks_at(token)
+                self._read_token(stores, [read.token(token, ranks) for read in reads])
         self._reads += kept
 
     def end(self) -> None:
@@ -86,3 +100,9 @@ class Drafter:
             cache.counter.steps -= surplus
             for store in cache.stores():
                 store.counts[:, 1] -= surplus
+
+
+def _read_token(stores: Sequence[SlotStore], tokens: Sequence[NewToken]) -> None:
+    """One token of each layer: apart from the layers, so that one graph has them all."""
+    for store, token in zip(stores, tokens, strict=True):
+        decode_step(store, token)

@@ -1,5 +1,6 @@
 """A loop for ``generate`` in which a compressed cache drafts and the full cache verifies."""
 
+import functools
 import math
 import time
 import warnings
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CompileConfig
 
 from compressed_cache.hf import attention_hook as hook
 from compressed_cache.hf import checks
@@ -155,8 +157,11 @@ class _Loop:
     def run(self, length: DraftLength) -> Tensor:
         """The texts."""
         model, texts = self.model, self.texts
-        compiles = model._valid_auto_compile_criteria(self.kwargs, self.config)
-        compiled = model.get_compiled_call(self.config.compile_config) if compiles else None
+        forward, compile_ = model.__call__, None
+        if model._valid_auto_compile_criteria(self.kwargs, self.config):
+            config = self.config.compile_config or CompileConfig()
+            forward = model.get_compiled_call(config)
+            compile_ = functools.partial(torch.compile, **config.to_dict())
         outputs = self._read_prompt()
         _check_layers(model, self.cache)
         kwargs = model._update_model_kwargs_for_generation(outputs, self.kwargs)
@@ -174,7 +179,7 @@ class _Loop:
                 stacklevel=2,
             )
         ids = texts.ids[:, : self.prompt + 1]
-        drafter = Drafter(model, self.cache, compiled or model.__call__, ids, kwargs)
+        drafter = Drafter(model, self.cache, forward, compile_, ids, kwargs)
         with model._optimize_model_for_decode():
             while any(texts.growing):
                 self._round(drafter, length)

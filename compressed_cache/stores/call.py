@@ -5,7 +5,7 @@ from torch import Tensor
 
 from compressed_cache.step_counter import StepCounter
 from compressed_cache.stores.decode_step import decode_step
-from compressed_cache.stores.inputs import AttentionInputs, NewToken
+from compressed_cache.stores.inputs import AttentionInputs
 from compressed_cache.stores.prefill import prefill, prefill_chunk
 from compressed_cache.stores.slots import SlotStore
 
@@ -58,9 +58,8 @@ def _read_steps(
     for token in range(inputs.real.shape[1]):
         # What a mask says of drafted tokens is that they follow one another.
         mask = inputs.mask if inputs.real.shape[1] == 1 else None
-        query, key, value, real, _, hidden = inputs.part(slice(token, token + 1))
-        ranks = counter.ranks_at(token)
-        new = NewToken(query, key, value, ranks, wants_weights, real[:, 0], mask, hidden)
+        new = inputs.token(token, counter.ranks_at(token))
+        new = new._replace(wants_weights=wants_weights, mask=mask)
         output, weights = decode_step(store, new)
         outputs.append(output)
         if weights is not None:

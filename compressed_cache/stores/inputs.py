@@ -35,6 +35,18 @@ class AttentionInputs(NamedTuple):
         hidden = None if self.hidden_states is None else self.hidden_states[:, tokens]
         return AttentionInputs(query, key, value, self.real[:, tokens], hidden_states=hidden)
 
+    def token(self, index: int, ranks: bool) -> "NewToken":
+        """One of the tokens, which is of a decode step that ranks or does not."""
+        query, key, value, real, _, hidden = self.part(slice(index, index + 1))
+        return NewToken(query, key, value, ranks, real=real[:, 0], hidden_states=hidden)
+
+    def laid_out_by_token(self) -> "AttentionInputs":
+        """The same in memory where each token lies as if there were no other, so that a compiled
+        step takes all of them, however many."""
+        query, key, value = (_apart(tensor, 2) for tensor in (self.query, self.key, self.value))
+        hidden = None if self.hidden_states is None else _apart(self.hidden_states, 1)
+        return AttentionInputs(query, key, value, _apart(self.real, 1), hidden_states=hidden)
+
     def detach(self) -> "AttentionInputs":
         """The same without gradients."""
         query, key, value = (x.detach() for x in (self.query, self.key, self.value))
@@ -65,3 +77,9 @@ class NewToken(NamedTuple):
     """What the tokens see; None: all that is held."""
     hidden_states: Tensor | None = None
     """``[B, 1, E]``, as in :class:`AttentionInputs`."""
+
+
+def _apart(tensor: Tensor, dim: int) -> Tensor:
+    """A copy in which what is at one place of ``dim`` lies together."""
+    # Strides of what is contiguous already need not be those of others.
+    return tensor.movedim(dim, 0).clone(memory_format=torch.contiguous_format).movedim(0, dim)
