@@ -1,14 +1,18 @@
 """How many tokens to draft, and what drafting has brought so far."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 _SUMS = ("tokens", "row_verifications", "drafted", "accepted", "drafting_s", "verifying_s")
 _RATES = ("acceptance_rate", "tokens_per_verification")
-_WEIGHT = 0.2
-"""Of the newest measurement in a running mean."""
+_RECENT = 7
+"""Measurements of a time that count."""
+_WEIGHT = 0.05
+"""Of the newest round in the running share of drafts that are right."""
 _FIRST_ROUNDS = 3
 """With and without drafts, before anything is chosen."""
 _PATIENCE = 8
@@ -69,16 +73,22 @@ class DraftStatistics:
         return asdict(self) | known
 
 
-class Mean:
-    """A running mean. The first value counts until there is another: it may include compiling."""
+class Recent:
+    """The median of the last few values: some are out of all proportion, the first of all, which
+    may include compiling."""
 
     def __init__(self) -> None:
-        self.value = 0.0
         self.count = 0
+        self._values: deque[float] = deque(maxlen=_RECENT)
+
+    @property
+    def value(self) -> float:
+        """0 where there is none yet."""
+        return median(self._values) if self._values else 0.0
 
     def add(self, value: float) -> None:
         """Takes a further value into account."""
-        self.value += (value - self.value) * (1.0 if self.count < 2 else _WEIGHT)
+        self._values.append(value)
         self.count += 1
 
 
@@ -98,8 +108,8 @@ class DraftLength:
         self.has_given_up = False
         self._plain_rounds = 0
         self._accepted = self._tried = 0.0
-        self._draft_s = Mean()
-        self._verify_s = {length: Mean() for length in range(longest + 1)}
+        self._draft_s = Recent()
+        self._verify_s = {length: Recent() for length in range(longest + 1)}
 
     def choose(self) -> int:
         """The number for the next round, 0 for a step without drafts."""
@@ -112,6 +122,9 @@ class DraftLength:
             if self._verify_s[length].count < _FIRST_ROUNDS:
                 return length
         best = max(range(self.longest + 1), key=self._speed)
+        if not best:
+            # A few rejections may be bad luck, and without drafts nothing would show it.
+            best = max(range(self.longest + 1), key=lambda length: self._speed(length, errors=1))
         # A step without drafts was measured long ago, and is measured again before this is final.
         self._plain_rounds = 0 if best else self._plain_rounds + 1
         self.has_given_up = self._plain_rounds > _PATIENCE
@@ -134,8 +147,10 @@ class DraftLength:
             self._accepted += sum(accepted) - _WEIGHT * self._accepted
             self._tried += tried - _WEIGHT * self._tried
 
-    def _speed(self, length: int) -> float:
-        rate = min(self._accepted / self._tried, 0.999) if self._tried else 0.0
+    def _speed(self, length: int, errors: int = 0) -> float:
+        """Tokens per second, if drafts are right so many standard errors oftener than it seems."""
+        rate = (self._accepted + 1.0) / (self._tried + 2.0)
+        rate = min(rate + errors * math.sqrt(rate * (1.0 - rate) / (self._tried + 3.0)), 0.999)
         tokens = (1.0 - rate ** (length + 1)) / (1.0 - rate)
         return tokens / (length * self._draft_s.value + self._verification_s(length))
 
