@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.utils import logging
 
 import compressed_cache.integrations  # noqa: F401  (makes the task of the pipeline known)
-from bench.results_page import LOOKUPS, read_lookups
+from bench.results_page import LOOKUPS, read_lines
 from compressed_cache import CompressedCache
 from compressed_cache.eval.sweep.loaded import digest
 from compressed_cache.integrations.pipeline import TASK
@@ -180,7 +180,7 @@ def measure(options: argparse.Namespace) -> None:
     budgets = [int(part) for part in options.budgets.split(",")]
     known = {
         (row["model"], row["policy"], row["budget"], row["asked"])
-        for row in read_lookups(options.out)
+        for row in read_lines(options.out)
     }
     cells = [
         (policy, budget, asked)

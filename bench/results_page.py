@@ -14,6 +14,7 @@ from compressed_cache.wording import markdown
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results" / "agreement"
 LOOKUPS = ROOT / "bench" / "results" / "lookups.jsonl"
+DRAFTS = ROOT / "bench" / "results" / "drafts.jsonl"
 SHIPPED = ROOT / "bench" / "results" / "shipped.jsonl"
 HARNESS = ROOT / "bench" / "results" / "harness.json"
 VARIANTS = ROOT / "bench" / "results" / "variants.json"
@@ -32,6 +33,7 @@ def filled(text: str) -> str:
         ("agreement", agreement(FOLDER)),
         ("ranking", ranking(SHIPPED, HARNESS)),
         ("lookups", lookups(LOOKUPS)),
+        ("drafts", drafts(DRAFTS)),
         ("variants", variants(VARIANTS)),
     ):
         text = markers.filled(text, name, table)
@@ -113,7 +115,7 @@ def _told(options: Any) -> str:
 
 def lookups(path: Path) -> str:
     """A table for each model: policies by what they find once the text is compressed."""
-    rows = read_lookups(path)
+    rows = read_lines(path)
     tables = [
         _found([row for row in rows if row["model"] == model])
         for model in dict.fromkeys(row["model"] for row in rows)
@@ -121,8 +123,8 @@ def lookups(path: Path) -> str:
     return "\n\n".join(tables) or "Not measured."
 
 
-def read_lookups(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``bench.lookups`` so far."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``bench.lookups`` or ``bench.drafts`` so far."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -153,6 +155,32 @@ def _found(rows: list[dict[str, Any]]) -> str:
         f"torch {one['torch']}."
     )
     return caption + "\n\n" + markdown(header, lines)
+
+
+def drafts(path: Path) -> str:
+    """A row for each policy that drafted, by model and budget."""
+    rows = read_lines(path)
+    rows.sort(key=lambda row: (row["model"], row["endless"], row["budget"], -row["acceptance"]))
+    header = [
+        *("model", "policy", "slots", "texts", "batch", "tokens of a text", "accepted %"),
+        *("tokens per verification", "texts unchanged"),
+    ]
+    lines = [
+        [
+            f"{row['model']}{', endless' if row['endless'] else ''}",
+            f"`{row['policy']}`",
+            f"{row['budget']:,}",
+            str(row["texts"]),
+            str(row["batch"]),
+            f"{row['tokens'] / row['texts']:,.0f}",
+            f"{100 * row['acceptance']:.1f}",
+            f"{row['per_verification']:.2f} of {row['drafts'] + 1}",
+            f"{row['same']} of {row['texts']}"
+            + (f" (gap {row['gap']:.1g})" if row["same"] < row["texts"] else ""),
+        ]
+        for row in rows
+    ]
+    return markdown(header, lines) if rows else "Not measured."
 
 
 def ranking(agreement: Path, accuracy: Path) -> str:
