@@ -42,6 +42,8 @@ class Drafts:
     drafts: int
     endless: bool
     """Whether texts go on behind their end."""
+    refresh: int | None
+    """As for ``lossless``."""
     texts: int
     tokens: int
     """Of all texts."""
@@ -69,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a text, at most")
     parser.add_argument("--endless", action="store_true", help="texts go on behind their end")
     parser.add_argument("--drafts", type=int, default=4)
+    parser.add_argument("--refresh", type=int, help="as for lossless")
     parser.add_argument("--budgets", default="96")
     parser.add_argument("--policies", default=POLICIES)
     parser.add_argument("--out", type=Path, default=DRAFTS)
@@ -135,6 +138,7 @@ def measure(options: argparse.Namespace) -> None:
         "batch": options.batch_size,
         "drafts": options.drafts,
         "endless": options.endless,
+        "refresh": options.refresh,
         "texts": options.texts,
     }
     known = [
@@ -157,6 +161,7 @@ def measure(options: argparse.Namespace) -> None:
             custom_generate=lossless,
             num_draft_tokens=options.drafts,
             adaptive=False,
+            refresh=options.refresh,
             statistics=statistics,
         )
         gaps = _gaps(writer, full, texts)

@@ -168,7 +168,7 @@ def drafts(path: Path) -> str:
     lines = [
         [
             f"{row['model']}{', endless' if row['endless'] else ''}",
-            f"`{row['policy']}`",
+            f"`{row['policy']}`" + (f", `refresh={row['refresh']}`" if row["refresh"] else ""),
             f"{row['budget']:,}",
             str(row["texts"]),
             str(row["batch"]),

@@ -64,6 +64,13 @@ class StepCounter:
             self.ranks = True
         self.running = steps
 
+    def rank_anew(self) -> None:
+        """The next step ranks the slots, as after a prompt."""
+        self.end_step()
+        self.prompt, self.steps = self.tokens_seen, 0
+        self.is_first_prompt = False
+        self.ranks = True
+
     def ranks_at(self, token: int) -> bool:
         """Whether the slots are ranked before the given token of the running step."""
         return (self.steps + token) % self.interval == 0

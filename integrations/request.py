@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _PRESSES = "`compressed-cache presses` tells what to type here for a press of kvpress."
 _OF_CALLS = ("answer_prefix", "compression_ratio", "lossless", "question", "questions")
-_OF_DRAFTS = ("adaptive", "num_draft_tokens")
+_OF_DRAFTS = ("adaptive", "num_draft_tokens", "refresh")
 _FILLED_IN = ("attention_mask", "input_ids", "inputs", "kwargs", "past_key_values", "self")
 # What the pipeline cannot serve, with the value that asks for nothing.
 _NOT_SERVED = {

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from compressed_cache import CompressedCache, DraftStatistics, lossless
 from compressed_cache.hf import lossless as loop
 from compressed_cache.hf.draft_length import DraftLength
+from compressed_cache.hf.drafter import Drafter
 from compressed_cache.ops.acceptance import accept_greedy, accept_sampled
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.versions import cache_argument
@@ -36,7 +37,7 @@ MODES: dict[str, dict[str, Any]] = {
     "one draft": dict(num_draft_tokens=1),
     "adaptive": dict(adaptive=True),
 }
-OURS = ("num_draft_tokens", "adaptive", "statistics")
+OURS = ("num_draft_tokens", "adaptive", "refresh", "statistics")
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +134,11 @@ def test_the_shipped_model() -> None:
     assert 0.0 < statistics.acceptance_rate < 1.0
 
 
-def test_the_compressed_cache_holds_the_text_of_each_row(model: Any) -> None:
+@pytest.mark.parametrize("refresh", [None, 3])
+def test_the_compressed_cache_holds_the_text_of_each_row(model: Any, refresh: int | None) -> None:
     """And a further turn finds it as any loop leaves it."""
     cache = _cache("streaming_llm")
-    text = _lossless(model, cache, eos_token_id=OFTEN)
+    text = _lossless(model, cache, eos_token_id=OFTEN, refresh=refresh)
     lengths = (text[:, 30:] != 0).sum(dim=1)
     assert int(lengths.min()) < int(lengths.max())
     assert cache.get_seq_length() == 30 + min(int(lengths.max()), 39)
@@ -235,6 +237,79 @@ def test_drafts_are_compiled_as_steps_are(
     assert backend.graphs == graphs
     assert torch.equal(again, got)
     torch._dynamo.reset()
+
+
+# Tokens that come back.
+
+
+@pytest.mark.parametrize("policy", ["knorm", "snapkv", "rkv", "keydiff", "expected_attention"])
+@pytest.mark.parametrize("interval", [1, 8])
+def test_a_refreshed_text_is_that_of_the_full_cache(model: Any, policy: str, interval: int) -> None:
+    cache = CompressedCache(policy, 24, interval=interval)
+    assert torch.equal(_lossless(model, cache, refresh=8), _plain(model))
+
+
+def _positions(drafter: Drafter) -> set[int]:
+    """What the first head of the first layer holds of the first row."""
+    positions = drafter.cache.layers[0].store.tokens.positions[0, 0].tolist()
+    return {place for place in positions if place >= 0}
+
+
+def test_a_refreshed_cache_holds_the_best_of_all_tokens(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+
+    def refreshed(self: Drafter, full: Any) -> None:
+        choose(self, full)
+        norms = full.layers[0].keys[0, 0][full.real[0]].double().norm(dim=-1)
+        lengths.append(len(norms))
+        older = len(norms) - 4
+        assert _positions(self) == {*norms[:older].argsort()[:20].tolist()} | {
+            *range(older, len(norms))
+        }
+        assert int(self.cache.layers[0].store.next_position[0]) == len(norms)
+
+    choose = Drafter.refresh
+    monkeypatch.setattr(Drafter, "refresh", refreshed)
+    _lossless(model, _cache("knorm"), refresh=10)
+    # The longest row counts: after 10 of its 39 tokens, 20 and 30, or a little later.
+    assert len(lengths) in (2, 3, 4)
+
+
+@pytest.mark.parametrize("refresh", [None, 6])
+def test_evicted_tokens_come_back_where_they_are_chosen_anew(
+    model: Any, monkeypatch: pytest.MonkeyPatch, refresh: int | None
+) -> None:
+    held: list[set[int]] = []
+
+    def begin(self: Drafter) -> None:
+        start(self)
+        held.append(_positions(self))
+
+    start = Drafter.begin
+    monkeypatch.setattr(Drafter, "begin", begin)
+    _lossless(model, _cache("snapkv"), refresh=refresh)
+    back = [after & {*range(max(before))} - before for before, after in itertools.pairwise(held)]
+    assert any(back) is (refresh is not None)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (dict(refresh=0), ValueError, "refresh must be at least 1, got 0"),
+        (dict(refresh=2.0), TypeError, "refresh must be an int, got 2.0"),
+        (dict(refresh=8, policy="h2o"), NotImplementedError, "'h2o' ranks by more than keys"),
+        (dict(refresh=8, policy="gkv"), NotImplementedError, "'gkv' ranks by more than keys"),
+        (dict(refresh=8, policy="snapkv+adakv"), NotImplementedError, "leave out refresh"),
+        (dict(refresh=8, policy="snapkv+think"), NotImplementedError, "leave out refresh"),
+    ],
+)
+def test_what_cannot_be_chosen_anew_is_refused(
+    model: Any, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        _lossless(model, CompressedCache(options.pop("policy", "snapkv"), 24), **options)
 
 
 # Sampling.

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressed_cache.hf.full_cache import FullCache
 from compressed_cache.snapshot import Snapshot
 from compressed_cache.stores.decode_step import decode_step
 from compressed_cache.stores.inputs import AttentionInputs, NewToken
+from compressed_cache.stores.refresh import refresh
 from compressed_cache.stores.slots import SlotStore
 
 
@@ -89,6 +91,14 @@ class Drafter:
                 ranks = cache.counter.ranks_at(token)
                 self._read_token(stores, [read.token(token, ranks) for read in reads])
         self._reads += kept
+
+    def refresh(self, full: FullCache) -> None:
+        """Holds the best of all tokens, also of those that were evicted."""
+        for layer, own in zip(full.layers, self.cache.layers, strict=True):
+            keys, values = layer.keys, layer.values
+            if keys is not None and values is not None:
+                refresh(own.store, keys, values, full.real)
+        self.cache.counter.rank_anew()
 
     def end(self) -> None:
         """Leaves the cache as other loops do: the columns of a row that ended before others are

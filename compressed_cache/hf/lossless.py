@@ -19,6 +19,7 @@ from compressed_cache.hf.drafter import Drafter
 from compressed_cache.hf.full_cache import CopyPrompt, FullCache
 from compressed_cache.hf.row_texts import RowTexts
 from compressed_cache.ops.acceptance import accept_greedy, accept_sampled
+from compressed_cache.stores.refresh import can_refresh
 from compressed_cache.versions import CACHE
 
 hook.install()
@@ -31,6 +32,7 @@ def lossless(
     *,
     num_draft_tokens: int = 4,
     adaptive: bool | None = None,
+    refresh: int | None = None,
     statistics: DraftStatistics | None = None,
     **arguments: Any,
 ) -> Tensor:
@@ -57,6 +59,9 @@ def lossless(
         adaptive: whether their number is chosen by the seconds that drafts and verification take
             and by how many are accepted, down to none at all. None: for greedy decoding only,
             because what is drawn after a seed would depend on the time taken.
+        refresh: after so many tokens of the text, again and again, the compressed cache holds the
+            best of all tokens, also of those that it had evicted. For policies that rank by keys,
+            values and the last queries. None: never.
         statistics: what drafting brings is added to it.
         arguments: what ``generate`` passes to its own loops.
 
@@ -65,19 +70,32 @@ def lossless(
 
     Raises:
         TypeError: a number of tokens that is no int.
-        ValueError: ``num_draft_tokens`` below 1, no compressed cache, or not the whole text.
-        NotImplementedError: beams or another mode, ``return_dict_in_generate``, a model that
-            prepares its inputs in its own way or has linear-attention layers, or a cache with
-            telemetry.
+        ValueError: ``num_draft_tokens`` or ``refresh`` below 1, no compressed cache, or not the
+            whole text.
+        NotImplementedError: beams or another mode, ``refresh`` with a policy that ranks by what is
+            not known of evicted tokens, ``return_dict_in_generate``, a model that prepares its
+            inputs in its own way or has linear-attention layers, or a cache with telemetry.
     """
-    if isinstance(num_draft_tokens, bool) or not isinstance(num_draft_tokens, int):
-        raise TypeError(f"num_draft_tokens must be an int, got {num_draft_tokens!r}")
-    if num_draft_tokens < 1:
-        raise ValueError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
+    _check_count("num_draft_tokens", num_draft_tokens)
+    if refresh is not None:
+        _check_count("refresh", refresh)
     _check(model, arguments)
-    loop = _Loop(model, input_ids, statistics or DraftStatistics(), **arguments)
+    if refresh is not None and not can_refresh(arguments[CACHE].policy):
+        raise NotImplementedError(
+            f"{arguments[CACHE].policy.label!r} ranks by more than keys, values and the last "
+            "queries, which is not known of an evicted token. Choose another policy, such as "
+            "'snapkv', or leave out refresh."
+        )
+    loop = _Loop(model, input_ids, statistics or DraftStatistics(), refresh, **arguments)
     adapts = not loop.samples if adaptive is None else adaptive
     return loop.run(DraftLength(num_draft_tokens, adapts=adapts))
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _check(model: Any, arguments: dict[str, Any]) -> None:
@@ -131,6 +149,7 @@ class _Loop:
         model: Any,
         ids: Tensor,
         statistics: DraftStatistics,
+        refresh: int | None,
         *,
         logits_processor: Any,
         stopping_criteria: Any,
@@ -142,7 +161,7 @@ class _Loop:
         self.model, self.config, self.kwargs = model, generation_config, kwargs
         self.cache = kwargs[CACHE]
         self.full = FullCache(needs_hidden_states=self.cache.needs_hidden_states)
-        self.statistics = statistics
+        self.statistics, self.refresh = statistics, refresh
         self.samples: bool = generation_config.do_sample
         self.texts = RowTexts(
             ids,
@@ -152,7 +171,7 @@ class _Loop:
             longest=longest_text(stopping_criteria),
             streamer=streamer,
         )
-        self.prompt = ids.shape[1]
+        self.prompt = self.refreshed = ids.shape[1]
 
     def run(self, length: DraftLength) -> Tensor:
         """The texts."""
@@ -289,8 +308,13 @@ class _Loop:
         count = torch.tensor(kept, dtype=torch.int64, device=self.full.real.device)
         self.full.keep(count, tokens)
         inputs = self.full.reads()
-        if drafter is not None:
-            drafter.read(inputs, count)
+        if drafter is None:
+            return
+        drafter.read(inputs, count)
+        longest = max(self.texts.lengths)
+        if self.refresh is not None and longest - self.refreshed >= self.refresh:
+            self.refreshed = longest
+            drafter.refresh(self.full)
 
     def _positions(self, drafter: Drafter, drafts: int) -> Tensor:
         """``[..., B, drafts + 1]`` int64, of the last token of each row and what is drafted."""
