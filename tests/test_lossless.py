@@ -277,6 +277,25 @@ def test_a_refreshed_cache_holds_the_best_of_all_tokens(
     assert len(lengths) in (2, 3, 4)
 
 
+def test_before_anything_is_evicted_every_token_is_held_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[list[int]] = []
+
+    def refreshed(self: Drafter, full: Any) -> None:
+        choose(self, full)
+        for layer in self.cache.layers:
+            for head in layer.store.tokens.positions.flatten(0, 1).tolist():
+                held.append([place for place in head if place >= 0])
+
+    choose = Drafter.refresh
+    monkeypatch.setattr(Drafter, "refresh", refreshed)
+    inputs = {name: tensor[:, 20:] for name, tensor in _padded().items()}
+    assert torch.equal(_lossless(model, refresh=2, **inputs), _plain(model, **inputs))
+    assert min(map(len, held)) < 24 == max(map(len, held))
+    assert all(len(set(places)) == len(places) for places in held)
+
+
 @pytest.mark.parametrize("refresh", [None, 6])
 def test_evicted_tokens_come_back_where_they_are_chosen_anew(
     model: Any, monkeypatch: pytest.MonkeyPatch, refresh: int | None

@@ -23,6 +23,9 @@ def refresh(store: SlotStore, key: Tensor, value: Tensor, real: Tensor) -> None:
         value: ``[B, H, T, D]``.
         real: ``[B, T]`` bool, ``False`` at padding.
     """
+    if key.shape[2] <= store.tokens.positions.shape[2]:
+        # Nothing can have been evicted.
+        return
     positions = torch.where(real, real.cumsum(dim=1) - 1, -1)
     store.keep(store.new_tokens(key, value, positions))
 
