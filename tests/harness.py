@@ -10,8 +10,10 @@ import pytest
 
 pytest.importorskip("lm_eval")
 import lm_eval
+import lm_eval.tasks
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import TaskIndex
 
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import PATH
@@ -22,6 +24,16 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 def manager(**metadata: Any) -> TaskManager:
     """Knows this project's tasks only, which saves reading lm_eval's thousands."""
     return TaskManager(include_path=str(PATH), include_defaults=False, metadata=metadata)
+
+
+def leave_out_their_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that must let lm_eval look for all tasks: its thousands take half a minute."""
+    walk = TaskIndex._iter_yaml_files
+
+    def without_theirs(root: Path) -> Any:
+        return iter(()) if root == Path(lm_eval.tasks.__file__).parent else walk(root)
+
+    monkeypatch.setattr(TaskIndex, "_iter_yaml_files", staticmethod(without_theirs))
 
 
 def evaluate(tasks: list[str], model: Any = "hf", **options: Any) -> dict[str, Any]:

@@ -303,15 +303,15 @@ def judge(kind: str, made: str) -> Outcome:
     except Exception as error:
         refusal = _tried(lambda: _accepted(kind))
         return refusal if refusal.verdict == REFUSED else Outcome(NOT_BUILT, brief(error))
-    settings: list[dict[str, Any]] = [
-        dict(policy="full"),
-        dict(policy="h2o"),
-        dict(policy="h2o", config=model.config),
-    ]
+    alone, batch = zip(prompts(), own, strict=True)
+    # Of settings and prompts each at least once, as each takes as long as all before.
     generated = [
-        _tried(functools.partial(_compared, model, prompt, expected, setting))
-        for setting in settings
-        for prompt, expected in zip(prompts(), own, strict=True)
+        _tried(functools.partial(_compared, model, *of_prompt, setting))
+        for of_prompt, setting in (
+            (batch, dict(policy="full")),
+            (alone, dict(policy="h2o")),
+            (batch, dict(policy="h2o", config=model.config)),
+        )
     ]
     found = list(dict.fromkeys(called + generated))
     if len(found) == 1:

@@ -1973,8 +1973,8 @@ MUTANTS = (
     Mutant(
         "kvzip: a prompt is read without a second pass",
         "hf/checks.py",
-        "    if find(policy, ReadsTwice):\n",
-        "    if False:\n",
+        "    if find(policy, ReadsTwice):\n        raise ValueError(",
+        "    if False:\n        raise ValueError(",
         "test_kvzip.py -k without_the_second",
     ),
     Mutant(

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from compressed_cache.__main__ import main
 from compressed_cache.eval.results.row import FILE, from_json, read
 
 pytest.importorskip("lm_eval")
@@ -26,7 +27,8 @@ PLAN = Plan(
     model="shipped",
     tasks=["reasoning_shipped_easy"],
     policies=["full", "h2o"],
-    budgets=[64, 80],
+    # So many that a sweep is not at its end when it is killed.
+    budgets=[64, 72, 80],
     seeds=1,
     limit=2,
     gen_kwargs={"max_gen_toks": 30},
@@ -36,15 +38,19 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = 180
 
 
+def command(out: Path, *more: str) -> list[str]:
+    """The command for :data:`PLAN`."""
+    return [
+        *("sweep", "--model=shipped", f"--tasks={PLAN.tasks[0]}", "--policies=full,h2o"),
+        *("--budgets=64,72,80", "--limit=2", "--gen-kwargs=max_gen_toks=30", f"--out={out}", *more),
+    ]
+
+
 @contextmanager
 def started(out: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """The command for :data:`PLAN` in a process group of its own, which ends with the block."""
+    """The command in a process group of its own, which ends with the block."""
     process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "compressed_cache", "sweep", "--model=shipped"),
-            *(f"--tasks={PLAN.tasks[0]}", "--policies=full,h2o", "--budgets=64,80"),
-            *("--limit=2", "--gen-kwargs=max_gen_toks=30", f"--out={out}", *more),
-        ],
+        [sys.executable, "-m", "compressed_cache", *command(out, *more)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
@@ -60,14 +66,6 @@ def started(out: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def finished(out: Path, *more: str) -> str:
-    """Runs the command to its end and returns what it said on stdout."""
-    with started(out, *more) as process:
-        said, errors = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, errors
-        return said
-
-
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     """What the condition gives, once it is true."""
     end = time.monotonic() + PATIENCE
@@ -76,6 +74,12 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> An
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
     return found
+
+
+def worker_of(sweep: int) -> psutil.Process | None:
+    """The process that has the cells of a sweep."""
+    children = psutil.Process(sweep).children()
+    return next((c for c in children if "spawn_main" in " ".join(c.cmdline())), None)
 
 
 def num_rows(out: Path) -> int:
@@ -102,46 +106,35 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, unbroken: dict[Any, Any]) -> None:
+def test_a_sweep_goes_on_where_it_and_its_process_were_killed_and_none_outlives_it(
+    tmp_path: Path, unbroken: dict[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Folder(tmp_path)
+    first = PLAN.cells()[0]
     with started(tmp_path) as process:
+        wait_for(lambda: worker_of(process.pid), process).kill()
+        # Another process has the next cells.
         wait_for(lambda: num_rows(tmp_path), process)
-        os.killpg(process.pid, signal.SIGKILL)
+        orphan = worker_of(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        assert orphan is not None
+        orphan.wait(timeout=PATIENCE)
+    outcome = folder.outcome(first)
+    assert outcome == "its process was ended by SIGKILL, as the system does when memory runs out"
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob(f"cells/*/{RESULT}")}
     assert kept
-    first = (tmp_path / FILE).read_bytes().splitlines()[0]
+    row = (tmp_path / FILE).read_bytes().splitlines()[0]
 
-    said = finished(tmp_path)
+    assert main(command(tmp_path, "--retry-failed", "--minutes-per-cell=10")) == 0
+    said = capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert (tmp_path / FILE).read_bytes().splitlines()[0] == first
+    assert (tmp_path / FILE).read_bytes().splitlines()[0] == row
     rows = read(tmp_path)
     assert len(rows) == len(NAMES)
     assert essence(rows) == unbroken
     assert sorted(os.listdir(tmp_path / "cells")) == sorted(NAMES)
     # Those that were done did not run again.
     assert len(said.splitlines()) == len(NAMES) - len(kept) + 1
-
-
-@pytest.mark.slow
-def test_a_killed_process_is_the_error_of_its_cell_and_none_outlives_the_sweep(
-    tmp_path: Path, unbroken: dict[Any, Any]
-) -> None:
-    def worker() -> psutil.Process | None:
-        children = psutil.Process(process.pid).children()
-        return next((c for c in children if "spawn_main" in " ".join(c.cmdline())), None)
-
-    folder = Folder(tmp_path)
-    first = PLAN.cells()[0]
-    with started(tmp_path) as process:
-        wait_for(worker, process).kill()
-        wait_for(lambda: folder.outcome(first), process)
-        # Another process has the next cell; it is alone once the sweep is gone.
-        orphan = wait_for(worker, process)
-        os.kill(process.pid, signal.SIGKILL)
-        orphan.wait(timeout=PATIENCE)
-    outcome = folder.outcome(first)
-    assert outcome == "its process was ended by SIGKILL, as the system does when memory runs out"
-    finished(tmp_path, "--retry-failed", "--minutes-per-cell=10")
-    assert essence(read(tmp_path)) == unbroken
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -162,18 +155,22 @@ def test_a_cell_that_takes_too_long_is_ended_and_the_next_one_begins(
 @pytest.mark.slow
 def test_a_killed_process_costs_cells_that_read_together_nothing_but_time(tmp_path: Path) -> None:
     def reader() -> psutil.Process | None:
-        # Both cells have begun.
-        if len(list(tmp_path.glob("cells/.*h2o*"))) < 2:
+        # All its cells have begun.
+        if len(list(tmp_path.glob("cells/.*h2o*"))) < 3:
             return None
-        children = psutil.Process(process.pid).children()
-        return next((c for c in children if "spawn_main" in " ".join(c.cmdline())), None)
+        return worker_of(process.pid)
 
     with started(tmp_path, "--measure=agreement") as process:
         wait_for(reader, process).kill()
         _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     rows = read(tmp_path)
-    assert [(row.policy, row.budget) for row in rows] == [("full", None), ("h2o", 64), ("h2o", 80)]
+    assert [(row.policy, row.budget) for row in rows] == [
+        ("full", None),
+        ("h2o", 64),
+        ("h2o", 72),
+        ("h2o", 80),
+    ]
     assert sorted(os.listdir(tmp_path / "cells")) == sorted(NAMES)
 
 
