@@ -1254,8 +1254,8 @@ MUTANTS = (
     Mutant(
         "drafts rank at once",
         "stores/call.py",
-        "ranks = counter.ranks_at(token)",
-        "ranks = counter.ranks_at(0)",
+        "inputs.token(token, counter.ranks_at(token))",
+        "inputs.token(token, counter.ranks_at(0))",
         "test_modes.py -k 'drafts_change_nothing and h2o'",
     ),
     # A policy at one layer.
