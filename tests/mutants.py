@@ -1258,6 +1258,27 @@ MUTANTS = (
         "inputs.token(token, counter.ranks_at(0))",
         "test_modes.py -k 'drafts_change_nothing and h2o'",
     ),
+    Mutant(
+        "compiled reading ranks at once",
+        "hf/drafter.py",
+        "cache.counter.ranks_at(token)",
+        "cache.counter.ranks_at(0)",
+        "test_lossless.py -k compiled",
+    ),
+    Mutant(
+        "positions of what is chosen anew begin with one",
+        "stores/refresh.py",
+        "real.cumsum(dim=1) - 1",
+        "real.cumsum(dim=1)",
+        "test_lossless.py -k refreshed",
+    ),
+    Mutant(
+        "steps after a refresh do not rank anew",
+        "hf/drafter.py",
+        "self.cache.counter.rank_anew()",
+        "pass",
+        "test_lossless.py -k refreshed",
+    ),
     # A policy at one layer.
     Mutant(
         "the floor of a head is rounded down",

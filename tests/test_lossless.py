@@ -228,10 +228,16 @@ def test_drafts_are_compiled_as_steps_are(
     torch._dynamo.reset()
     backend = CountingBackend()
     options = dict(compile_config=compiled(backend))
-    got = _lossless(model, _cache(policy, interval=interval), **options)
+    cache, eager = (_cache(policy, interval=interval) for _ in range(2))
+    got = _lossless(model, cache, **options)
     # One for drafts and one for reading what was accepted, each twice where not all steps rank.
     assert backend.graphs == graphs
-    assert torch.equal(got, _plain(model))
+    assert torch.equal(got, _lossless(model, eager)) and torch.equal(got, _plain(model))
+    # The text would be the same whatever it holds.
+    for one, other in zip(cache.layers, eager.layers, strict=True):
+        for held, expected in zip(one.store.tokens, other.store.tokens, strict=True):
+            torch.testing.assert_close(held, expected)
+        assert torch.equal(one.store.counts, other.store.counts)
     # Another cache and fewer drafts find these.
     again = _lossless(model, _cache(policy, interval=interval), num_draft_tokens=2, **options)
     assert backend.graphs == graphs
