@@ -107,7 +107,10 @@ def make_request(model: Any, arguments: dict[str, Any]) -> Request:
     """
     given = dict(arguments)
     policy, cache = given.pop("policy", None), given.pop("cache", None)
-    lossless = given.pop("lossless", False)
+    lossless = given.pop("lossless", None)
+    if lossless is False:
+        # What else is said of drafts may be for other calls.
+        given = {name: value for name, value in given.items() if name not in _OF_DRAFTS}
     own = _own_names(policy)
     rules = {name: given.pop(name) for name in own if name in given}
     _check_generate(model, policy, own, given)
@@ -122,11 +125,11 @@ def make_request(model: Any, arguments: dict[str, Any]) -> Request:
         _make_cache(model, "full" if policy is None else policy, rules) if cache is None else cache
     )
     _check_lossless(lossless, made, given)
-    return Request(made, cache is not None, given, lossless)
+    return Request(made, cache is not None, given, bool(lossless))
 
 
 def _check_lossless(lossless: Any, cache: "CompressedCache", given: dict[str, Any]) -> None:
-    if not isinstance(lossless, bool):
+    if not isinstance(lossless, bool | None):
         raise TypeError(f"lossless must be True or False, got {shown(lossless)}")
     if not lossless:
         if drafting := [name for name in _OF_DRAFTS if name in given]:

@@ -2,13 +2,22 @@
 
 import itertools
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    SynthIDTextWatermarkingConfig,
+)
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -37,6 +46,7 @@ MODES: dict[str, dict[str, Any]] = {
     "one draft": dict(num_draft_tokens=1),
     "adaptive": dict(adaptive=True),
 }
+SYNTH_ID = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3, context_history_size=64)
 OURS = ("num_draft_tokens", "adaptive", "refresh", "statistics")
 
 
@@ -456,6 +466,83 @@ def _lengths(rate: float, draft_s: float, rounds: int = 60) -> list[int]:
     return chosen
 
 
+@pytest.mark.parametrize("policy", ["h2o", "knorm"])
+def test_no_row_takes_more_than_the_text_has(model: Any, policy: str) -> None:
+    """Where no token ends it, whatever was accepted."""
+    cache, statistics = _cache(policy), DraftStatistics()
+    inputs = dict(input_ids=distinct_tokens(3, 30), attention_mask=torch.ones(3, 30).long())
+    options: dict[str, Any] = dict(inputs, num_draft_tokens=8, max_new_tokens=21)
+    text = _lossless(model, cache, statistics=statistics, **options)
+    assert torch.equal(text, _plain(model, **options))
+    assert statistics.tokens == 3 * 20
+    assert statistics.accepted <= statistics.tokens - statistics.row_verifications + 3
+    for layer in cache.layers:
+        assert layer.store.next_position.tolist() == [50] * 3
+
+
+def test_given_up_drafts_leave_rows_that_are_level(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a further turn would take the columns that a row is behind for padding."""
+
+    def accept(drafts: Tensor, scores: Tensor) -> Any:
+        count, _ = accept_greedy(drafts, scores)
+        # As if some rows had had luck before drafting was given up.
+        count = count.clamp(max=0) if len(rounds) > 3 else count
+        rounds.append(count.tolist())
+        return count, scores.argmax(dim=-1).gather(1, count[:, None])
+
+    rounds: list[list[int]] = []
+    ticks = itertools.count()
+    monkeypatch.setattr(loop._Loop, "_now", lambda self: next(ticks) * 1.0)
+    monkeypatch.setattr(loop, "accept_greedy", accept)
+    cache, statistics = _cache("knorm"), DraftStatistics()
+    inputs = dict(input_ids=distinct_tokens(3, 30), attention_mask=torch.ones(3, 30).long())
+    text = _lossless(
+        model, cache, statistics=statistics, adaptive=True, max_new_tokens=60, **inputs
+    )
+    assert torch.equal(text, _plain(model, max_new_tokens=60, **inputs))
+    assert statistics.plain_from is not None and len({*map(tuple, rounds)}) > 1
+    assert any(len(set(counts)) > 1 for counts in rounds)
+    (read,) = {*cache.layers[0].store.next_position.tolist()}
+    assert read == cache.get_seq_length() < text.shape[1] - 1
+    turn = torch.cat([text, distinct_tokens(3, 5, seed=1)], dim=1)
+    model.generate(
+        turn,
+        attention_mask=torch.ones_like(turn),
+        **cache_argument(cache),
+        max_new_tokens=3,
+        do_sample=False,
+    )
+    assert cache.layers[0].store.next_position.tolist() == [turn.shape[1] + 2] * 3
+    # Of this text alone.
+    _lossless(model, _cache("knorm"), statistics=statistics, max_new_tokens=3)
+    assert statistics.plain_from is None
+
+
+def test_more_drafts_than_there_is_room_for_are_given_up_as_others_are(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def count(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    # By a clock that shows how often the model was called.
+    monkeypatch.setattr(loop._Loop, "_now", lambda self: float(calls))
+    monkeypatch.setattr(
+        loop, "accept_greedy", lambda drafts, scores: accept_greedy(drafts * 0 - 1, scores)
+    )
+    handle = model.register_forward_pre_hook(count)
+    statistics = DraftStatistics()
+    options: dict[str, Any] = dict(adaptive=True, num_draft_tokens=10**9, max_new_tokens=40)
+    _lossless(model, statistics=statistics, **options)
+    handle.remove()
+    assert statistics.plain_from is not None
+    assert statistics.drafted <= 3 * 3 * 38
+
+
 def test_the_number_of_drafts_follows_what_they_bring() -> None:
     assert _lengths(0.95, 0.05)[-1] == 6
     assert 1 <= _lengths(0.6, 0.2)[-1] <= 3
@@ -487,6 +574,12 @@ def test_drafts_that_bring_nothing_are_given_up(
     [
         (dict(num_draft_tokens=0), ValueError, "num_draft_tokens must be at least 1, got 0"),
         (dict(num_draft_tokens=2.0), TypeError, "num_draft_tokens must be an int, got 2.0"),
+        (dict(adaptive="no"), TypeError, "adaptive must be True, False or None, got 'no' (str)"),
+        (dict(statistics={}), TypeError, "statistics must be DraftStatistics(), got {} (dict)"),
+        (dict(statistics=DraftStatistics), TypeError, "statistics must be DraftStatistics()"),
+        (dict(guidance_scale=1.5), NotImplementedError, "ClassifierFreeGuidance"),
+        (dict(watermarking_config=SYNTH_ID), NotImplementedError, "SynthIDTextWatermark"),
+        (dict(cache=CompressedCache("kvzip", 24)), NotImplementedError, "but drafts follow the"),
         (dict(num_beams=2), NotImplementedError, "greedy decoding and sampling, got beam_search"),
         (dict(return_dict_in_generate=True), NotImplementedError, "return_dict_in_generate"),
         (dict(use_cache=False), ValueError, "leave use_cache on"),
@@ -497,8 +590,64 @@ def test_drafts_that_bring_nothing_are_given_up(
 def test_what_it_cannot_do_is_refused(
     model: Any, options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    with pytest.raises(error, match=words):
+    options = dict(options)
+    with _unread(model), pytest.raises(error, match=re.escape(words)):
         _lossless(model, options.pop("cache", None), **options)
+
+
+@contextmanager
+def _unread(model: Any) -> Iterator[None]:
+    """Fails if the model reads anything."""
+
+    def read(*args: Any) -> None:
+        pytest.fail("the model was called")
+
+    handle = model.register_forward_pre_hook(read)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_what_the_model_wants_to_know_of_every_token_is_refused() -> None:
+    config = GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=VOCABULARY, eos_token_id=None)
+    model = GPT2LMHeadModel(config).eval()
+    types = dict(token_type_ids=torch.full((3, 30), 7))
+    with _unread(model), pytest.raises(NotImplementedError, match="cannot give 'token_type_ids'"):
+        _lossless(model, **types)
+    assert torch.equal(_lossless(model), _plain(model))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        dict(rope_type="dynamic", factor=4.0),
+        dict(
+            rope_type="longrope",
+            original_max_position_embeddings=40,
+            short_factor=[1.0] * 6,
+            long_factor=[2.0] * 6,
+        ),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_angles_that_depend_on_the_length_are_refused_where_they_do(
+    make_model: Callable[..., LlamaForCausalLM], rope: dict[str, Any]
+) -> None:
+    long = 40 if rope["rope_type"] == "dynamic" else 400
+    parameters = rope | dict(rope_theta=10_000.0)
+    model = make_model(max_position_embeddings=long, rope_parameters=parameters)
+    assert torch.equal(_lossless(model, max_new_tokens=10), _plain(model, max_new_tokens=10))
+    words = f"rope_type '{rope['rope_type']}', whose angles depend on the length beyond 40"
+    with _unread(model), pytest.raises(NotImplementedError, match=words):
+        _lossless(model, max_new_tokens=11)
+
+
+def test_a_text_that_was_read_is_refused_before_it_is_read_again(model: Any) -> None:
+    cache = _cache()
+    _lossless(model, cache, max_new_tokens=5)
+    with _unread(model), pytest.raises(ValueError, match="the text must begin with the 34 tokens"):
+        _lossless(model, cache)
 
 
 def test_only_the_new_part_of_a_text_is_refused(model: Any) -> None:

@@ -432,6 +432,15 @@ def test_lossless_answers_are_those_of_the_full_cache(pipe: Any, policy: str) ->
     assert full[0]["timing"].drafts is None
 
 
+def test_lossless_of_a_pipeline_is_left_out_of_one_call(model: Any) -> None:
+    options = dict(lossless=True, num_draft_tokens=2, policy="h2o", budget=24)
+    pipe: Any = pipeline(TASK, model=model, tokenizer=build_tokenizer(), device="cpu", **options)
+    timings = [
+        pipe(CONTEXT, question=QUESTIONS[0], **more)["timing"] for more in ({}, {"lossless": False})
+    ]
+    assert timings[0].drafts is not None and timings[1].drafts is None
+
+
 def test_lossless_with_a_cache_of_the_users_own(pipe: Any) -> None:
     cache = CompressedCache("h2o", 24)
     answer = pipe(CONTEXT, question=QUESTIONS[0], cache=cache, lossless=True, adaptive=False)

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from compressed_cache import CompressedCache, DraftStatistics, decode, lossless
+from compressed_cache.hf import lossless as loop
 from compressed_cache.telemetry import Timing, measure, timestamps
 from compressed_cache.telemetry.timing import total
 from compressed_cache.versions import cache_argument
@@ -269,6 +272,29 @@ def test_measure_tells_what_drafts_brought(model: LlamaForCausalLM, ids: Tensor)
     assert first.tokens_per_s == ROWS * (NEW - 1) / first.decode_s
     assert first.cache_bytes > cache.nbytes
     assert m.timing.decode_s == first.decode_s + second.decode_s
+
+
+def test_the_token_that_ends_a_text_is_read_after_the_prompt(
+    model: LlamaForCausalLM, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a loop that has some of its arguments already is known."""
+    calls: list[int] = []
+    verify = loop._Loop._verify
+
+    def slow(self: Any, tokens: Tensor, *args: Any) -> Tensor:
+        calls.append(tokens.shape[1])
+        time.sleep(0.02)
+        return verify(self, tokens, *args)
+
+    monkeypatch.setattr(loop._Loop, "_verify", slow)
+    end = int(_generate(model, ids[:1], DynamicCache(config=model.config))[0, PROMPT + 2])
+    drafting = functools.partial(lossless, num_draft_tokens=2, adaptive=False)
+    options: dict[str, Any] = dict(custom_generate=drafting, eos_token_id=end, pad_token_id=0)
+    with measure(model) as m:
+        _generate(model, ids[:1], CompressedCache("h2o", BUDGET), **options)
+    assert m.timing.drafts and m.timing.drafts.drafted
+    assert calls[-1] == 1 and len(calls) == m.timing.drafts.row_verifications + 1
+    assert m.timing.decode_s >= 0.02 * len(calls)
 
 
 def test_what_measure_cannot_time_is_refused(model: LlamaForCausalLM, ids: Tensor) -> None:

@@ -1,7 +1,7 @@
 """How many tokens to draft, and what drafting has brought so far."""
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -109,7 +109,7 @@ class DraftLength:
         self._plain_rounds = 0
         self._accepted = self._tried = 0.0
         self._draft_s = Recent()
-        self._verify_s = {length: Recent() for length in range(longest + 1)}
+        self._verify_s: dict[int, Recent] = defaultdict(Recent)
 
     def choose(self) -> int:
         """The number for the next round, 0 for a step without drafts."""

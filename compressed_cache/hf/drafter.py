@@ -52,7 +52,8 @@ class Drafter:
         self.first_position: Tensor = self.inputs["position_ids"].clone()
         """``[..., B, 1]`` int64, of the first token after the prompt."""
         self._before: Snapshot | None = None
-        self._reads = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+        self._reads = [0] * len(ids)
+        self._level: int | None = None
 
     def begin(self) -> None:
         """What is read from now on is on trial."""
@@ -65,19 +66,37 @@ class Drafter:
         self.inputs["position_ids"].copy_(positions)
         return self.forward(**self.inputs, return_dict=True).logits[:, -1:]
 
-    def read(self, inputs: Mapping[int, AttentionInputs], kept: Tensor) -> None:
+    @property
+    def drafts(self) -> bool:
+        """Whether there may be more drafts."""
+        return self._level is None
+
+    def level(self) -> None:
+        """There will be no more drafts. Rows read on until they are as far as the one that is
+        ahead, since a cache has the same columns in all rows."""
+        self._level = max(self._reads)
+
+    def wanted(self, kept: Sequence[int]) -> list[int]:
+        """How many of the tokens that each row keeps are to be read."""
+        if self._level is None:
+            return list(kept)
+        rows = zip(kept, self._reads, strict=True)
+        return [min(count, self._level - read) for count, read in rows]
+
+    def read(self, inputs: Mapping[int, AttentionInputs], kept: Sequence[int]) -> None:
         """Takes back what was on trial, and reads what another cache was given with this model.
 
         Args:
             inputs: of each layer of attention.
-            kept: ``[B]`` int64, how many of these tokens are of the text of each row.
+            kept: how many of these tokens each row reads.
         """
         cache, before = self.cache, self._before
         if before is not None:
             cache.hold(before)
             self._before = None
-        count = int(kept.max())
-        real = torch.arange(count, device=kept.device) < kept[:, None]
+        count = max(kept)
+        columns = torch.arange(count, device=self.first_position.device)
+        real = columns < torch.tensor(kept, device=columns.device)[:, None]
         cache.begin_call(0, count)
         layers = [cache.layers[index] for index in inputs]
         reads = [read.part(slice(count))._replace(real=real) for read in inputs.values()]
@@ -90,7 +109,7 @@ class Drafter:
             for token in range(count):
                 ranks = cache.counter.ranks_at(token)
                 self._read_token(stores, [read.token(token, ranks) for read in reads])
-        self._reads += kept
+        self._reads = [read + more for read, more in zip(self._reads, kept, strict=True)]
 
     def refresh(self, full: FullCache) -> None:
         """Holds the best of all tokens, also of those that were evicted."""
@@ -104,7 +123,7 @@ class Drafter:
         """Leaves the cache as other loops do: the columns of a row that ended before others are
         padding behind it."""
         cache = self.cache
-        surplus = cache.get_seq_length() - self._columns - int(self._reads.max())
+        surplus = cache.get_seq_length() - self._columns - max(self._reads)
         if surplus:
             cache.counter.end_step()
             cache.counter.steps -= surplus

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CompileConfig
+from transformers.generation.logits_process import (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from compressed_cache.hf import attention_hook as hook
 from compressed_cache.hf import checks
@@ -21,6 +25,14 @@ from compressed_cache.hf.row_texts import RowTexts
 from compressed_cache.ops.acceptance import accept_greedy, accept_sampled
 from compressed_cache.stores.refresh import can_refresh
 from compressed_cache.versions import CACHE
+from compressed_cache.wording import listing, shown
+
+_STATEFUL = (
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+)
+_READ = {"attention_mask", "position_ids", "cache_position", "inputs_embeds"}
+_BY_LENGTH = ("dynamic", "longrope")
 
 hook.install()
 
@@ -48,7 +60,8 @@ def lossless(
     of the full cache and of the budget together, and layers with a sliding window keep all, too.
 
     Batches with padding on the left, processors, stopping criteria, streamers and several sequences
-    work as in plain ``generate``, but for criteria that keep state, in a batch. A cache that holds
+    work as in plain ``generate``, but for processors that keep state, and criteria that do, in a
+    batch. A cache that holds
     an earlier text of the conversation is given the whole text, which the full cache then reads
     anew.
 
@@ -79,6 +92,12 @@ def lossless(
     _check_count("num_draft_tokens", num_draft_tokens)
     if refresh is not None:
         _check_count("refresh", refresh)
+    if not isinstance(adaptive, bool | None):
+        raise TypeError(f"adaptive must be True, False or None, got {shown(adaptive)}")
+    if statistics is None:
+        statistics = DraftStatistics()
+    elif not isinstance(statistics, DraftStatistics):
+        raise TypeError(f"statistics must be DraftStatistics(), got {shown(statistics)}")
     _check(model, arguments)
     if refresh is not None and not can_refresh(arguments[CACHE].policy):
         raise NotImplementedError(
@@ -86,9 +105,12 @@ def lossless(
             "queries, which is not known of an evicted token. Choose another policy, such as "
             "'snapkv', or leave out refresh."
         )
-    loop = _Loop(model, input_ids, statistics or DraftStatistics(), refresh, **arguments)
+    loop = _Loop(model, input_ids, statistics, refresh, **arguments)
+    _check_rope(model, loop.texts.longest)
+    # More than the text has room for would never be drafted.
+    most = int(min(num_draft_tokens, max(loop.texts.room() - 2, 1)))
     adapts = not loop.samples if adaptive is None else adaptive
-    return loop.run(DraftLength(num_draft_tokens, adapts=adapts))
+    return loop.run(DraftLength(most, adapts=adapts))
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -123,7 +145,21 @@ def _check(model: Any, arguments: dict[str, Any]) -> None:
             f"{type(model).__name__} prepares its inputs in a way of its own, which lossless does "
             "not know. Generate without it."
         )
+    if not cache.get_seq_length():
+        checks.check_drafts(cache.policy)
     _check_layers(model, cache)
+    for processor in arguments["logits_processor"]:
+        if isinstance(processor, _STATEFUL):
+            raise NotImplementedError(
+                f"lossless cannot serve {type(processor).__name__}, which remembers each token it "
+                "was asked for. Leave out what asks for it, or lossless."
+            )
+    tensors = {name for name, given in arguments.items() if isinstance(given, Tensor)}
+    if unknown := tensors - _READ:
+        raise NotImplementedError(
+            f"lossless cannot give {listing(unknown)} to the model with every token. Leave it out, "
+            "or lossless."
+        )
     # Drafts would be among what is told of.
     cache.notify("activate_past_recording")
     if cache.readers:
@@ -131,6 +167,21 @@ def _check(model: Any, arguments: dict[str, Any]) -> None:
             "lossless drafts tokens that are taken back, which nobody can be told of. Stop what "
             "observes the cache, or assisted decoding with it."
         )
+
+
+def _check_rope(model: Any, longest: float) -> None:
+    config = model.config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    # Some models have several, by the kind of layer.
+    for one in [given, *(part for part in given.values() if isinstance(part, dict))]:
+        kind, original = one.get("rope_type"), one.get("original_max_position_embeddings")
+        limit = original if kind == "longrope" else config.max_position_embeddings
+        if kind in _BY_LENGTH and limit is not None and longest > limit:
+            raise NotImplementedError(
+                f"lossless cannot serve a text of up to {longest} tokens with rope_type {kind!r}, "
+                f"whose angles depend on the length beyond {limit}. Generate fewer tokens, or "
+                "without it."
+            )
 
 
 def _check_layers(model: Any, cache: Any) -> None:
@@ -176,6 +227,7 @@ class _Loop:
     def run(self, length: DraftLength) -> Tensor:
         """The texts."""
         model, texts = self.model, self.texts
+        self.statistics.plain_from = None
         forward, compile_ = model.__call__, None
         if model._valid_auto_compile_criteria(self.kwargs, self.config):
             config = self.config.compile_config or CompileConfig()
@@ -202,10 +254,12 @@ class _Loop:
         with model._optimize_model_for_decode():
             while any(texts.growing):
                 self._round(drafter, length)
-            if any(texts.closing) and drafts and not length.has_given_up:
+            if drafts and any(drafter.wanted(texts.closing)):
                 # As after :func:`decode`, a row has read the token that ended it.
+                began = self._now()
                 self._verify(texts.last(), self._positions(drafter, 0))
                 self._keep(drafter, texts.closing, 1)
+                self.statistics.verifying_s += self._now() - began
         drafter.end()
         self.statistics.full_bytes = self.full.nbytes
         return texts.finished()
@@ -228,6 +282,7 @@ class _Loop:
                 f"lossless needs the whole text, got {tokens} tokens and a mask of {width}. Pass "
                 "the earlier ones too, or a new CompressedCache."
             )
+        checks.check_text(self.cache.get_seq_length(), tokens)
         outputs = model._prefill(ids, config, {**self.kwargs, CACHE: self.full})
         self.full.reads()
         model._prefill(ids, config, self.kwargs)
@@ -273,16 +328,18 @@ class _Loop:
         growing, closing = texts.growing, texts.closing
         taken = texts.extend(accepted, tokens)
         kept = [new + ends for new, ends in zip(taken, closing, strict=True)]
-        self._keep(drafter if length.longest and not length.has_given_up else None, kept, count + 1)
         if length.has_given_up and statistics.plain_from is None:
             statistics.plain_from = max(texts.lengths) - self.prompt
+            drafter.level()
+        self._keep(drafter if length.longest else None, kept, count + 1)
         grown = [one for one, grows in zip(accepted, growing, strict=True) if grows]
         drafting_s, verifying_s = drafted - began + self._now() - verified, verified - drafted
         length.add(count, grown, drafting_s, verifying_s)
         statistics.tokens += sum(taken)
         statistics.row_verifications += len(grown)
         statistics.drafted += count * len(grown)
-        statistics.accepted += sum(grown)
+        # Some may be behind the end of the text.
+        statistics.accepted += sum(map(min, accepted, taken))
         statistics.drafting_s += drafting_s
         statistics.verifying_s += verifying_s
 
@@ -308,11 +365,11 @@ class _Loop:
         count = torch.tensor(kept, dtype=torch.int64, device=self.full.real.device)
         self.full.keep(count, tokens)
         inputs = self.full.reads()
-        if drafter is None:
+        if drafter is None or not any(wanted := drafter.wanted(kept)):
             return
-        drafter.read(inputs, count)
+        drafter.read(inputs, wanted)
         longest = max(self.texts.lengths)
-        if self.refresh is not None and longest - self.refreshed >= self.refresh:
+        if drafter.drafts and self.refresh is not None and longest - self.refreshed >= self.refresh:
             self.refreshed = longest
             drafter.refresh(self.full)
 

@@ -139,7 +139,10 @@ class RowTexts:
         self._reserve(max(counts) + 1)
         offsets = torch.tensor(counts, device=self.ids.device)[:, None]
         self.ids.scatter_(1, self._at(0) + offsets, next_tokens)
-        taken = [(count + 1) * grows for count, grows in zip(counts, growing, strict=True)]
+        rows = zip(counts, self.lengths, growing, strict=True)
+        taken = [
+            int(min(count + 1, self.longest - length)) * grows for count, length, grows in rows
+        ]
         ended: list[int | None] = [None] * len(taken)
         for width, rows in self._by_width(taken, 1):
             done: Tensor | None = None

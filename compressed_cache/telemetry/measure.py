@@ -115,9 +115,12 @@ def _timed(
     before, evicted = _counts(cache)
     peaks.restart()
     start = Timestamp()
-    drafts = DraftStatistics() if kwargs.get("custom_generate") is lossless else None
+    loop = kwargs.get("custom_generate")
+    preset = loop.keywords if isinstance(loop, functools.partial) else {}
+    is_lossless = lossless in (loop, getattr(loop, "func", None))
+    drafts = DraftStatistics() if is_lossless else None
     if drafts is not None:
-        result, steps = _drafted(original, drafts, args, kwargs)
+        result, steps = _drafted(original, drafts, args, preset | kwargs)
     elif isinstance(cache, CompressedCache):
         result, steps = _announced(original, cache, args, kwargs)
     else:

@@ -47,7 +47,7 @@ class Timing:
     step_s: tuple[float, ...] = field(repr=False)
     """Seconds of each decode step, from one token to the next: choosing it is included. Empty with
     drafts, where a step is of no fixed number of tokens."""
-    drafts: DraftStatistics | None = None
+    drafts: DraftStatistics | None = field(default=None, hash=False)
     """What drafting brought under :func:`~compressed_cache.lossless`; None without it."""
 
     def write_json(self, path: str | Path) -> None:
