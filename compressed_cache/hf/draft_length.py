@@ -107,6 +107,7 @@ class DraftLength:
         self.longest, self.adapts = longest, adapts
         self.has_given_up = False
         self._plain_rounds = 0
+        self._asked = dict.fromkeys((longest, 0), 0)
         self._accepted = self._tried = 0.0
         self._draft_s = Recent()
         self._verify_s: dict[int, Recent] = defaultdict(Recent)
@@ -119,7 +120,9 @@ class DraftLength:
             return self.longest
         # What lies between the two ends is estimated by these until it is measured.
         for length in (self.longest, 0):
-            if self._verify_s[length].count < _FIRST_ROUNDS:
+            # Near the end of a text there may be room for fewer.
+            if self._asked[length] < _FIRST_ROUNDS:
+                self._asked[length] += 1
                 return length
         best = max(range(self.longest + 1), key=self._speed)
         if not best:
