@@ -67,7 +67,7 @@ def _table(rows: Sequence[Agreement]) -> str:
         f"{one.machine['device']}, {one.machine.get('dtype', 'dtype unknown')}. Late positions: "
         + ", ".join(f"{late[budget]:,} at {budget}" for budget in budgets)
         + ". Read again, the full cache agrees with itself at "
-        + ", ".join(f"{row.early_agreement:.1%}" for row in rows if row.policy == "full")
+        + " to ".join(sorted({f"{x.early_agreement:.1%}" for x in rows if x.policy == "full"}))
         + "."
     )
     policies = list(dict.fromkeys(row.policy for row in rows if row.budget is not None))

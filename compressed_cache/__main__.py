@@ -1,6 +1,7 @@
 """``compressed-cache``, or ``python -m compressed_cache``: the commands."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,14 @@ def main(arguments: list[str] | None = None) -> int:
         "policies": _catalogue,
         "presses": _catalogue,
     }
-    return run[options.command](options, rest)
+    try:
+        status = run[options.command](options, rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads on, as with `| head`; what is left must not be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:

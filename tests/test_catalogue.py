@@ -140,6 +140,15 @@ def test_the_command_prints_all_or_one(capsys: pytest.CaptureFixture[str]) -> No
     assert [entry["name"] for entry in read] == list(ENTRIES)
     assert main(["policies", "snapvk"]) == 2
     assert "Did you mean 'snapkv'?" in capsys.readouterr().err
+    said = "(compressed-cache presses has others)"
+    assert main(["policies", "h2o+nope"]) == 2
+    assert re.search(rf"unknown .* 'nope', .* {re.escape(said)}", capsys.readouterr().err)
+    assert main(["presses", "nope"]) == 2
+    assert "(compressed-cache policies has others)" in capsys.readouterr().err
+    for several in ("h2o+caote", "h2o/CAOTE", "H2OPress+caote"):
+        assert main(["policies", several, "--json"]) == 0
+        read = json.loads(capsys.readouterr().out)
+        assert [entry["name"] for entry in read] == ["h2o", "caote"]
     assert main(["policies", "--markdown"]) == 0
     assert "| [`snapkv`]" in capsys.readouterr().out
 

@@ -175,3 +175,14 @@ def test_bars_are_shown_where_somebody_waits_for_a_model(
             assert not logging.is_progress_bar_enabled()
         assert not logging.is_progress_bar_enabled()
     assert logging.is_progress_bar_enabled()
+
+
+def test_nobody_need_read_to_the_end() -> None:
+    """As with ``| head``."""
+    command = [sys.executable, "-m", "compressed_cache", "policies", "--json"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=ROOT) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1

@@ -63,7 +63,13 @@ CONSTRUCTOR = [
     (
         dict(policy=SnapKV),
         TypeError,
-        f"policy must be a name or a Policy object, got {SnapKV!r} (type)",
+        f"policy must be a name or a Policy object, got {SnapKV!r} (type). Write SnapKV()",
+    ),
+    # A slip that would fill the screen.
+    (
+        dict(policy=LlamaConfig()),
+        TypeError,
+        "policy must be a name or a Policy object, got LlamaConfig",
     ),
     (
         dict(policy=SnapKV(), window=4),
@@ -416,6 +422,15 @@ def test_a_policy_must_return_one_score_per_slot(model: LlamaForCausalLM) -> Non
     message = r"Mine.scores must return float32 of shape \[B, H, S\] = \[1, 2, 20\], got "
     with pytest.raises(ValueError, match=message):
         model(distinct_tokens(1, 20), past_key_values=CompressedCache(Mine(), 16))
+
+
+def test_a_policy_that_scores_by_what_it_did_not_ask_for_is_told(model: LlamaForCausalLM) -> None:
+    class Forgetful(Policy):
+        def scores(self, slots: Any) -> torch.Tensor:
+            return slots.queries.mean(dim=-1)
+
+    with pytest.raises(ValueError, match=r"\. What needs does not ask for is empty$"):
+        model(distinct_tokens(1, 20), past_key_values=CompressedCache(Forgetful(), 16))
 
 
 def test_a_policy_without_scores_says_so(model: LlamaForCausalLM) -> None:

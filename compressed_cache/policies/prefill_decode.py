@@ -68,8 +68,8 @@ class PrefillDecode(Policy):
         observers = [one for part in both if (one := find_observer(part)) is not None]
         if len({type(one) for one in observers}) > 1:
             raise ValueError(
-                f"{self.label!r} would add up attention in two ways. One of the two may be a "
-                "policy that observes attention."
+                f"{self.label!r} would add up attention in two ways. Only one of the two may "
+                "be a policy that observes attention."
             )
         if len({decides_for_all_heads(part) for part in both}) > 1:
             raise ValueError(

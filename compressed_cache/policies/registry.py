@@ -152,7 +152,11 @@ def as_policy(policy: Any, options: dict[str, Any]) -> Policy:
     if isinstance(policy, str):
         return make_policy(policy, **options)
     if not isinstance(policy, Policy):
-        raise TypeError(f"policy must be a name or a Policy object, got {shown(policy)}")
+        # A model or its config would fill the screen.
+        kind = policy.__name__ if isinstance(policy, type) else type(policy).__name__
+        got = shown(policy) if len(repr(policy)) < 80 else kind
+        hint = f". Write {kind}()" if isinstance(policy, type) else ""
+        raise TypeError(f"policy must be a name or a Policy object, got {got}{hint}")
     if options:
         raise TypeError(
             "policy options must be given to the policy object itself, got "

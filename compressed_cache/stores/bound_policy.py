@@ -102,9 +102,11 @@ class BoundPolicy:
         """Scores ``[B, H, S]`` of the policy."""
         scores = self.policy.scores(slots)
         if scores.shape != slots.positions.shape or scores.dtype != torch.float32:
+            hint = ". What needs does not ask for is empty" if scores.numel() == 0 else ""
             raise ValueError(
                 f"{type(self.policy).__name__}.scores must return float32 of shape [B, H, S] = "
                 f"{list(slots.positions.shape)}, got {scores.dtype} of shape {list(scores.shape)}"
+                f"{hint}"
             )
         return self.shard.mean(scores) if self.is_same_for_all_heads else scores
 

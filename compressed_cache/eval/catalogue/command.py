@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -12,13 +13,21 @@ from compressed_cache.wording import listing, nearest
 
 
 def policies(options: argparse.Namespace) -> int:
-    """Prints all policies and modifiers, or one."""
+    """Prints all policies and modifiers, one, or the parts of a combination."""
     entries = entry.read()
-    asked = options.name and options.name.lower()
-    # A class by its name too, which is that of the policy without underscores.
-    chosen = [one for one in entries if asked in (None, one.name, one.name.replace("_", ""))]
-    if not chosen:
-        return _unknown("policy or modifier", options.name, [one.name for one in entries])
+    parts = re.split(r"[+/]", options.name) if options.name else []
+    # By its class or its press too, whose name is that of the policy without underscores.
+    asked = [part.lower().removesuffix("press") for part in parts]
+    chosen = [
+        one
+        for one in entries
+        if not parts or one.name in asked or one.name.replace("_", "") in asked
+    ]
+    if len(chosen) < len(set(asked)):
+        known = {name for one in chosen for name in (one.name, one.name.replace("_", ""))}
+        stranger = next(part for part, own in zip(parts, asked, strict=True) if own not in known)
+        names = [one.name for one in entries]
+        return _unknown("policy or modifier", stranger, names, "presses")
     if options.markdown:
         print(page.alone(*chosen) if options.name else page.tables(entries))
     elif options.json:
@@ -34,7 +43,7 @@ def presses(options: argparse.Namespace) -> int:
     asked = options.name and options.name.lower()
     chosen = [row for row in PRESSES if asked in (None, row.name.lower())]
     if not chosen:
-        return _unknown("press", options.name, [row.name for row in PRESSES])
+        return _unknown("press", options.name, [row.name for row in PRESSES], "policies")
     if options.markdown:
         print(page.presses(chosen))
     elif options.json:
@@ -44,10 +53,11 @@ def presses(options: argparse.Namespace) -> int:
     return 0
 
 
-def _unknown(what: str, name: Any, names: list[str]) -> int:
+def _unknown(what: str, name: Any, names: list[str], other: str) -> int:
     known = list(dict.fromkeys(names))
     print(
-        f"unknown {what} {name!r}, expected one of {listing(known)}{nearest(name, known)}",
+        f"unknown {what} {name!r}, expected one of {listing(known)}{nearest(name, known)} "
+        f"(compressed-cache {other} has others)",
         file=sys.stderr,
     )
     return 2

@@ -25,5 +25,6 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         print(f"--out {out}: {error.strerror}", file=sys.stderr)
         return 1
-    print(f"{len(inputs.sources)} sources, {len(html.encode()) // 1024} KiB: {out}")
+    sources = f"{len(inputs.sources)} source{'s' * (len(inputs.sources) != 1)}"
+    print(f"{sources}, {len(html.encode()) // 1024} KiB: {out}")
     return 0

@@ -46,7 +46,7 @@ def accuracy(group: Sequence[Row]) -> Part:
         columns.append(column("source", "file"))
     return Part(
         _name(group),
-        "Cache: mean per reply. To random: at the same budget, with the prompt as protected.",
+        "Cache: mean per reply. To random: at its budget, with its protection of the prompt.",
         list(_against_budget(group, figures.accuracy, lambda row: f"{row.accuracy:.0%}")),
         [table(f"All rows: {_name(group)}", columns, group)],
     )

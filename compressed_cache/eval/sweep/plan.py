@@ -227,5 +227,5 @@ def _against_lossless(plan: Plan) -> str | None:
     if plan.is_agreement:
         return "lossless says what the full cache says. Leave it out to measure agreement"
     if plan.batch_size != 1:
-        return f"lossless answers one document at a time, set --batch-size 1, not {plan.batch_size}"
+        return f"lossless answers one document at a time. Set --batch-size 1, not {plan.batch_size}"
     return None
