@@ -396,7 +396,7 @@ WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "drafts that cannot be": (
         {"policies": "h2o:lossless=true", "batch_size": "8"},
         [
-            r"^h2o:lossless=true: lossless answers one document at a time\\. Set --batch-size 1, "
+            r"^h2o:lossless=true: lossless answers one document at a time\. Set --batch-size 1, "
             "not 8$",
         ],
     ),
