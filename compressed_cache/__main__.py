@@ -106,6 +106,10 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
+    # Before what reads them is imported, which takes seconds.
+    if absent := [path for path in options.results if not Path(path).exists()]:
+        print(f"{absent[0]} must be readable, got: No such file or directory", file=sys.stderr)
+        return 2
     try:
         from compressed_cache.eval.report.command import run
     except ModuleNotFoundError as error:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import runpy
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import compressed_cache
 from compressed_cache import telemetry, wording
 from compressed_cache.__main__ import main
 from compressed_cache.eval.options import make_parser
-from compressed_cache.hf.loading import load, progress_bars
+from compressed_cache.hf.loading import load, progress_bars, why
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import PATH
 
@@ -186,3 +187,22 @@ def test_nobody_need_read_to_the_end() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
+
+
+def test_a_result_that_is_not_there_is_told_before_anything_is_imported() -> None:
+    program = (
+        "import sys\n"
+        "from compressed_cache.__main__ import main\n"
+        "assert main(['report', 'nosuch']) == 2\n"
+        "assert not {'torch', 'matplotlib'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program]
+    environment = os.environ | {"COMPRESSED_CACHE_AUTOLOAD": "0"}
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert ran.stderr == "nosuch must be readable, got: No such file or directory\n"
+    assert ran.returncode == 0
+
+
+def test_without_a_network_a_folder_is_asked_for() -> None:
+    error = OSError("We couldn't connect to 'https://huggingface.co' to load the files.")
+    assert why("some/model", error).endswith("Without a network, name a folder with the model.")

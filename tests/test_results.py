@@ -143,7 +143,7 @@ REFUSALS: dict[str, tuple[Callable[[], list[Result]], str]] = {
     ),
     "two rows for one": (
         lambda: [_scored("h2o", "1"), _scored("h2o", "0"), _scored("snapkv", "1")],
-        "must have one row of .* got more",
+        r"must have one row of .* got more: two with the same options\. Keep one of them",
     ),
 }
 

@@ -33,7 +33,9 @@ def why(name_or_path: str | Path, error: Exception) -> str:
     # The hub would say that it is no name of a repository.
     if str(name_or_path).startswith(("/", ".", "~")) and not Path(name_or_path).is_dir():
         return f"there is no folder {str(name_or_path)!r}"
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    is_offline = "couldn't connect" in said
+    return said + (" Without a network, name a folder with the model." if is_offline else "")
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """What the demo command does with its options."""
 
 import argparse
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -71,7 +71,7 @@ def _on_shipped_model(
     exam = Exam(problems=options.problems, seed=options.seed)
     found: list[Row | Refusal] = []
     workers = min(options.workers, len(planned))
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, torch.get_num_threads() // workers)
     document = partial(report.document, exam, found, workers=workers, threads=threads)
     status = 0
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn())

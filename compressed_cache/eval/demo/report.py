@@ -97,8 +97,8 @@ def caption(document: dict[str, Any]) -> str:
     return (
         f"{problems['count']} held-out problems from seed {problems['first_seed']} in one batch, "
         f"{problems['mean_prompt_tokens']:.0f} prompt tokens each, greedy; "
-        f"{machine['processor']}, {machine['workers']} rows at a time with {machine['threads']} "
-        f"threads each, {machine['device']}, "
+        f"{machine['processor']}, rows at a time: {machine['workers']}, threads of each: "
+        f"{machine['threads']}, {machine['device']}, "
         f"torch {versions['torch']}, transformers {versions['transformers']}"
     )
 

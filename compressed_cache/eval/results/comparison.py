@@ -75,9 +75,12 @@ def _by_cell(
             continue
         rows = found[row.measure, row.model, row.task, row.budget]
         if row.seed in rows:
+            several = [rows[row.seed].options, row.options]
+            # Of two folders, for example.
+            got = "two with the same options" if several[0] == several[1] else f"{several}"
             raise ValueError(
                 f"{policy!r} must have one row of {row.task}, budget {row.budget} and seed "
-                f"{row.seed}, got more: {rows[row.seed].options}, {row.options}. Keep one of them."
+                f"{row.seed}, got more: {got}. Keep one of them."
             )
         rows[row.seed] = row
     if not found:
