@@ -289,7 +289,7 @@ def test_a_page_that_cannot_be_written_is_one_line(
 def test_without_a_package_the_extra_is_named() -> None:
     program = (
         "import sys; sys.modules['jinja2'] = None\n"
-        "from compressed_cache.__main__ import main; sys.exit(main(['report', 'x']))"
+        "from compressed_cache.__main__ import main; sys.exit(main(['report', 'tests']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
