@@ -1277,7 +1277,7 @@ MUTANTS = (
         "hf/drafter.py",
         "self.cache.counter.rank_anew()",
         "pass",
-        "test_lossless.py -k refreshed",
+        "test_lossless.py -k after_a_refresh",
     ),
     # A policy at one layer.
     Mutant(

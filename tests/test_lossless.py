@@ -293,6 +293,23 @@ def test_a_refreshed_cache_holds_the_best_of_all_tokens(
     assert len(lengths) in (2, 3, 4)
 
 
+def test_the_step_after_a_refresh_ranks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slots that were to be overwritten next hold other tokens now."""
+    due: list[int] = []
+
+    def refreshed(self: Drafter, full: Any) -> None:
+        counter = self.cache.counter
+        seen, due[len(due) :] = counter.tokens_seen, [counter.steps % 8]
+        choose(self, full)
+        assert counter.ranks and counter.ranks_at(0) and not counter.ranks_at(1)
+        assert counter.tokens_seen == seen and not counter.is_first_prompt
+
+    choose = Drafter.refresh
+    monkeypatch.setattr(Drafter, "refresh", refreshed)
+    _lossless(model, _cache("snapkv", interval=8), refresh=5)
+    assert any(due)
+
+
 def test_before_anything_is_evicted_every_token_is_held_once(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
