@@ -229,6 +229,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "chunks": bench_report.chunks,
         "capacity": bench_report.capacity,
         "growth": bench_report.growth,
+        "lossless": bench_report.lossless,
     },
     "docs/compile.md": {"compile": bench_report.compilation},
     "docs/telemetry.md": {"telemetry": bench_report.telemetry},

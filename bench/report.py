@@ -62,6 +62,11 @@ def capacity() -> str:
     return table("capacity", _capacity)
 
 
+def lossless() -> str:
+    """How long a token takes where drafts are verified."""
+    return table("lossless", _lossless)
+
+
 def growth() -> str:
     """How memory and the time of a token grow."""
     return table("growth", _growth)
@@ -324,6 +329,29 @@ def _capacity(results: Results) -> str:
             f"({results.device}).\n\n" + markdown(header, lines)
         )
     return "\n\n".join(parts)
+
+
+def _lossless(results: Results) -> str:
+    rows = results.rows("lossless")
+    rows.sort(key=lambda row: (row["seen"], row["step"], row["chance"]))
+    header = ["tokens seen", "drafts", "right %", "tokens per verification", "ms per token"]
+    header.append("times as fast as DynamicCache")
+    lines = [
+        [
+            f"{row['seen']:,}",
+            row["step"],
+            f"{100 * row['chance']:.0f}",
+            f"{row['tokens_per_verification']:.2f}"
+            + (f" (given up after {row['plain_from']})" if row["plain_from"] else ""),
+            f"{row['ms_per_token']:.2f}",
+            f"{1 / row['ratio']:.2f} [{1 / row['ratio_high']:.2f}, {1 / row['ratio_low']:.2f}]",
+        ]
+        for row in rows
+    ]
+    return (
+        f"{_machine(results, 'lossless')}; 4 layers of 512, batch 1, snapkv with "
+        f"{rows[0]['budget']} slots, at most 8 drafts.\n\n" + markdown(header, lines)
+    )
 
 
 def _growth(results: Results) -> str:
