@@ -170,6 +170,16 @@ FLOOR = Contender(
 """The model with next to no cache: what no cache can beat."""
 
 
+def compile_options(compiled: bool, device: str) -> dict[str, Any]:
+    """What ``generate`` is given, so that it compiles its steps on this device or does not."""
+    options: dict[str, Any] = {"disable_compile": not compiled}
+    if compiled and device == "cpu":
+        config: Any = CompileConfig(fullgraph=True, mode="default")
+        config._compile_all_devices = True
+        options["compile_config"] = config
+    return options
+
+
 class Generation:
     """A text that ``generate`` continues call by call, timed token by token.
 
@@ -191,11 +201,7 @@ class Generation:
         self.cache = contender.make_cache(model, prompt)
         if not isinstance(self.cache, CompressedCache):
             _fill(self.cache, model.config, self.ids, model.dtype)
-        self.options: dict[str, Any] = {"disable_compile": not contender.compiled}
-        if contender.compiled and model.device.type == "cpu":
-            config: Any = CompileConfig(fullgraph=True, mode="default")
-            config._compile_all_devices = True
-            self.options["compile_config"] = config
+        self.options = compile_options(contender.compiled, model.device.type)
         if contender.loop:
             self.options["custom_generate"] = decode
 

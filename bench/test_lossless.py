@@ -13,9 +13,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
-from transformers import CompileConfig
 
-from bench.contenders import BASELINE, EACH_DEVICE, SMALL, Generation, random_model
+from bench.contenders import BASELINE, EACH_DEVICE, SMALL, Generation, compile_options, random_model
 from compressed_cache import CompressedCache, DraftStatistics, lossless
 from compressed_cache.hf import lossless as loop
 from compressed_cache.versions import cache_argument
@@ -62,11 +61,6 @@ def test_lossless(
 
     monkeypatch.setattr(loop, "accept_greedy", accept)
     monkeypatch.setattr(loop._Loop, "_round", timed)
-    options: dict[str, Any] = {"disable_compile": not compiled}
-    if compiled and device == "cpu":
-        config: Any = CompileConfig(fullgraph=True, mode="default")
-        config._compile_all_devices = True
-        options["compile_config"] = config
 
     def generate() -> None:
         with pytest.raises(KeyboardInterrupt), torch.inference_mode():
@@ -79,7 +73,7 @@ def test_lossless(
                 statistics=statistics,
                 max_new_tokens=1 << 12,
                 do_sample=False,
-                **options,
+                **compile_options(compiled, device),
             )
 
     benchmark.group = f"lossless, {device}"

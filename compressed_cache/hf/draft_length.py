@@ -73,25 +73,6 @@ class DraftStatistics:
         return asdict(self) | known
 
 
-class Recent:
-    """The median of the last few values: some are out of all proportion, the first of all, which
-    may include compiling."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._values: deque[float] = deque(maxlen=_RECENT)
-
-    @property
-    def value(self) -> float:
-        """0 where there is none yet."""
-        return median(self._values) if self._values else 0.0
-
-    def add(self, value: float) -> None:
-        """Takes a further value into account."""
-        self._values.append(value)
-        self.count += 1
-
-
 class DraftLength:
     """Chooses how many tokens to draft by the tokens to be expected per second.
 
@@ -109,8 +90,8 @@ class DraftLength:
         self._plain_rounds = 0
         self._asked = dict.fromkeys((longest, 0), 0)
         self._accepted = self._tried = 0.0
-        self._draft_s = Recent()
-        self._verify_s: dict[int, Recent] = defaultdict(Recent)
+        self._draft_s = _few()
+        self._verify_s: dict[int, deque[float]] = defaultdict(_few)
 
     def choose(self) -> int:
         """The number for the next round, 0 for a step without drafts."""
@@ -142,9 +123,9 @@ class DraftLength:
             draft_s: seconds of all drafts, and of reading what was accepted.
             verify_s: seconds of the model with the full cache.
         """
-        self._verify_s[length].add(verify_s)
+        self._verify_s[length].append(verify_s)
         if length:
-            self._draft_s.add(draft_s / length)
+            self._draft_s.append(draft_s / length)
             # Behind a draft that was rejected none is tried.
             tried = sum(min(count + 1, length) for count in accepted)
             self._accepted += sum(accepted) - _WEIGHT * self._accepted
@@ -155,11 +136,20 @@ class DraftLength:
         rate = (self._accepted + 1.0) / (self._tried + 2.0)
         rate = min(rate + errors * math.sqrt(rate * (1.0 - rate) / (self._tried + 3.0)), 0.999)
         tokens = (1.0 - rate ** (length + 1)) / (1.0 - rate)
-        return tokens / (length * self._draft_s.value + self._verification_s(length))
+        return tokens / (length * _typical(self._draft_s) + self._verification_s(length))
 
     def _verification_s(self, length: int) -> float:
-        known = self._verify_s[length]
-        if known.count:
-            return known.value
-        low, high = self._verify_s[0].value, self._verify_s[self.longest].value
+        if known := self._verify_s[length]:
+            return _typical(known)
+        low, high = (_typical(self._verify_s[end]) for end in (0, self.longest))
         return low + (high - low) * length / self.longest
+
+
+def _few() -> deque[float]:
+    return deque(maxlen=_RECENT)
+
+
+def _typical(seconds: deque[float]) -> float:
+    """The median: some are out of all proportion, the first of all, which may include compiling.
+    0 where there is none."""
+    return median(seconds) if seconds else 0.0

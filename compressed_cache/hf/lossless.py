@@ -61,9 +61,8 @@ def lossless(
 
     Batches with padding on the left, processors, stopping criteria, streamers and several sequences
     work as in plain ``generate``, but for processors that keep state, and criteria that do, in a
-    batch. A cache that holds
-    an earlier text of the conversation is given the whole text, which the full cache then reads
-    anew.
+    batch. A cache that holds an earlier text of the conversation is given the whole text, which the
+    full cache then reads anew.
 
     Args:
         model: the model.
