@@ -26,12 +26,14 @@ from compressed_cache import CompressedCache, DraftStatistics, lossless
 from compressed_cache.hf import lossless as loop
 from compressed_cache.hf.draft_length import DraftLength
 from compressed_cache.hf.drafter import Drafter
+from compressed_cache.hf.full_cache import FullCache
+from compressed_cache.hf.full_layer import few_sizes
 from compressed_cache.ops.acceptance import accept_greedy, accept_sampled
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend, compiled
 from tests.conftest import VOCABULARY, distinct_tokens
-from tests.families import EACH_FAMILY, LINEAR, Family
+from tests.families import EACH_FAMILY, FAMILIES, LINEAR, Family
 
 OFTEN = list(range(20, VOCABULARY, 20))  # so many ends that rows end at different steps
 MODES: dict[str, dict[str, Any]] = {
@@ -230,17 +232,42 @@ def test_processors_and_criteria_of_the_user(model: Any, ends: dict[str, Any]) -
     assert torch.equal(_lossless(model, **options), _plain(model, **options))
 
 
+class _Remembers(StoppingCriteria):
+    """Ends a row that has had one of some tokens, of which it sees the last two, as the stop
+    sequences of lm_eval do, one of which is the text of the padding."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = torch.tensor(tokens)
+        self.done: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        found = torch.isin(input_ids[:, -2:], self.tokens).any(dim=1)
+        self.done = found if self.done is None else found | self.done
+        return self.done
+
+
+def test_a_criterion_that_remembers_sees_nothing_that_a_row_does_not_have(model: Any) -> None:
+    tokens = 0, int(_plain(model)[0, 50])
+    texts = [
+        generate(model, stopping_criteria=StoppingCriteriaList([_Remembers(*tokens)]), **ends)
+        for generate in (_plain, _lossless)
+        for ends in (dict(eos_token_id=OFTEN), dict(eos_token_id=[tokens[1]]))
+    ]
+    assert torch.equal(texts[0], texts[2]) and torch.equal(texts[1], texts[3])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "interval", "graphs"), [("h2o", 1, 2), ("snapkv", 4, 4)])
+@pytest.mark.parametrize(("policy", "interval", "graphs"), [("h2o", 1, 4), ("snapkv", 4, 6)])
 def test_drafts_are_compiled_as_steps_are(
-    model: Any, policy: str, interval: int, graphs: int
+    model: Any, monkeypatch: pytest.MonkeyPatch, policy: str, interval: int, graphs: int
 ) -> None:
     torch._dynamo.reset()
     backend = CountingBackend()
     options = dict(compile_config=compiled(backend))
     cache, eager = (_cache(policy, interval=interval) for _ in range(2))
     got = _lossless(model, cache, **options)
-    # One for drafts and one for reading what was accepted, each twice where not all steps rank.
+    # One for drafts and one for reading what was accepted, each twice where not all steps rank, and
+    # one each for verifying drafts and the last token.
     assert backend.graphs == graphs
     assert torch.equal(got, _lossless(model, eager)) and torch.equal(got, _plain(model))
     # The text would be the same whatever it holds.
@@ -248,11 +275,87 @@ def test_drafts_are_compiled_as_steps_are(
         for held, expected in zip(one.store.tokens, other.store.tokens, strict=True):
             torch.testing.assert_close(held, expected)
         assert torch.equal(one.store.counts, other.store.counts)
-    # Another cache and fewer drafts find these.
+    # Another cache finds these, and so does verifying fewer drafts than there may be at most.
+    monkeypatch.setattr(DraftLength, "choose", lambda self: next(lengths))
+    lengths = itertools.cycle(range(5))
+    again = _lossless(model, _cache(policy, interval=interval), adaptive=True, **options)
+    assert backend.graphs == graphs and torch.equal(again, got)
+    # Fewer at most are another graph of the full cache.
+    lengths = itertools.repeat(2)
     again = _lossless(model, _cache(policy, interval=interval), num_draft_tokens=2, **options)
-    assert backend.graphs == graphs
-    assert torch.equal(again, got)
+    assert backend.graphs == graphs + 1 and torch.equal(again, got)
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_verifying_is_compiled_where_layers_have_windows() -> None:
+    torch._dynamo.reset()
+    [family] = [one for one in FAMILIES if one.name == "Gemma 3"]
+    model, backend = family.make().float(), CountingBackend()
+    inputs = _padded()
+    inputs["input_ids"] = inputs["input_ids"] % 160
+    got = _lossless(model, CompressedCache("h2o", 12), compile_config=compiled(backend), **inputs)
+    assert torch.equal(got, _plain(model, **inputs))
+    # For drafts, for reading what was accepted, for verifying them, and for verifying a last token
+    # where it has to be read.
+    assert 3 <= backend.graphs <= 4
+    torch._dynamo.reset()
+
+
+# What rows take back.
+
+
+@pytest.mark.parametrize("is_windowed", [False, True])
+@pytest.mark.parametrize("shapes", ["stay", "change"])
+def test_the_full_cache_holds_each_row_in_order(
+    monkeypatch: pytest.MonkeyPatch, shapes: str, is_windowed: bool
+) -> None:
+    """Tokens are numbers here, and so are their keys."""
+    closed: list[int] = []
+    close = FullCache.close_holes
+    monkeypatch.setattr(FullCache, "close_holes", lambda self: closed.append(1) or close(self))
+    full = FullCache(math.inf, needs_hidden_states=False, is_windowed=is_windowed)
+    real = torch.arange(40) >= torch.tensor([[12], [0], [7]])
+    keys = torch.where(real, torch.arange(40.0), -1.0)[:, None, :, None].expand(-1, 2, -1, 4)
+    full.layer(0).append(keys, -keys)
+    full.holds(real)
+    rows = [row[keep].tolist() for row, keep in zip(keys[:, 0, :, 0], real, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    for call in range(120):
+        new = 1000.0 + 10 * call + torch.arange(5.0)
+        states = new[:, None].expand(3, 2, 5, 4)
+        if shapes == "stay":
+            # One more column of a mask for each that there is memory for.
+            assert full.begin(5).shape[1] == full.layers[0].capacity == full.get_mask_sizes(5, 0)[0]
+            full.update(states, -states, 0)
+            full.end(5)
+        else:
+            full.update(states, -states, 0)
+        kept = torch.randint(0, 6, (3,), generator=generator).tolist()
+        full.keep(kept, 5)
+        for row, count in zip(rows, kept, strict=True):
+            row += new[:count].tolist()
+    assert full.layers[0].capacity == 512 and max(map(len, rows)) > 256
+    for row, tokens in enumerate(rows):
+        for held, sign in ((full.layers[0].keys, 1.0), (full.layers[0].values, -1.0)):
+            assert held is not None and held.shape[2] == full.real.shape[1]
+            expected = torch.tensor(tokens)[None, :, None].expand(2, -1, 4) * sign
+            assert torch.equal(held[row][:, full.real[row]], expected)
+    if is_windowed:
+        assert full.real[:, -min(map(len, rows)) :].all()
+        assert full.real.shape[1] == max(map(len, rows))
+    else:
+        # To close holes all is copied.
+        assert 0 < len(closed) < 20
+        assert full.real.shape[1] <= max(map(len, rows)) * 8 / 7 + 5
+
+
+def test_memory_is_of_few_sizes_and_not_much_more_than_the_longest_text_takes() -> None:
+    sizes = {few_sizes(tokens, 3000) for tokens in range(1, 3001)}
+    assert sizes == {256, 512, 1024, 2048, 3072}
+    assert {few_sizes(tokens, math.inf) for tokens in range(1025, 2049)} == {2048}
+    assert len({few_sizes(longest, longest) for longest in range(1025, 2049)}) == 4
+    assert few_sizes(700, 600) == 768  # it was longer than was known
 
 
 # Tokens that come back.

@@ -22,6 +22,7 @@ from compressed_cache.hf.draft_length import DraftLength, DraftStatistics
 from compressed_cache.hf.drafter import Drafter
 from compressed_cache.hf.full_cache import CopyPrompt, FullCache
 from compressed_cache.hf.row_texts import RowTexts
+from compressed_cache.hf.verifier import Verifier
 from compressed_cache.ops.acceptance import accept_greedy, accept_sampled
 from compressed_cache.stores.refresh import can_refresh
 from compressed_cache.versions import CACHE
@@ -60,9 +61,9 @@ def lossless(
     of the full cache and of the budget together, and layers with a sliding window keep all, too.
 
     Batches with padding on the left, processors, stopping criteria, streamers and several sequences
-    work as in plain ``generate``, but for processors that keep state, and criteria that do, in a
-    batch. A cache that holds an earlier text of the conversation is given the whole text, which the
-    full cache then reads anew.
+    work as in plain ``generate``, but for processors that keep state; criteria may remember what
+    they said of a row. A cache that holds an earlier text of the conversation is given the whole
+    text, which the full cache then reads anew. Where ``generate`` compiles, all of it is compiled.
 
     Args:
         model: the model.
@@ -104,7 +105,7 @@ def lossless(
             "queries, which is not known of an evicted token. Choose another policy, such as "
             "'snapkv', or leave out refresh."
         )
-    loop = _Loop(model, input_ids, statistics, refresh, **arguments)
+    loop = _Loop(model, input_ids, num_draft_tokens, statistics, refresh, **arguments)
     _check_rope(model, loop.texts.longest)
     # More than the text has room for would never be drafted.
     most = int(min(num_draft_tokens, max(loop.texts.room() - 2, 1)))
@@ -191,6 +192,14 @@ def _check_layers(model: Any, cache: Any) -> None:
         )
 
 
+def _is_windowed(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return set(kinds) != {"full_attention"}
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return any(window is not None for window in windows)
+
+
 class _Loop:
     """One call of ``generate``."""
 
@@ -198,6 +207,7 @@ class _Loop:
         self,
         model: Any,
         ids: Tensor,
+        drafts: int,
         statistics: DraftStatistics,
         refresh: int | None,
         *,
@@ -210,7 +220,6 @@ class _Loop:
     ) -> None:
         self.model, self.config, self.kwargs = model, generation_config, kwargs
         self.cache = kwargs[CACHE]
-        self.full = FullCache(needs_hidden_states=self.cache.needs_hidden_states)
         self.statistics, self.refresh = statistics, refresh
         self.samples: bool = generation_config.do_sample
         self.texts = RowTexts(
@@ -222,6 +231,11 @@ class _Loop:
             streamer=streamer,
         )
         self.prompt = self.refreshed = ids.shape[1]
+        self.full = FullCache(
+            self.texts.longest + drafts,
+            needs_hidden_states=self.cache.needs_hidden_states,
+            is_windowed=_is_windowed(model.config.get_text_config()),
+        )
 
     def run(self, length: DraftLength) -> Tensor:
         """The texts."""
@@ -250,14 +264,15 @@ class _Loop:
             )
         ids = texts.ids[:, : self.prompt + 1]
         drafter = Drafter(model, self.cache, forward, compile_, ids, kwargs)
+        self.verifier = Verifier(model, self.full, compile_, length.longest)
         with model._optimize_model_for_decode():
             while any(texts.growing):
                 self._round(drafter, length)
             if drafts and any(drafter.wanted(texts.closing)):
                 # As after :func:`decode`, a row has read the token that ended it.
                 began = self._now()
-                self._verify(texts.last(), self._positions(drafter, 0))
-                self._keep(drafter, texts.closing, 1)
+                self.verifier.read(texts.last(), self._positions(drafter, 1))
+                self._keep(drafter, list(map(int, texts.closing)), 1)
                 self.statistics.verifying_s += self._now() - began
         drafter.end()
         self.statistics.full_bytes = self.full.nbytes
@@ -270,9 +285,11 @@ class _Loop:
             copy = CopyPrompt(self.full)
             self.cache.add_observer(copy)
             try:
-                return model._prefill(ids, config, self.kwargs)
+                outputs = model._prefill(ids, config, self.kwargs)
             finally:
                 self.cache.remove_observer(copy)
+            self.full.holds(copy.real)
+            return outputs
         embeddings = self.kwargs.get("inputs_embeds")
         tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
         width = hook.mask_width(config, self.kwargs)
@@ -286,8 +303,8 @@ class _Loop:
         self.full.reads()
         model._prefill(ids, config, self.kwargs)
         mask = self.kwargs.get("attention_mask")
-        self.full.real = torch.ones(len(ids), tokens, device=ids.device) if mask is None else mask
-        self.full.real = self.full.real.bool()
+        real = torch.ones(len(ids), tokens, device=ids.device) if mask is None else mask
+        self.full.holds(real.bool())
         return outputs
 
     def _holds_all(self) -> bool:
@@ -301,7 +318,8 @@ class _Loop:
         began = self._now()
         # Drafts that no row could take would be for nothing.
         count = int(min(length.choose(), texts.room() - 1))
-        tokens, positions = texts.last(), self._positions(drafter, count)
+        width = self.verifier.width(count + 1)
+        tokens, positions = texts.last(), self._positions(drafter, width)
         proposed, chances = [tokens], []
         if count:
             drafter.begin()
@@ -313,7 +331,7 @@ class _Loop:
             chances.append(chance)
         drafted = self._now()
         read = torch.cat(proposed, dim=1)
-        scores = texts.process(self._verify(read, positions))
+        scores = texts.process(self.verifier.read(read, positions))
         if not count:
             tokens, _ = self._choose(scores)
             accepted = [0] * len(tokens)
@@ -330,7 +348,7 @@ class _Loop:
         if length.has_given_up and statistics.plain_from is None:
             statistics.plain_from = max(texts.lengths) - self.prompt
             drafter.level()
-        self._keep(drafter if length.longest else None, kept, count + 1)
+        self._keep(drafter if length.longest else None, kept, width)
         grown = [one for one, grows in zip(accepted, growing, strict=True) if grows]
         drafting_s, verifying_s = drafted - began + self._now() - verified, verified - drafted
         length.add(count, grown, drafting_s, verifying_s)
@@ -349,20 +367,9 @@ class _Loop:
         chances = scores.softmax(dim=-1)
         return torch.multinomial(chances[:, 0], num_samples=1), chances
 
-    def _verify(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits ``[B, L, V]`` of the model with all keys and values."""
-        inputs = {
-            "input_ids": tokens,
-            "attention_mask": self.full.mask(tokens.shape[1]),
-            "position_ids": positions,
-            CACHE: self.full,
-        }
-        return self.model(**inputs, use_cache=True, return_dict=True).logits
-
     def _keep(self, drafter: Drafter | None, kept: Sequence[int], tokens: int) -> None:
         """Of the tokens just verified keeps the first of each row, in both caches."""
-        count = torch.tensor(kept, dtype=torch.int64, device=self.full.real.device)
-        self.full.keep(count, tokens)
+        self.full.keep(kept, tokens)
         inputs = self.full.reads()
         if drafter is None or not any(wanted := drafter.wanted(kept)):
             return
@@ -370,14 +377,15 @@ class _Loop:
         longest = max(self.texts.lengths)
         if drafter.drafts and self.refresh is not None and longest - self.refreshed >= self.refresh:
             self.refreshed = longest
+            self.full.close_holes()
             drafter.refresh(self.full)
 
-    def _positions(self, drafter: Drafter, drafts: int) -> Tensor:
-        """``[..., B, drafts + 1]`` int64, of the last token of each row and what is drafted."""
+    def _positions(self, drafter: Drafter, tokens: int) -> Tensor:
+        """``[..., B, tokens]`` int64, of the last token of each row and what is drafted."""
         first = drafter.first_position
         device = first.device
         read = torch.tensor(self.texts.lengths, device=device)[:, None] - self.prompt - 1
-        positions = first + read + torch.arange(drafts + 1, device=device)
+        positions = first + read + torch.arange(tokens, device=device)
         if math.isinf(self.texts.longest):
             return positions
         # A model may have no position behind the longest text.

@@ -28,7 +28,9 @@ class RowTexts:
     """Texts as plain ``generate`` would write them, whatever is known of each row so far.
 
     Processors and criteria are shown the whole batch with as many tokens as plain ``generate``
-    would show, and what they say counts for those rows that have so many.
+    would show, and what they say counts for those rows that have so many. To criteria others end in
+    their own last token all the same, so that one which remembers what it saw at the end of a row,
+    as those of lm_eval do, finds nothing there that the row has not.
 
     Args:
         ids: ``[B, L]`` int64, the prompt.
@@ -146,8 +148,9 @@ class RowTexts:
         ended: list[int | None] = [None] * len(taken)
         for width, rows in self._by_width(taken, 1):
             done: Tensor | None = None
+            shown = self._ending_at(width, taken)
             for criterion in self.criteria:
-                found = criterion(self.ids[:, :width], None)
+                found = criterion(shown, None)
                 done = found if done is None else done | found
             if done is not None and bool(done.any()):
                 for row in rows:
@@ -186,6 +189,16 @@ class RowTexts:
             for token in range(count):
                 found.setdefault(length + first + token, []).append(row)
         return sorted(found.items())
+
+    def _ending_at(self, width: int, taken: Sequence[int]) -> Tensor:
+        """``[B, width]`` int64, with rows that have less moved to the right."""
+        rows = zip(self.lengths, taken, strict=True)
+        missing = [max(width - length - new, 0) for length, new in rows]
+        if not any(missing):
+            return self.ids[:, :width]
+        columns = torch.arange(width, device=self.ids.device)
+        ahead = torch.tensor(missing, device=columns.device)[:, None]
+        return self.ids.gather(1, (columns - ahead).clamp(min=0))
 
     def _reserve(self, tokens: int) -> None:
         missing = max(self.lengths) + tokens - self.ids.shape[1]

@@ -21,6 +21,7 @@ FORMAT = 1
 SHIPPED = "shipped"
 """What the shipped model is called, whose folder differs from machine to machine."""
 LOSSLESS = "lossless"
+_AGREES = "lossless says what the full cache says. Leave it out to measure agreement"
 """The option of a setting that is none of its cache: the cache drafts, and a full one verifies."""
 
 
@@ -209,8 +210,9 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
         yield f"--policy-args: {listing(strangers)} not among --policies {listing(policies)}"
     if not plan.budgets and any(policy != "full" for policy in policies):
         yield "--budgets must be given, all policies but full need one"
-    against = _against_lossless(plan)
-    yield from (f"{one}: {against}" for one in known if against and plan.given(one).get(LOSSLESS))
+    if plan.is_agreement:
+        lossless = [one for one in known if plan.given(one).get(LOSSLESS)]
+        yield from (f"{one}: {_AGREES}" for one in lossless)
     heard = set()
     for cell in replace(plan, policies=known).cells():
         try:
@@ -220,12 +222,3 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
             if (problem := f"{where}: {error}") not in heard:
                 heard.add(problem)
                 yield problem
-
-
-def _against_lossless(plan: Plan) -> str | None:
-    """Why the cells of a plan cannot be lossless."""
-    if plan.is_agreement:
-        return "lossless says what the full cache says. Leave it out to measure agreement"
-    if plan.batch_size != 1:
-        return f"lossless answers one document at a time. Set --batch-size 1, not {plan.batch_size}"
-    return None
