@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results" / "agreement"
 LOOKUPS = ROOT / "bench" / "results" / "lookups.jsonl"
 DRAFTS = ROOT / "bench" / "results" / "drafts.jsonl"
+DRAFT_FAMILIES = ROOT / "bench" / "results" / "draft-families.jsonl"
 SHIPPED = ROOT / "bench" / "results" / "shipped.jsonl"
 HARNESS = ROOT / "bench" / "results" / "harness.json"
 VARIANTS = ROOT / "bench" / "results" / "variants.json"
@@ -34,6 +35,7 @@ def filled(text: str) -> str:
         ("ranking", ranking(SHIPPED, HARNESS)),
         ("lookups", lookups(LOOKUPS)),
         ("drafts", drafts(DRAFTS)),
+        ("draft-families", draft_families(DRAFT_FAMILIES)),
         ("variants", variants(VARIANTS)),
     ):
         text = markers.filled(text, name, table)
@@ -181,6 +183,30 @@ def drafts(path: Path) -> str:
         for row in rows
     ]
     return markdown(header, lines) if rows else "Not measured."
+
+
+def draft_families(path: Path) -> str:
+    """How many texts stayed the same, which did not, and who was refused."""
+    rows = read_lines(path)
+    if not rows:
+        return "Not measured."
+    served = [row for row in rows if not row["refusal"]]
+    texts, same = (sum(row[name] for row in served) for name in ("batch", "same"))
+    families = {row["family"] for row in served}
+    refused = [row["family"] for row in rows if row["refusal"] and row["batch"] == 1]
+    others = [
+        f"{row['family']} at batch {row['batch']}: {row['same']} of {row['batch']}"
+        for row in served
+        if row["same"] < row["batch"]
+    ]
+    one = rows[0]
+    sentences = [
+        f"`{one['policy']}` with {one['budget']} slots, {one['tokens']} tokens of each text, torch "
+        f"{one['torch']}: {same:,} of {texts:,} texts of {len(families)} families are unchanged",
+        f"({'; '.join(others)})." if others else "at batch 1 and 8.",
+        *([f"Refused: {', '.join(refused)}."] if refused else []),
+    ]
+    return " ".join(sentences)
 
 
 def ranking(agreement: Path, accuracy: Path) -> str:

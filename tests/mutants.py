@@ -1354,8 +1354,8 @@ MUTANTS = (
     Mutant(
         "rkv spares no near-duplicate",
         "policies/methods/rkv.py",
-        "total += cosine.scatter(-1, spared, 0.0).sum(dim=2)",
-        "total += cosine.sum(dim=2)",
+        "as_shares(total - less.float(), slots, counted)",
+        "as_shares(total, slots, counted)",
         _MATRIX.format("rkv and b14-s0-r0"),
     ),
     Mutant(
@@ -1716,6 +1716,34 @@ MUTANTS = (
         "test_expected_attention.py -k no_known_form",
     ),
     # transformers.
+    Mutant(
+        "columns of the full cache are in another order where holes close",
+        "hf/full_cache.py",
+        "argsort(dim=1, stable=True)",
+        "argsort(dim=1, stable=True, descending=True)",
+        "test_lossless.py -k full_cache_holds",
+    ),
+    Mutant(
+        "what a row takes back of the full cache is seen",
+        "hf/full_cache.py",
+        "new = torch.arange(most, device=count.device) < count[:, None]",
+        "new = torch.arange(most, device=count.device) <= count[:, None]",
+        "test_lossless.py -k full_cache_holds",
+    ),
+    Mutant(
+        "a compiled call of the full cache writes behind its columns",
+        "hf/full_cache.py",
+        "columns = torch.arange(length, length + tokens, device=self.real.device)",
+        "columns = torch.arange(length + 1, length + 1 + tokens, device=self.real.device)",
+        "test_lossless.py -k full_cache_holds",
+    ),
+    Mutant(
+        "criteria see what a row has not",
+        "hf/row_texts.py",
+        "if not any(missing):",
+        "if True:",
+        "test_lossless.py -k remembers",
+    ),
     Mutant(
         "drafts are read as a prompt",
         "hf/attention_hook.py",

@@ -770,6 +770,14 @@ def test_a_text_that_was_read_is_refused_before_it_is_read_again(model: Any) -> 
         _lossless(model, cache)
 
 
+def test_other_rows_are_refused_before_they_are_read(model: Any) -> None:
+    cache = _cache()
+    text = _lossless(model, cache, max_new_tokens=5)
+    mask = torch.ones_like(text)
+    with _unread(model), pytest.raises(ValueError, match=r"batch size must stay 3 .*, got 2\."):
+        _lossless(model, cache, input_ids=text[:2], attention_mask=mask[:2])
+
+
 def test_only_the_new_part_of_a_text_is_refused(model: Any) -> None:
     cache = _cache()
     _lossless(model, cache, max_new_tokens=5)

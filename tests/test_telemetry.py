@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from compressed_cache import CompressedCache, DraftStatistics, decode, lossless
-from compressed_cache.hf import lossless as loop
+from compressed_cache.hf.verifier import Verifier
 from compressed_cache.telemetry import Timing, measure, timestamps
 from compressed_cache.telemetry.timing import total
 from compressed_cache.versions import cache_argument
@@ -279,14 +279,14 @@ def test_the_token_that_ends_a_text_is_read_after_the_prompt(
 ) -> None:
     """And a loop that has some of its arguments already is known."""
     calls: list[int] = []
-    verify = loop._Loop._verify
+    read = Verifier.read
 
     def slow(self: Any, tokens: Tensor, *args: Any) -> Tensor:
         calls.append(tokens.shape[1])
         time.sleep(0.02)
-        return verify(self, tokens, *args)
+        return read(self, tokens, *args)
 
-    monkeypatch.setattr(loop._Loop, "_verify", slow)
+    monkeypatch.setattr(Verifier, "read", slow)
     end = int(_generate(model, ids[:1], DynamicCache(config=model.config))[0, PROMPT + 2])
     drafting = functools.partial(lossless, num_draft_tokens=2, adaptive=False)
     options: dict[str, Any] = dict(custom_generate=drafting, eos_token_id=end, pad_token_id=0)
@@ -304,6 +304,9 @@ def test_what_measure_cannot_time_is_refused(model: LlamaForCausalLM, ids: Tenso
     with measure(model) as m:
         with pytest.raises(NotImplementedError, match="prompt_lookup_num_tokens must be left out"):
             _generate(model, ids[:1], None, prompt_lookup_num_tokens=3)
+        drafting: dict[str, Any] = dict(custom_generate=lossless, statistics=3)
+        with pytest.raises(TypeError, match=r"statistics must be DraftStatistics\(\), got 3"):
+            _generate(model, ids[:1], CompressedCache("h2o", BUDGET), **drafting)
         with pytest.raises(ValueError, match="nothing was generated"):
             _ = m.timing
 

@@ -34,18 +34,7 @@ def check_states(held: Sizes | None, keys: Tensor, values: Tensor) -> None:
     """Raises ``ValueError`` if new keys and values do not fit those of ``held``."""
     if held is None:
         return
-    if held.batch != keys.shape[0]:
-        repeats, rest = divmod(keys.shape[0], held.batch)
-        remedy = _RESET
-        if repeats > 1 and not rest:
-            remedy = (
-                f"For {repeats} beams or texts of each row, call "
-                f"cache.batch_repeat_interleave({repeats}) before. For a new text: {_RESET}"
-            )
-        raise ValueError(
-            f"batch size must stay {held.batch} until the cache is reset, got {keys.shape[0]}. "
-            f"{remedy}"
-        )
+    check_batch(held.batch, keys.shape[0])
     kept = held.heads, held.dim, held.value_dim, held.device
     given = keys.shape[1], keys.shape[3], values.shape[3], keys.device
     # Under autocast they may be of another dtype.
@@ -54,6 +43,20 @@ def check_states(held: Sizes | None, keys: Tensor, values: Tensor) -> None:
             f"keys must be those of the model that read the prompt ({_states(*kept, held.dtype)}), "
             f"got {_states(*given, keys.dtype)}. {_RESET}"
         )
+
+
+def check_batch(held: int, rows: int) -> None:
+    """Raises ``ValueError`` if a call has other rows than the cache."""
+    if held == rows:
+        return
+    repeats, rest = divmod(rows, held)
+    remedy = _RESET
+    if repeats > 1 and not rest:
+        remedy = (
+            f"For {repeats} beams or texts of each row, call "
+            f"cache.batch_repeat_interleave({repeats}) before. For a new text: {_RESET}"
+        )
+    raise ValueError(f"batch size must stay {held} until the cache is reset, got {rows}. {remedy}")
 
 
 def _states(heads: int, dim: int, value_dim: int, device: Any, dtype: Any) -> str:

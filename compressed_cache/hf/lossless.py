@@ -299,6 +299,8 @@ class _Loop:
                 "the earlier ones too, or a new CompressedCache."
             )
         checks.check_text(self.cache.get_seq_length(), tokens)
+        if (held := self.cache.compressed_layer.store.sizes) is not None:
+            checks.check_batch(held.batch, len(ids))
         outputs = model._prefill(ids, config, {**self.kwargs, CACHE: self.full})
         self.full.reads()
         model._prefill(ids, config, self.kwargs)

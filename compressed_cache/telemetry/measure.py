@@ -169,8 +169,12 @@ def _drafted(
     original: Any, drafts: DraftStatistics, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, list[Timestamp]]:
     """The result, and where it was there."""
+    theirs = kwargs.get("statistics")
+    if not isinstance(theirs, DraftStatistics | None):
+        # Refused there.
+        return original(*args, **kwargs), []
     result = original(*args, **kwargs | {"statistics": drafts})
-    if (theirs := kwargs.get("statistics")) is not None:
+    if theirs is not None:
         theirs.add(drafts)
     return result, [Timestamp()]
 

@@ -13,8 +13,10 @@ from compressed_cache.policies.methods.window_votes import WindowVotes, window_l
 from compressed_cache.policies.needs import usual_interval
 from compressed_cache.policies.view import Slots
 
-_BLOCK_ROWS = 512
-"""Rows of the similarity matrix held at once, so that a long prompt needs memory linear in it."""
+_BLOCK = 1 << 22
+"""Similarities held at once, so that they stay in the processor's cache."""
+_FEWEST_ROWS = 64
+"""Of them, in any case, so that a long prompt needs memory linear in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +129,35 @@ def as_shares(similarity: Tensor, slots: Slots, counted: Tensor) -> Tensor:
 def spared_redundancy(slots: Slots, similarity_threshold: float) -> Tensor:
     """Mean cosine to all other keys but a spared one, as shares: see :class:`RKV`."""
     positions = slots.positions
-    held = positions >= 0
     keys, counted = directions(slots)
-    columns = torch.arange(keys.shape[2], device=keys.device)
-    oldest = positions.masked_fill(~held, torch.iinfo(torch.int64).max).argmin(-1, keepdim=True)
-    total = torch.zeros_like(positions, dtype=torch.float32)
-    for start in range(0, keys.shape[2], _BLOCK_ROWS):
-        rows = columns[start : start + _BLOCK_ROWS]
-        cosine = keys[:, :, start : start + _BLOCK_ROWS] @ keys.mT
-        cosine = cosine.masked_fill(rows[:, None] == columns, 0.0)
-        similar = (cosine > similarity_threshold) & held[:, :, None, :]
-        newest, spared = positions[:, :, None].masked_fill(~similar, -1).max(-1, keepdim=True)
-        spared = torch.where(newest >= 0, spared, oldest[:, :, None])
-        total += cosine.scatter(-1, spared, 0.0).sum(dim=2)
-    return as_shares(total, slots, counted)
+    # Of all cosines at once there is no need: only the spared ones are looked at by themselves.
+    total = (keys * keys.sum(dim=2, keepdim=True)).sum(dim=-1) - keys.square().sum(dim=-1)
+    spared = _spared(keys, positions, similarity_threshold)
+    resembled = keys.gather(2, spared.unsqueeze(-1).expand_as(keys))
+    own = torch.arange(keys.shape[2], device=keys.device)
+    cosine = (keys * resembled).sum(dim=-1).masked_fill(spared == own, 0.0)
+    # Added up in any order, which float64 leaves no trace of.
+    less = torch.zeros_like(cosine, dtype=torch.float64).scatter_add(-1, spared, cosine.double())
+    return as_shares(total - less.float(), slots, counted)
+
+
+def _spared(keys: Tensor, positions: Tensor, similarity_threshold: float) -> Tensor:
+    """The slot of each key's newest near-duplicate, or of the oldest held token where there is
+    none, ``[B, H, S]`` int64."""
+    batch, heads, size, _ = keys.shape
+    newest = torch.full_like(positions, -1, dtype=torch.int32)
+    rank = positions.int()
+    rows = max(_FEWEST_ROWS, min(size, _BLOCK // (batch * heads * size)))
+    # Each pair once: what one key resembles resembles it.
+    for start in range(0, size, rows):
+        block = slice(start, start + rows)
+        similar = keys[:, :, block] @ keys[:, :, start:].mT > similarity_threshold
+        similar.diagonal(dim1=-2, dim2=-1).fill_(False)
+        others = torch.where(similar, rank[:, :, None, start:], -1).amax(dim=-1)
+        newest[:, :, block] = newest[:, :, block].maximum(others)
+        others = torch.where(similar, rank[:, :, block, None], -1).amax(dim=-2)
+        newest[:, :, start:] = newest[:, :, start:].maximum(others)
+    ordered, slot = positions.sort(dim=-1)
+    oldest = (ordered < 0).sum(dim=-1, keepdim=True).clamp(max=size - 1)
+    place = torch.searchsorted(ordered, newest.long())
+    return slot.gather(-1, torch.where(newest >= 0, place, oldest))
