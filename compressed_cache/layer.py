@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from compressed_cache.hf import attention_hook, checks
 from compressed_cache.hf.binding import bind_module, rebind
 from compressed_cache.hf.columns import Columns
+from compressed_cache.hf.first_prompt import attend_first_prompt
 from compressed_cache.hf.module_identity import ModuleIdentity
 from compressed_cache.hf.module_inputs import ModuleInput
 from compressed_cache.observers import Observer
@@ -297,7 +298,7 @@ class CompressedLayer(CacheLayerMixin):
             if mask is not None:
                 columns = self.columns.until(seen + key.shape[2], before)
                 inputs = inputs._replace(mask=mask._replace(real=columns))
-            result = None
+            result = observed = None
         else:
             checks.check_first_pass(self.settings[0])
             self.columns.begin_text(real)
@@ -306,14 +307,15 @@ class CompressedLayer(CacheLayerMixin):
             arguments = {"scaling": scaling, **kwargs}
             self._bind(bind_module(*self.settings, self.index, module, inputs, arguments))
             self._check_prompt(real[:, :count].sum(dim=1))
-            prompt = (tensor[:, :, :count] for tensor in (query, key, value))
-            own = masks.first_tokens(attention_mask, count, of=key.shape[2])
-            result = function(module, *prompt, own, scaling=scaling, **kwargs)
+            result, observed = attend_first_prompt(
+                function, module, self.store, inputs, attention_mask, count, **arguments
+            )
         with _exact(query.device):
             output, weights = read_call(
                 self.store,
                 inputs,
                 self.counter,
+                observed,
                 is_filled=self.is_filled,
                 wants_weights=wants_weights,
             )
@@ -324,8 +326,7 @@ class CompressedLayer(CacheLayerMixin):
         assert result is not None
         self.module.bind(module)
         self.calls += 1
-        if gradients.wants_gradient(key, value):
-            self.store.has_gradients = True
+        self.store.has_gradients |= gradients.wants_gradient(key, value)
         if self.readers:
             self._tell(inputs)
         return result

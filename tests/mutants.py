@@ -639,6 +639,20 @@ MUTANTS = (
         "test_kernels.py -k 'test_attention_sums and blocks'",
     ),
     Mutant(
+        "attention beside sums begins at the padding",
+        "ops/attention_sums.py",
+        "@ values[row, head, padding : padding + end]",
+        "@ values[row, head, :end]",
+        "test_first_prompt.py -k output_and_sums",
+    ),
+    Mutant(
+        "one pass leaves out dropout",
+        "hf/first_prompt.py",
+        'and not arguments.get("dropout")',
+        "",
+        "test_first_prompt.py -k where_one_pass",
+    ),
+    Mutant(
         "sums are not averaged over a group",
         "ops/attention_sums.py",
         "return (totals / groups).float()",

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from compressed_cache.hf import attention_hook, checks
+from compressed_cache.hf.first_prompt import asks_only_for_a_mask
 from compressed_cache.ops.shared_attention import attend_shared, attend_used
 from compressed_cache.stores.growing import power_of_two
 from compressed_cache.stores.inputs import AttentionInputs
@@ -123,7 +123,7 @@ class FullLayer(CacheLayerMixin):
         real = torch.ones(len(query), query.shape[2], dtype=torch.bool, device=query.device)
         self.read = AttentionInputs(query, *self._new, real, hidden_states=self.hidden_states)
         self._new = self.hidden_states = None
-        if _shares_keys(function, query, key, attention_mask, kwargs):
+        if _shares_keys(function, attention_mask, kwargs):
             inputs, scale = (query, key, value, attention_mask), kwargs.get("scaling")
             if self.columns is not None and query.device.type == "cpu":
                 return attend_used(*inputs, self.columns, scale), None
@@ -175,16 +175,11 @@ def few_sizes(tokens: int, longest: float) -> int:
     return -(-max(tokens, int(longest)) // eighth) * eighth
 
 
-def _shares_keys(
-    function: Any, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
-) -> bool:
-    """Whether it is transformers' function, which would copy all keys for each query head, and
-    nothing but a mask is asked of it."""
+def _shares_keys(function: Any, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether transformers' function would copy all keys for each query head."""
     return (
-        function is sdpa_attention_forward
+        asks_only_for_a_mask(function, kwargs)
         and isinstance(mask, Tensor)
         and mask.dim() == 4
         and mask.shape[1] == 1
-        and not kwargs.get("dropout")
-        and all(kwargs.get(name) is None for name in ("position_bias", "softcap"))
     )

@@ -48,10 +48,42 @@ def attention_sums(
     return None
 
 
+def attend_and_sum(
+    queries: Tensor, keys: Tensor, values: Tensor, real: Tensor, *, transform: LogitTransform
+) -> tuple[Tensor, Tensor] | None:
+    """Causal attention itself, and what :func:`attention_sums` gives of it, in one pass.
+
+    Args:
+        queries: ``[B, H * G, L, D]`` after RoPE.
+        keys: ``[B, H, L, D]`` after RoPE.
+        values: ``[B, H, L, D]``.
+        real: ``[B, L]`` bool, ``False`` at padding, which is on the left.
+        transform: how logits become weights.
+
+    Returns:
+        ``[B, L, H * G, D]``, zero at padding, and ``[B, H, L]`` float32. None on other devices than
+        a CPU, in less than float32, where the weights would be made in another dtype than that of
+        the model's own attention, and where a logit is not a number.
+    """
+    if keys.device.type != "cpu" or keys.dtype not in (torch.float32, torch.float64):
+        return None
+    output = values.new_zeros(*queries.shape[::2], queries.shape[1], values.shape[3])
+    totals = _sums_of_blocks(queries, keys, real, transform, values, output)
+    return (output, totals) if totals.isfinite().all() else None
+
+
 def _sums_of_blocks(
-    queries: Tensor, keys: Tensor, real: Tensor, transform: LogitTransform
+    queries: Tensor,
+    keys: Tensor,
+    real: Tensor,
+    transform: LogitTransform,
+    values: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> Tensor:
-    """Head by head, so that a block of weights is small; what is after a query is not computed."""
+    """Head by head, so that a block of weights is small; what is after a query is not computed.
+
+    With ``values`` ``[B, H, L, D]``, ``output`` ``[B, L, H * G, D]`` is filled with the attention.
+    """
     batch, heads, length = keys.shape[:3]
     exact = torch.promote_types(keys.dtype, torch.float32)
     grouped = group_queries(queries, heads)
@@ -66,6 +98,7 @@ def _sums_of_blocks(
                 sinks = transform.sinks.to(exact).view(heads, groups, 1, 1)[head]
             own_keys = keys[row, head, padding:].to(exact).mT
             own_queries = grouped[row, head, :, padding:]
+            heads_here = slice(head * groups, (head + 1) * groups)
             for start in range(0, length - padding, block):
                 queries_here = own_queries[:, start : start + block].to(exact)
                 end = start + queries_here.shape[1]
@@ -90,4 +123,8 @@ def _sums_of_blocks(
                 if share is not None:
                     weights.mul_(share)
                 totals[row, head, padding : padding + end] += weights.sum(dim=(0, 1))
+                if values is not None and output is not None:
+                    read = weights.flatten(0, 1) @ values[row, head, padding : padding + end]
+                    rows = slice(padding + start, padding + end)
+                    output[row, rows, heads_here] = read.unflatten(0, (groups, -1)).transpose(0, 1)
     return (totals / groups).float()

@@ -14,6 +14,7 @@ def read_call(
     store: SlotStore,
     inputs: AttentionInputs,
     counter: StepCounter,
+    observed: Tensor | None = None,
     *,
     is_filled: bool,
     wants_weights: bool = False,
@@ -24,6 +25,7 @@ def read_call(
         store: where to.
         inputs: the tokens.
         counter: counts the call.
+        observed: what the policy makes of the attention of a first prompt, where it is known.
         is_filled: whether the store holds a prompt already.
         wants_weights: whether the weights are returned.
 
@@ -44,7 +46,7 @@ def read_call(
     if is_filled:
         outputs.append(prefill_chunk(store, prompt, is_first_prompt=is_first)[0])
     else:
-        prefill(store, prompt.detach())
+        prefill(store, prompt.detach(), observed)
     if steps.real.shape[1]:
         outputs.append(_read_steps(store, steps, counter)[0])
     return torch.cat(outputs, dim=1) if outputs else None, None

@@ -12,20 +12,20 @@ from compressed_cache.stores.slots import SlotStore
 from compressed_cache.stores.traced import constant
 
 
-def prefill(store: SlotStore, inputs: AttentionInputs) -> None:
+def prefill(store: SlotStore, inputs: AttentionInputs, seen: Tensor | None = None) -> None:
     """Takes the first prompt and keeps its best tokens; the model computes its output.
 
     Args:
         store: an empty one.
         inputs: the prompt, without gradients.
+        seen: what the policy makes of its attention, where it is known.
     """
     store.prepare(inputs)
     query, key, value, real, mask, hidden = inputs
     positions = inputs.positions(0)
     store.next_position.copy_(real.sum(dim=1))
     store.counts[:, 1] = key.shape[2]
-    seen = None
-    if store.bound.observer is not None:
+    if seen is None and store.bound.observer is not None:
         seen = observed(store, query, key, positions, mask)
     _observe_queries(store, query, positions)
     store.protect_prefix(None)

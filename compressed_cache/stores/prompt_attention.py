@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from compressed_cache.ops import attention
-from compressed_cache.ops.attention_sums import attention_sums
+from compressed_cache.ops.attention_sums import attend_and_sum, attention_sums
 from compressed_cache.ops.masks import Mask, is_causal
 from compressed_cache.stores import prompt_blocks
+from compressed_cache.stores.inputs import AttentionInputs
 from compressed_cache.stores.slots import SlotStore
 
 
@@ -23,6 +24,18 @@ def observed(
         own = _at_once(store, block.take(query), block.take(key), block.positions, None)
         state = block.put(state, own)
     return state
+
+
+def attend(store: SlotStore, inputs: AttentionInputs) -> tuple[Tensor, Tensor] | None:
+    """The attention of a first prompt, and what the policy makes of it, made in one pass.
+
+    Returns:
+        ``[B, L, H * G, D]`` and the same as :func:`observed`. None where no such pass serves.
+    """
+    bound, (query, key, value, real, mask, _) = store.bound, inputs
+    if not bound.adds_attention or bound.prompt_block is not None or not is_causal(mask, real):
+        return None
+    return attend_and_sum(query, key, value, real, transform=bound.transform)
 
 
 def _at_once(
