@@ -7,7 +7,7 @@ baseline generated right before, which a drifting machine cannot distort.
 """
 
 from functools import lru_cache
-from statistics import median
+from statistics import mean, median
 from typing import Protocol
 
 import pytest
@@ -34,6 +34,7 @@ from bench.contenders import (
 ROUNDS = 12
 FEW_ROUNDS = 5  # where many rows are measured, or a round of the baseline takes long
 TOKENS = 24  # of each round
+LONGEST_INTERVAL = 128  # of the policies' own defaults
 BUDGETS = (128, 1024, 4096)
 SEEN_AT_ONE_LENGTH = set(EVICTING) - {"h2o", "snapkv", "streaming_llm"}
 LONG_PROMPT = 6144  # tokens, longer than any of these
@@ -68,32 +69,37 @@ def compare(
     baseline: Continued,
     *,
     rounds: int = ROUNDS,
+    tokens_per_round: int = TOKENS,
     **conditions: object,
 ) -> None:
     """Lets both generate in turn; the benchmark records the median token of each turn."""
-    stopwatch, ratios, tokens, means, others = Stopwatch(), [], [], [], []
+    stopwatch, ratios, tokens, others = Stopwatch(), [], [], []
+    means: list[float] = []
+    mean_ratios: list[float] = []
     benchmark._timer = stopwatch
 
     def turn() -> None:
-        other = median(baseline.continue_by(TOKENS))
-        seconds = measured.continue_by(TOKENS)
-        token = median(seconds)
+        their_seconds = baseline.continue_by(tokens_per_round)
+        seconds = measured.continue_by(tokens_per_round)
+        other, token = median(their_seconds), median(seconds)
         stopwatch.seconds += token
         tokens.append(token)
-        means.append(sum(seconds) / len(seconds))
+        means.append(mean(seconds))
+        mean_ratios.append(mean(seconds) / mean(their_seconds))
         others.append(other)
         ratios.append(token / other)
 
     for generation in (measured, baseline):
-        generation.continue_by(TOKENS)
+        generation.continue_by(tokens_per_round)
     benchmark.pedantic(turn, rounds=rounds, iterations=1)
     benchmark.extra_info.update(
         conditions,
         ms_per_token=1000 * median(tokens),
         # Steps in which slots are ranked count in the mean only.
         mean_ms_per_token=1000 * median(means),
+        mean_ratio=median(mean_ratios),
         rounds=rounds,
-        tokens_per_round=TOKENS,
+        tokens_per_round=tokens_per_round,
         baseline_ms=1000 * median(others),
         ratio=median(ratios),
         ratio_low=min(ratios),
@@ -118,6 +124,7 @@ def measure(
     batch: int = 1,
     prompt: int = PROMPT,
     rounds: int = ROUNDS,
+    tokens_per_round: int = TOKENS,
     **conditions: object,
 ) -> None:
     """A row: a contender beside the baseline, with the same prompt and batch."""
@@ -128,6 +135,7 @@ def measure(
         Generation(contender, model, batch=batch, prompt=prompt),
         Generation(BASELINE, model, batch=batch, prompt=prompt),
         rounds=rounds,
+        tokens_per_round=tokens_per_round,
         table=table,
         device=place.device,
         model=place.model,
@@ -254,5 +262,7 @@ def test_budget(benchmark: BenchmarkFixture, policy: str, place: Place, budget: 
         *(benchmark, contender, place, "budget"),
         prompt=LONG_PROMPT,
         rounds=FEW_ROUNDS,
+        # As often as in any long text slots are ranked.
+        tokens_per_round=LONGEST_INTERVAL,
         budget=budget,
     )

@@ -146,13 +146,13 @@ def _spared(keys: Tensor, positions: Tensor, similarity_threshold: float) -> Ten
     none, ``[B, H, S]`` int64."""
     batch, heads, size, _ = keys.shape
     newest = torch.full_like(positions, -1, dtype=torch.int32)
-    rank = positions.int()
+    rank, column = positions.int(), torch.arange(size, device=keys.device)
     rows = max(_FEWEST_ROWS, min(size, _BLOCK // (batch * heads * size)))
     # Each pair once: what one key resembles resembles it.
     for start in range(0, size, rows):
         block = slice(start, start + rows)
         similar = keys[:, :, block] @ keys[:, :, start:].mT > similarity_threshold
-        similar.diagonal(dim1=-2, dim2=-1).fill_(False)
+        similar &= column[block, None] != column[start:]
         others = torch.where(similar, rank[:, :, None, start:], -1).amax(dim=-1)
         newest[:, :, block] = newest[:, :, block].maximum(others)
         others = torch.where(similar, rank[:, :, block, None], -1).amax(dim=-2)
