@@ -641,8 +641,8 @@ MUTANTS = (
     Mutant(
         "attention beside sums begins at the padding",
         "ops/attention_sums.py",
-        "@ values[row, head, padding : padding + end]",
-        "@ values[row, head, :end]",
+        "(weights @ values[row, head, seen])",
+        "(weights @ values[row, head, :end])",
         "test_first_prompt.py -k output_and_sums",
     ),
     Mutant(

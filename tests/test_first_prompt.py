@@ -48,6 +48,7 @@ def test_output_and_sums_are_those_of_the_weights(
     monkeypatch: pytest.MonkeyPatch, groups: int, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(sums, "_BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(sums, "_FEWEST_ROWS", 1)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(3, LENGTH, heads, dim, generator=generator, dtype=torch.float64).transpose(1, 2)

@@ -9,6 +9,8 @@ from compressed_cache.ops.tokens import Sizes
 
 _BLOCK_ELEMENTS = 1 << 21
 """Weights held at once on a CPU: 8 MiB of float32, which stay in its cache between two passes."""
+_FEWEST_ROWS = 256
+"""Of them, in any case: with fewer, products of matrices take longer than that saves."""
 
 
 def attention_sums(
@@ -88,43 +90,49 @@ def _sums_of_blocks(
     exact = torch.promote_types(keys.dtype, torch.float32)
     grouped = group_queries(queries, heads)
     groups = grouped.shape[2]
-    block = max(1, _BLOCK_ELEMENTS // (groups * length))
+    rows = max(_FEWEST_ROWS, _BLOCK_ELEMENTS // length)
+    block = min(length, max(1, rows // groups))
     memory = torch.empty(groups * block * length, dtype=exact)
+    ones = torch.ones(groups * block, dtype=exact)
     totals = torch.zeros(batch, heads, length, dtype=exact)
+    sinks = None
+    if transform.sinks is not None:
+        sinks = transform.sinks.to(exact).view(heads, groups, 1, 1)
     for row, padding in enumerate((~real).sum(dim=1).tolist()):
         for head in range(heads):
-            sinks = None
-            if transform.sinks is not None:
-                sinks = transform.sinks.to(exact).view(heads, groups, 1, 1)[head]
-            own_keys = keys[row, head, padding:].to(exact).mT
+            own_keys = keys[row, head, padding:].to(exact)
             own_queries = grouped[row, head, :, padding:]
-            heads_here = slice(head * groups, (head + 1) * groups)
+            own_sinks = None if sinks is None else sinks[head]
             for start in range(0, length - padding, block):
-                queries_here = own_queries[:, start : start + block].to(exact)
-                end = start + queries_here.shape[1]
-                shape = groups, end - start, end
-                weights = memory[: groups * (end - start) * end].view(shape)
-                torch.mm(
-                    (queries_here * transform.scaling).flatten(0, 1),
-                    own_keys[:, :end],
-                    out=weights.flatten(0, 1),
-                )
-                if transform.softcap is not None:
-                    weights.div_(transform.softcap).tanh_().mul_(transform.softcap)
-                later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
-                weights[:, :, start:].masked_fill_(later, -torch.inf)
-                # The share of a row that its sink leaves to the tokens.
-                share = (
-                    None
-                    if sinks is None
-                    else (weights.logsumexp(-1, keepdim=True) - sinks).sigmoid()
-                )
-                torch.softmax(weights, dim=-1, out=weights)
-                if share is not None:
-                    weights.mul_(share)
-                totals[row, head, padding : padding + end] += weights.sum(dim=(0, 1))
+                some = own_queries[:, start : start + block].to(exact)
+                end = start + some.shape[1]
+                weights = _weights(some, own_keys[:end], memory, transform, own_sinks)
+                seen = slice(padding, padding + end)
+                totals[row, head, seen].addmv_(weights.mT, ones[: len(weights)])
                 if values is not None and output is not None:
-                    read = weights.flatten(0, 1) @ values[row, head, padding : padding + end]
-                    rows = slice(padding + start, padding + end)
-                    output[row, rows, heads_here] = read.unflatten(0, (groups, -1)).transpose(0, 1)
+                    read = (weights @ values[row, head, seen]).unflatten(0, (groups, -1))
+                    own = slice(head * groups, (head + 1) * groups)
+                    output[row, padding + start : padding + end, own] = read.transpose(0, 1)
     return (totals / groups).float()
+
+
+def _weights(
+    queries: Tensor, keys: Tensor, memory: Tensor, transform: LogitTransform, sinks: Tensor | None
+) -> Tensor:
+    """Causal weights ``[G * n, T]`` of the last queries ``[G, n, D]`` over keys ``[T, D]``, in
+    ``memory``; ``sinks`` are ``[G, 1, 1]``."""
+    groups, count, _ = queries.shape
+    shape = groups, count, len(keys)
+    weights = memory[: groups * count * len(keys)].view(shape)
+    scaled = (queries * transform.scaling).flatten(0, 1)
+    torch.mm(scaled, keys.mT, out=weights.flatten(0, 1))
+    if transform.softcap is not None:
+        weights.div_(transform.softcap).tanh_().mul_(transform.softcap)
+    later = torch.ones(count, count, dtype=torch.bool).triu(1)
+    weights[:, :, -count:].masked_fill_(later, -torch.inf)
+    # The share of a row that its sink leaves to the tokens.
+    share = None if sinks is None else (weights.logsumexp(-1, keepdim=True) - sinks).sigmoid()
+    torch.softmax(weights, dim=-1, out=weights)
+    if share is not None:
+        weights.mul_(share)
+    return weights.flatten(0, 1)
