@@ -1752,11 +1752,11 @@ MUTANTS = (
         "test_lossless.py -k full_cache_holds",
     ),
     Mutant(
-        "criteria see what a row has not",
+        "criteria remember what a row has not",
         "hf/row_texts.py",
-        "if not any(missing):",
-        "if True:",
-        "test_lossless.py -k remembers",
+        "ended[row] if row in rows else was for",
+        "ended[row] for",
+        "test_lossless.py -k that_remember",
     ),
     Mutant(
         "drafts are read as a prompt",

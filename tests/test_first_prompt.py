@@ -123,6 +123,15 @@ def _with_a_logit_that_is_no_number(model: Any, inputs: dict[str, Any]) -> None:
     inputs["inputs_embeds"][0, -1] = torch.nan
 
 
+def test_under_autocast_the_model_attends(make_model: Callable[..., LlamaForCausalLM]) -> None:
+    model: Any = make_model()
+    inputs, logits = dict(input_ids=distinct_tokens(2, LENGTH)), []
+    for cache in (CompressedCache("h2o", 16), DynamicCache()):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits.append(model(**inputs, **cache_argument(cache)).logits)
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize(
     "change",
     [_with_dropout, _in_bfloat16, _with_a_mask_of_its_own, _with_a_logit_that_is_no_number],

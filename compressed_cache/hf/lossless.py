@@ -61,9 +61,10 @@ def lossless(
     of the full cache and of the budget together, and layers with a sliding window keep all, too.
 
     Batches with padding on the left, processors, stopping criteria, streamers and several sequences
-    work as in plain ``generate``, but for processors that keep state; criteria may remember what
-    they said of a row. A cache that holds an earlier text of the conversation is given the whole
-    text, which the full cache then reads anew. Where ``generate`` compiles, all of it is compiled.
+    work as in plain ``generate``, but for processors that keep state, and in a batch for criteria
+    that do, other than in a ``done_tracker`` of its rows, as those of lm_eval. A cache that holds
+    an earlier text of the conversation is given the whole text, which the full cache then reads
+    anew. Where ``generate`` compiles, all of it is compiled.
 
     Args:
         model: the model.
@@ -299,8 +300,8 @@ class _Loop:
                 "the earlier ones too, or a new CompressedCache."
             )
         checks.check_text(self.cache.get_seq_length(), tokens)
-        if (held := self.cache.compressed_layer.store.sizes) is not None:
-            checks.check_batch(held.batch, len(ids))
+        if (filled := self.cache.first_filled()) is not None:
+            checks.check_batch(filled.store.sizes.batch, len(ids))
         outputs = model._prefill(ids, config, {**self.kwargs, CACHE: self.full})
         self.full.reads()
         model._prefill(ids, config, self.kwargs)

@@ -28,9 +28,7 @@ class RowTexts:
     """Texts as plain ``generate`` would write them, whatever is known of each row so far.
 
     Processors and criteria are shown the whole batch with as many tokens as plain ``generate``
-    would show, and what they say counts for those rows that have so many. To criteria others end in
-    their own last token all the same, so that one which remembers what it saw at the end of a row,
-    as those of lm_eval do, finds nothing there that the row has not.
+    would show, and what they say counts for those rows that have so many.
 
     Args:
         ids: ``[B, L]`` int64, the prompt.
@@ -147,12 +145,10 @@ class RowTexts:
         ]
         ended: list[int | None] = [None] * len(taken)
         for width, rows in self._by_width(taken, 1):
-            done: Tensor | None = None
-            shown = self._ending_at(width, taken)
+            done = torch.zeros(len(taken), dtype=torch.bool, device=self.ids.device)
             for criterion in self.criteria:
-                found = criterion(shown, None)
-                done = found if done is None else done | found
-            if done is not None and bool(done.any()):
+                done = done | _says(criterion, self.ids[:, :width], rows)
+            if bool(done.any()):
                 for row in rows:
                     if ended[row] is None and bool(done[row]):
                         ended[row] = width
@@ -190,16 +186,6 @@ class RowTexts:
                 found.setdefault(length + first + token, []).append(row)
         return sorted(found.items())
 
-    def _ending_at(self, width: int, taken: Sequence[int]) -> Tensor:
-        """``[B, width]`` int64, with rows that have less moved to the right."""
-        rows = zip(self.lengths, taken, strict=True)
-        missing = [max(width - length - new, 0) for length, new in rows]
-        if not any(missing):
-            return self.ids[:, :width]
-        columns = torch.arange(width, device=self.ids.device)
-        ahead = torch.tensor(missing, device=columns.device)[:, None]
-        return self.ids.gather(1, (columns - ahead).clamp(min=0))
-
     def _reserve(self, tokens: int) -> None:
         missing = max(self.lengths) + tokens - self.ids.shape[1]
         if missing > 0:
@@ -223,3 +209,18 @@ class RowTexts:
         for column in self._padded(self.ids[:, :width])[:, self._streamed :].T:
             self.streamer.put(column.cpu())
         self._streamed = max(self._streamed, width)
+
+
+def _says(criterion: Callable[..., Any], ids: Tensor, rows: Sequence[int]) -> Tensor | bool:
+    """What a criterion says of these rows, which are not all.
+
+    Those of lm_eval end a batch when they have seen the end of all of its rows, which they remember
+    in ``done_tracker``: what they see of others than these is not their text.
+    """
+    ended: list[bool] | None = getattr(criterion, "done_tracker", None)
+    if ended is None:
+        return criterion(ids, None)
+    before = list(ended)
+    criterion(ids, None)
+    ended[:] = [ended[row] if row in rows else was for row, was in enumerate(before)]
+    return all(ended)

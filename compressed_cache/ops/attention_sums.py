@@ -64,10 +64,12 @@ def attend_and_sum(
 
     Returns:
         ``[B, L, H * G, D]``, zero at padding, and ``[B, H, L]`` float32. None on other devices than
-        a CPU, in less than float32, where the weights would be made in another dtype than that of
-        the model's own attention, and where a logit is not a number.
+        a CPU, in less than float32 or under autocast, where the weights would be made in another
+        dtype than that of the model's own attention, and where a logit is not a number.
     """
     if keys.device.type != "cpu" or keys.dtype not in (torch.float32, torch.float64):
+        return None
+    if torch.is_autocast_enabled("cpu"):
         return None
     output = values.new_zeros(*queries.shape[::2], queries.shape[1], values.shape[3])
     totals = _sums_of_blocks(queries, keys, real, transform, values, output)
