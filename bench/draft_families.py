@@ -7,6 +7,7 @@ with a DynamicCache and with ``lossless``. ``python -m bench.real_models page`` 
 ``docs/results.md`` what came of it.
 """
 
+import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 
@@ -43,8 +44,13 @@ class FamilyDrafts:
     torch: str
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measures all anew."""
+    argparse.ArgumentParser(
+        prog="python -m bench.draft_families",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     rows = [measure(family, batch) for family in tqdm(FAMILIES) for batch in BATCHES]
     lines = [json.dumps(asdict(row)) + "\n" for row in rows]
     DRAFT_FAMILIES.write_text("".join(lines))

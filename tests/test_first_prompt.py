@@ -132,9 +132,20 @@ def test_under_autocast_the_model_attends(make_model: Callable[..., LlamaForCaus
     assert torch.equal(*logits)
 
 
+def _in_both_directions(model: Any, inputs: dict[str, Any]) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+
+
 @pytest.mark.parametrize(
     "change",
-    [_with_dropout, _in_bfloat16, _with_a_mask_of_its_own, _with_a_logit_that_is_no_number],
+    [
+        _with_dropout,
+        _in_bfloat16,
+        _with_a_mask_of_its_own,
+        _with_a_logit_that_is_no_number,
+        _in_both_directions,
+    ],
 )
 def test_where_one_pass_would_say_something_else_the_model_attends(
     make_model: Callable[..., LlamaForCausalLM],

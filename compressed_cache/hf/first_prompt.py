@@ -46,6 +46,7 @@ def attend_first_prompt(
     if (
         count == length
         and asks_only_for_a_mask(function, arguments)
+        and (attention_mask is not None or _is_causal(module, arguments))
         and not gradients.wants_gradient(*tensors)
     ):
         both = prompt_attention.attend(store, inputs)
@@ -54,6 +55,13 @@ def attend_first_prompt(
     prompt = (tensor[:, :, :count] for tensor in tensors)
     own = masks.first_tokens(attention_mask, count, of=length)
     return function(module, *prompt, own, **arguments), None
+
+
+def _is_causal(module: Any, arguments: dict[str, Any]) -> bool:
+    """Whether tokens see only those before them where there is no mask, as transformers' function
+    for sdpa finds out; with a prefix that sees all of itself, they see more."""
+    given = arguments.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
 def asks_only_for_a_mask(function: Any, arguments: dict[str, Any]) -> bool:
