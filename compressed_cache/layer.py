@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from compressed_cache.hf import attention_hook, checks
 from compressed_cache.hf.binding import bind_module, rebind
 from compressed_cache.hf.columns import Columns
-from compressed_cache.hf.first_prompt import attend_first_prompt
+from compressed_cache.hf.first_prompt import attend_first_prompt, implied_mask
 from compressed_cache.hf.module_identity import ModuleIdentity
 from compressed_cache.hf.module_inputs import ModuleInput
 from compressed_cache.observers import Observer
@@ -283,12 +283,12 @@ class CompressedLayer(CacheLayerMixin):
         if self.incoming is not None:
             (key, value), self.incoming = self.incoming, None
         seen = self.counter.tokens_seen - key.shape[2]
+        attention_mask = implied_mask(module, key, attention_mask, kwargs)
         mask = masks.read_mask(attention_mask, key, seen=seen, is_built=self.columns.is_built)
         real = masks.real_tokens(attention_mask, key)
         count = self.counter.prompt_tokens
         hidden = self._hidden_states(module, query)
         inputs = AttentionInputs(query, key, value, real, mask, hidden)
-        wants_weights = _wants_weights(module)
         if self.is_filled:
             checks.check_module(self.module, module)
             before = self.store.next_position
@@ -317,7 +317,7 @@ class CompressedLayer(CacheLayerMixin):
                 self.counter,
                 observed,
                 is_filled=self.is_filled,
-                wants_weights=wants_weights,
+                wants_weights=_wants_weights(module),
             )
         self.is_filled = True
         if output is not None:

@@ -164,6 +164,23 @@ def test_where_one_pass_would_say_something_else_the_model_attends(
     assert torch.equal(logits[0].nan_to_num(), logits[1].nan_to_num())
 
 
+@pytest.mark.parametrize("policy", ["h2o", "snapkv", "tova"])
+def test_a_prompt_that_sees_all_of_itself_is_ranked_by_what_it_sees(
+    make_model: Callable[..., LlamaForCausalLM], policy: str
+) -> None:
+    model: Any = make_model()
+    _in_both_directions(model, {})
+    inputs, caches, logits = distinct_tokens(2, LENGTH), [], []
+    for mask in (None, torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)):
+        caches.append(CompressedCache(policy, 16, recent=4))
+        with torch.no_grad():
+            found = model(inputs, attention_mask=mask, **cache_argument(caches[-1]))
+        logits.append(found.logits)
+    torch.testing.assert_close(*logits)
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(one.positions.sort().values, other.positions.sort().values)
+
+
 def test_gradients_of_a_prompt_are_those_of_the_model(
     make_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:

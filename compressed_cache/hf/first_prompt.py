@@ -4,6 +4,7 @@ makes of it."""
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -46,7 +47,6 @@ def attend_first_prompt(
     if (
         count == length
         and asks_only_for_a_mask(function, arguments)
-        and (attention_mask is not None or _is_causal(module, arguments))
         and not gradients.wants_gradient(*tensors)
     ):
         both = prompt_attention.attend(store, inputs)
@@ -57,11 +57,22 @@ def attend_first_prompt(
     return function(module, *prompt, own, **arguments), None
 
 
-def _is_causal(module: Any, arguments: dict[str, Any]) -> bool:
-    """Whether tokens see only those before them where there is no mask, as transformers' function
-    for sdpa finds out; with a prefix that sees all of itself, they see more."""
+def implied_mask(module: Any, key: Tensor, attention_mask: Any, arguments: dict[str, Any]) -> Any:
+    """The mask of a call, also where there is none because every token sees all of the call, as in
+    a prefix that is read in both directions.
+
+    Args:
+        module: of attention.
+        key: ``[B, H, L, D]`` the new keys.
+        attention_mask: what the attention function was given.
+        arguments: further ones of it.
+    """
     given = arguments.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if given is None else given)
+    is_causal = getattr(module, "is_causal", True) if given is None else given
+    if attention_mask is not None or is_causal:
+        return attention_mask
+    ones = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=key.device)
+    return ones.expand(-1, -1, key.shape[2], key.shape[2])
 
 
 def asks_only_for_a_mask(function: Any, arguments: dict[str, Any]) -> bool:
