@@ -348,7 +348,7 @@ def _lossless(results: Results) -> str:
             f"{row['tokens_per_verification']:.2f}"
             + (f" (given up after {row['plain_from']})" if row["plain_from"] else ""),
             f"{row['ms_per_token']:.2f}",
-            f"{1 / row['ratio']:.2f} [{1 / row['ratio_high']:.2f}, {1 / row['ratio_low']:.2f}]",
+            _speed(row),
         ]
         for row in rows
     ]

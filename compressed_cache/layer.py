@@ -34,7 +34,7 @@ _AS_IT_IS = nullcontext()
 class CompressedLayer(CacheLayerMixin):
     """Keys and values of one attention layer in a fixed number of slots.
 
-    A prompt (the first call) is attended by the model's own function, then scored and cut to the
+    A prompt (the first call) is attended in full, as the model does, then scored and cut to the
     budget. After that, each token overwrites the slot of a victim and attends over the slots. A
     layer with a sliding window has as many slots as its window, and the oldest token is the victim.
 

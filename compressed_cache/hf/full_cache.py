@@ -58,7 +58,7 @@ class FullCache(Cache):
         so that transformers makes no more of a mask than it must."""
         if min(self._tokens) == self.real.shape[1]:
             return None
-        return torch.nn.functional.pad(self.real, (0, tokens), value=True).long()
+        return self._followed_by(tokens)
 
     def begin(self, tokens: int) -> Tensor:
         """The next call keeps its shapes, and may be compiled.
@@ -74,8 +74,7 @@ class FullCache(Cache):
         for layer in self.layers:
             layer.reserve(tokens)
             layer.columns = columns
-        free = self.layers[0].capacity - length
-        return torch.nn.functional.pad(self.real, (0, free), value=True).long()
+        return self._followed_by(self.layers[0].capacity - length)
 
     def end(self, tokens: int) -> None:
         """That call is over."""
@@ -135,6 +134,10 @@ class FullCache(Cache):
             if layer.read is not None:
                 found[index], layer.read = layer.read, None
         return found
+
+    def _followed_by(self, columns: int) -> Tensor:
+        """``[B, T + columns]`` int64, a mask in which more columns count as real."""
+        return torch.nn.functional.pad(self.real, (0, columns), value=True).long()
 
 
 class CopyPrompt(Observer):

@@ -21,8 +21,8 @@ FORMAT = 1
 SHIPPED = "shipped"
 """What the shipped model is called, whose folder differs from machine to machine."""
 LOSSLESS = "lossless"
-_AGREES = "lossless says what the full cache says. Leave it out to measure agreement"
 """The option of a setting that is none of its cache: the cache drafts, and a full one verifies."""
+_AGREES = "lossless says what the full cache says. Leave it out to measure agreement"
 
 
 def named(model: str) -> str:
