@@ -99,8 +99,10 @@ class Lookups:
     budget: int | None
     asked: str
     """``"after"`` or ``"with"``."""
+    length: int
+    """Tokens of a text, as asked for."""
     tokens: float
-    """Of a text, on average."""
+    """The same as it came out, on average."""
     right: int
     questions: int
     seconds: float
@@ -125,9 +127,9 @@ def make_text(seed: int, tokens: int, tokenizer: Any, *, questions: int) -> Text
 class Asker:
     """A model that is asked about texts."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, dtype: str) -> None:
         # Typed by transformers as what it is not.
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         make: Any = pipeline
         self._pipe = make(TASK, model=self.model, tokenizer=self.tokenizer)
@@ -163,10 +165,13 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--tokens", type=int, default=4000, help="of a text")
+    parser.add_argument("--length", type=int, default=4000, help="tokens of a text")
     parser.add_argument("--texts", type=int, default=10)
     parser.add_argument("--questions", type=int, default=4, help="to each text; half with it")
     parser.add_argument("--budgets", default="512")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="float32 where the processor multiplies no bfloat16"
+    )
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--out", type=Path, default=LOOKUPS)
     measure(parser.parse_args(arguments))
@@ -174,12 +179,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Appends what the file has not."""
-    asker = Asker(options.model)
+    asker = Asker(options.model, options.dtype)
     logging.disable_progress_bar()
     name, weights = Path(options.model).name, digest(asker.model)
     budgets = [int(part) for part in options.budgets.split(",")]
     known = {
-        (row["model"], row["policy"], row["budget"], row["asked"])
+        tuple(row[key] for key in ("weights", "length", "policy", "budget", "asked"))
         for row in read_lines(options.out)
     }
     cells = [
@@ -187,7 +192,7 @@ def measure(options: argparse.Namespace) -> None:
         for policy in options.policies.split(",")
         for budget in ([None] if policy == "full" else budgets)
         for asked in ("after", "with")
-        if (name, policy, budget, asked) not in known
+        if (weights, options.length, policy, budget, asked) not in known
         # Their second pass comes before any question.
         and not (asked == "with" and find(make_policy(policy), ReadsTwice))
     ]
@@ -197,7 +202,7 @@ def measure(options: argparse.Namespace) -> None:
         ask = asker.after if asked == "after" else asker.with_text
         started, answers, lengths = time.perf_counter(), [], []
         for seed in range(options.texts):
-            text = make_text(seed, options.tokens, asker.tokenizer, questions=questions)
+            text = make_text(seed, options.length, asker.tokenizer, questions=questions)
             lengths.append(len(asker.tokenizer.encode(text.words)))
             answers += ask(text, policy, budget)
         row = Lookups(
@@ -206,6 +211,7 @@ def measure(options: argparse.Namespace) -> None:
             policy=policy,
             budget=budget,
             asked=asked,
+            length=options.length,
             tokens=sum(lengths) / len(lengths),
             right=sum(answers),
             questions=len(answers),

@@ -116,13 +116,11 @@ def _told(options: Any) -> str:
 
 
 def lookups(path: Path) -> str:
-    """A table for each model: policies by what they find once the text is compressed."""
-    rows = read_lines(path)
-    tables = [
-        _found([row for row in rows if row["model"] == model])
-        for model in dict.fromkeys(row["model"] for row in rows)
-    ]
-    return "\n\n".join(tables) or "Not measured."
+    """A table for each model and length: policies by what they find once the text is compressed."""
+    tables: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for row in read_lines(path):
+        tables.setdefault((row["model"], row["weights"], row["length"]), []).append(row)
+    return "\n\n".join(map(_found, tables.values())) or "Not measured."
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
