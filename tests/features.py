@@ -7,6 +7,7 @@
 import argparse
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.every_policy import COMBINATIONS, statistics
-from compressed_cache import CompressedCache, compress
+from compressed_cache import CompressedCache, compress, lossless
 from compressed_cache.policies import POLICIES
 from compressed_cache.policies.capabilities import ReadsTwice, find
 from compressed_cache.reasoner.tokenizer import build_tokenizer
@@ -112,6 +113,24 @@ def drafts(trial: Trial) -> None:
     assert trial.generate(trial.cache(), ids, prompt_lookup_num_tokens=4) == expected
 
 
+def verified(trial: Trial) -> None:
+    """Drafts that the full cache verifies give its text."""
+    ids, mask = trial.ids.clone(), torch.ones_like(trial.ids)
+    ids[0, :7] = mask[0, :7] = 0
+    expected: Any = trial.model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False
+    )
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        try:
+            got = trial.generate(
+                trial.cache(), ids, mask, custom_generate=lossless, num_draft_tokens=3
+            )
+        except UserWarning as warning:
+            reason = str(warning)
+            raise ValueError(reason[0].upper() + reason[1:]) from warning
+    assert got == expected[:, PROMPT:].tolist()
+
+
 def snapshots(trial: Trial) -> None:
     """A snapshot and a file go on as the cache would have."""
     cache = trial.cache()
@@ -167,6 +186,7 @@ FEATURES: Mapping[str, Callable[[Trial], None]] = {
     "compiled": compiles,
     "chunks": chunks,
     "drafts": drafts,
+    "lossless": verified,
     "snapshot, file": snapshots,
     "tensor parallel": parallel,
     "CUDA kernel": kernel,
