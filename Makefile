@@ -58,11 +58,13 @@ core: $(VENV)/installed
 
 # torch comes first and pinned, so that nothing later pulls another build; transformers is pinned
 # too, so that a release of theirs is met by `make compat` and not by everybody's tests. Triton is
-# that of this torch, which brings it along only where it finds CUDA.
+# that of this torch, which brings it along only where it finds CUDA. pip would compile files to
+# bytecode one by one; some packages carry files that cannot be compiled.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "torch==$(TORCH)" "triton==$(TRITON)" "transformers$(TRANSFORMERS)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-compile "torch==$(TORCH)" "triton==$(TRITON)" "transformers$(TRANSFORMERS)"
+	$(BIN)/pip install --quiet --no-compile --editable ".[dev]"
+	$(BIN)/python -m compileall -qq -j 0 $(VENV) || true
 	touch $@
 
 # Apart, because tests need none of it.
