@@ -232,6 +232,40 @@ def test_processors_and_criteria_of_the_user(model: Any, ends: dict[str, Any]) -
     assert torch.equal(_lossless(model, **options), _plain(model, **options))
 
 
+@pytest.mark.parametrize("refresh", [None, 5])
+def test_a_text_goes_on_from_its_last_token(model: Any, refresh: int | None) -> None:
+    """A step and not a prompt: it overwrites what was chosen for it before."""
+    for length in (20, 22, 26, 28):
+        cache = _cache(interval=8)
+        text = _lossless(model, cache, max_new_tokens=length, refresh=refresh)
+        assert cache.counter.steps >= 0
+        mask = torch.cat([_padded()["attention_mask"], torch.ones(3, length).long()], dim=1)
+        more = model.generate(
+            text, attention_mask=mask, **cache_argument(cache), max_new_tokens=20, do_sample=False
+        )
+        assert cache.get_seq_length() == more.shape[1] - 1
+
+
+class _Fails(_Notes):
+    def put(self, value: Tensor) -> None:
+        super().put(value)
+        if len(self.put_in) == 9:
+            raise RuntimeError("no more")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_text_that_is_broken_off_leaves_no_draft(model: Any, rows: int) -> None:
+    inputs = dict(input_ids=distinct_tokens(rows, 30), attention_mask=torch.ones(rows, 30).long())
+    cache, streamer = _cache("streaming_llm"), _Fails()
+    with pytest.raises(RuntimeError, match="no more"):
+        _lossless(model, cache, streamer=streamer, **inputs)
+    read = cache.layers[0].store.next_position.tolist()
+    assert max(read) == cache.get_seq_length()
+    # What was given out is of all rows, so that some may be ahead of it.
+    assert 30 < min(read) < 30 + 8
+    assert all(len(tokens) == rows for tokens in streamer.put_in[1:])
+
+
 class _Remembers(StoppingCriteria):
     """Ends a batch when each row has had one of some tokens behind the prompt, of which it sees the
     last three, as the stop sequences of lm_eval do."""

@@ -1,6 +1,7 @@
 """A compressed cache that drafts: what it read on trial is replaced by what was accepted."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +56,15 @@ class Drafter:
         self._reads = [0] * len(ids)
         self._level: int | None = None
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """The text is written in it. However that ends, the cache holds no draft behind it."""
+        try:
+            yield
+        finally:
+            self._take_back()
+            self._end()
+
     def begin(self) -> None:
         """What is read from now on is on trial."""
         self._before = self.cache.snapshot()
@@ -90,10 +100,8 @@ class Drafter:
             inputs: of each layer of attention.
             kept: how many of these tokens each row reads.
         """
-        cache, before = self.cache, self._before
-        if before is not None:
-            cache.hold(before)
-            self._before = None
+        self._take_back()
+        cache = self.cache
         count = max(kept)
         columns = torch.arange(count, device=self.first_position.device)
         real = columns < torch.tensor(kept, device=columns.device)[:, None]
@@ -110,6 +118,7 @@ class Drafter:
                 ranks = cache.counter.ranks_at(token)
                 self._read_token(stores, [read.token(token, ranks) for read in reads])
         self._reads = [read + more for read, more in zip(self._reads, kept, strict=True)]
+        self._before = None
 
     def refresh(self, full: FullCache) -> None:
         """Holds the best of all tokens, also of those that were evicted."""
@@ -119,7 +128,11 @@ class Drafter:
                 refresh(own.store, keys, values, full.real)
         self.cache.counter.rank_anew()
 
-    def end(self) -> None:
+    def _take_back(self) -> None:
+        if self._before is not None:
+            self.cache.hold(self._before)
+
+    def _end(self) -> None:
         """Leaves the cache as other loops do: the columns of a row that ended before others are
         padding behind it."""
         cache = self.cache
@@ -127,6 +140,8 @@ class Drafter:
         if surplus:
             cache.counter.end_step()
             cache.counter.steps -= surplus
+            # Victims were chosen for steps that are not counted any more.
+            cache.counter.rank_anew()
             for store in cache.stores():
                 store.counts[:, 1] -= surplus
 

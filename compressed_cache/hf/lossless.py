@@ -266,7 +266,7 @@ class _Loop:
         ids = texts.ids[:, : self.prompt + 1]
         drafter = Drafter(model, self.cache, forward, compile_, ids, kwargs)
         self.verifier = Verifier(model, self.full, compile_, length.longest)
-        with model._optimize_model_for_decode():
+        with model._optimize_model_for_decode(), drafter.writing():
             while any(texts.growing):
                 self._round(drafter, length)
             if drafts and any(drafter.wanted(texts.closing)):
@@ -275,7 +275,6 @@ class _Loop:
                 self.verifier.read(texts.last(), self._positions(drafter, 1))
                 self._keep(drafter, list(map(int, texts.closing)), 1)
                 self.statistics.verifying_s += self._now() - began
-        drafter.end()
         self.statistics.full_bytes = self.full.nbytes
         return texts.finished()
 
