@@ -232,6 +232,48 @@ def test_processors_and_criteria_of_the_user(model: Any, ends: dict[str, Any]) -
     assert torch.equal(_lossless(model, **options), _plain(model, **options))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_held_ends_where_the_text_does(model: Any, rows: int) -> None:
+    """Also where a criterion ends it among drafts that are right, and no token does."""
+    whole = {name: tensor[:rows] for name, tensor in _padded().items()}
+    for ends in ((33, 35, 38), (40, 34, 45), (36, 36, 36)):
+        criteria = StoppingCriteriaList([_EndsAt(*ends[:rows])])
+        cache, statistics = _cache(budget=29), DraftStatistics()
+        text = _lossless(model, cache, stopping_criteria=criteria, statistics=statistics, **whole)
+        length = max(ends[:rows])
+        assert text.shape[1] == length and cache.get_seq_length() == length - 1
+        read = whole["attention_mask"].sum(dim=1) + length - 31
+        assert all(torch.equal(layer.store.next_position, read) for layer in cache.layers)
+        assert statistics.tokens == rows * (length - 31)
+        assert torch.equal(text, _plain(model, stopping_criteria=criteria, **whole))
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_constraint_is_asked_of_no_other_text_than_by_generate(
+    model: Any, rows: int, do_sample: bool
+) -> None:
+    """It may have no answer behind the end of a row, nor to the text of another row."""
+    end, free = 399, range(20, 398)
+    # Of two rows all drafts are right.
+    answers = [[free] * 9 + [[end]], [[token] for token in (*range(9), end)], [[7], [end]]]
+
+    def allowed(row: int, text: Tensor) -> list[int]:
+        new = text[30:].tolist()
+        if end in new and rows > 1:
+            return [0]
+        fits = all(token in some for token, some in zip(new, answers[row], strict=False))
+        return [*answers[row][len(new)]] if fits and len(new) < len(answers[row]) else []
+
+    whole = {name: tensor[:rows] for name, tensor in _padded().items()}
+    options = dict(whole, eos_token_id=end, prefix_allowed_tokens_fn=allowed, do_sample=do_sample)
+    text = _lossless(model, _cache(budget=6), **options)[:, 30:].tolist()
+    for own, new in zip(answers, text, strict=False):
+        assert all(token in some for token, some in zip(new, own, strict=False))
+    if not do_sample:
+        assert text == _plain(model, **options)[:, 30:].tolist()
+
+
 @pytest.mark.parametrize("refresh", [None, 5])
 def test_a_text_goes_on_from_its_last_token(model: Any, refresh: int | None) -> None:
     """A step and not a prompt: it overwrites what was chosen for it before."""

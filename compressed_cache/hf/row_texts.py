@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.generation import logits_process
+from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 # What these make of the scores does not depend on the text before.
 _TEXTLESS = tuple(
@@ -28,7 +30,9 @@ class RowTexts:
     """Texts as plain ``generate`` would write them, whatever is known of each row so far.
 
     Processors and criteria are shown the whole batch with as many tokens as plain ``generate``
-    would show, and what they say counts for those rows that have so many.
+    would show, and what they say counts for those rows that have so many. What would be behind the
+    end of a row is shown to no processor, nor to a ``prefix_allowed_tokens_fn`` any other row than
+    these, since they may refuse what plain ``generate`` would never ask about.
 
     Args:
         ids: ``[B, L]`` int64, the prompt.
@@ -62,8 +66,14 @@ class RowTexts:
         self._ends: list[int | None] = [None] * len(ids)
         has_ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._pad = pad_token if has_ends else None
+        self._ending = [one for one in criteria if type(one) is EosTokenCriteria]
         self._streamed = ids.shape[1]
         self._sees_text = any(type(one) not in _TEXTLESS for one in processors)
+        self._may_refuse = any(
+            type(one) is PrefixConstrainedLogitsProcessor
+            or type(one).__module__ != logits_process.__name__
+            for one in processors
+        )
 
     @property
     def growing(self) -> list[bool]:
@@ -73,8 +83,7 @@ class RowTexts:
         """
         if self._pad is not None:
             return [end is None for end in self._ends]
-        last = None if None in self._ends else max(end or 0 for end in self._ends)
-        most = self.longest if last is None else last
+        most = self._sure_width(self.lengths)
         return [length < most for length in self.lengths]
 
     def room(self) -> float:
@@ -112,15 +121,15 @@ class RowTexts:
                 flat = processor(self.ids, flat)
             return flat.view_as(scores)
         self._reserve(offset + count)
-        processed = torch.empty_like(scores)
-        for width, rows in self._by_width([count] * batch, offset):
+        processed = scores.clone()
+        for width, rows in self._by_width(self._wanted(count, offset), offset):
             index = torch.tensor(
                 [min(max(width - length - offset, 0), count - 1) for length in self.lengths],
                 device=scores.device,
             )
             one = scores[torch.arange(batch, device=scores.device), index]
             for processor in self.processors:
-                one = processor(self.ids[:, :width], one)
+                one = _processed(processor, self.ids[:, :width], one, rows)
             chosen = torch.tensor(rows, device=scores.device)
             processed[chosen, index[chosen]] = one[chosen]
         return processed
@@ -159,6 +168,11 @@ class RowTexts:
                 if self._pad is not None:
                     taken[row] = end - self.lengths[row]
                     self.closing[row] = end < self.longest
+        if self._pad is None:
+            # No row is to be ahead of where the text may end.
+            after = [length + new for length, new in zip(self.lengths, taken, strict=True)]
+            most = self._sure_width(after)
+            taken = [new - max(end - most, 0) for new, end in zip(taken, after, strict=True)]
         self.lengths = [length + new for length, new in zip(self.lengths, taken, strict=True)]
         if self.streamer is not None:
             self._stream()
@@ -170,6 +184,30 @@ class RowTexts:
         if self.streamer is not None:
             self.streamer.end()
         return self._padded(self.ids[:, :width])
+
+    def _wanted(self, count: int, offset: int) -> list[int]:
+        """Of ``count`` scores behind ``offset`` proposed tokens and more, how many of each row are
+        processed: where that may be refused, none behind the end of its text."""
+        if not self._may_refuse:
+            return [count] * len(self.lengths)
+        rows = zip(self.lengths, self.growing, strict=True)
+        wanted = [
+            max(min(count, self.longest - length - offset), 0) * grows for length, grows in rows
+        ]
+        columns = self._at(0) + torch.arange(offset + count - 1, device=self.ids.device)
+        proposed = self.ids.gather(1, columns)
+        ends = torch.zeros_like(proposed, dtype=torch.bool)
+        for criterion in self._ending:
+            ends |= torch.isin(proposed, criterion.eos_token_id.to(ends.device))
+        # The token that ends it is one that is asked for.
+        asked = 1 + (ends.cumsum(dim=1) == 0).sum(dim=1) - offset
+        return [int(min(*both)) for both in zip(wanted, asked.clamp(min=0).tolist(), strict=True)]
+
+    def _sure_width(self, lengths: Sequence[int]) -> int:
+        """Tokens that the text is sure to have, so that a row that has ended without a token for it
+        may go on: as many as any had at its end, and one more than any that has not ended."""
+        rows = zip(lengths, self._ends, strict=True)
+        return max(length + 1 if end is None else end for length, end in rows)
 
     def _width(self) -> int:
         return max(end or 0 for end in self._ends)
@@ -209,6 +247,17 @@ class RowTexts:
         for column in self._padded(self.ids[:, :width])[:, self._streamed :].T:
             self.streamer.put(column.cpu())
         self._streamed = max(self._streamed, width)
+
+
+def _processed(processor: Any, ids: Tensor, scores: Tensor, rows: Sequence[int]) -> Tensor:
+    """What a processor makes of the scores ``[B, V]`` of these rows, which are not all."""
+    if type(processor) is not PrefixConstrainedLogitsProcessor:
+        return processor(ids, scores)
+    allowed = processor._prefix_allowed_tokens_fn
+    for row in rows:
+        own = PrefixConstrainedLogitsProcessor(lambda _, text, row=row: allowed(row, text), 1)
+        scores[row : row + 1] = own(ids[row : row + 1], scores[row : row + 1])
+    return scores
 
 
 def _says(criterion: Callable[..., Any], ids: Tensor, rows: Sequence[int]) -> Tensor | bool:
