@@ -255,7 +255,7 @@ def _processed(processor: Any, ids: Tensor, scores: Tensor, rows: Sequence[int])
         return processor(ids, scores)
     allowed = processor._prefix_allowed_tokens_fn
     for row in rows:
-        own = PrefixConstrainedLogitsProcessor(lambda _, text, row=row: allowed(row, text), 1)
+        own: Any = PrefixConstrainedLogitsProcessor(lambda _, text, row=row: allowed(row, text), 1)
         scores[row : row + 1] = own(ids[row : row + 1], scores[row : row + 1])
     return scores
 
