@@ -433,11 +433,30 @@ def test_the_full_cache_holds_each_row_in_order(
             assert torch.equal(held[row][:, full.real[row]], expected)
     if is_windowed:
         assert full.real[:, -min(map(len, rows)) :].all()
-        assert full.real.shape[1] == max(map(len, rows))
+        # The padding of the prompt has stayed.
+        assert full.real.shape[1] == max(12 + len(rows[0]), len(rows[1]), 7 + len(rows[2]))
     else:
         # To close holes all is copied.
         assert 0 < len(closed) < 20
         assert full.real.shape[1] <= max(map(len, rows)) * 8 / 7 + 5
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Gemma 3"])
+def test_windows_reach_as_far_over_padding_between_turns_as_in_generate(name: str) -> None:
+    [family] = [one for one in FAMILIES if one.name == name]
+    model = family.make().float()
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, 160, (3, 44), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, :9] = mask[1, 30:40] = mask[2, 33:] = 0
+        mask[:, 41:] = 1
+        first = dict(input_ids=ids[:, :24], attention_mask=mask[:, :24])
+        cache = CompressedCache("h2o", 20)
+        with torch.no_grad():
+            model(**first, **cache_argument(cache))
+        turn = dict(input_ids=ids, attention_mask=mask, max_new_tokens=25)
+        assert torch.equal(_lossless(model, cache, **turn), _plain(model, **turn))
 
 
 def test_memory_is_of_few_sizes_and_not_much_more_than_the_longest_text_takes() -> None:

@@ -18,7 +18,8 @@ class FullCache(Cache):
 
     What a row takes back and others do not stays behind as a hole, which is padding to the model,
     until there are many: to close them, all has to be copied. Where layers see so many columns
-    back, they are closed at once.
+    back, they are closed at once, and padding of the prompt, which may be between two turns, stays
+    where it is, as it does in the caches of transformers.
 
     Args:
         longest: tokens of the longest text there may be, drafts included.
@@ -42,7 +43,9 @@ class FullCache(Cache):
     def holds(self, real: Tensor) -> None:
         """Says what is padding ``[B, T]`` bool of the prompt, which it holds."""
         self.real = real
-        self._tokens = real.sum(dim=1).tolist()
+        self._stays = torch.ones_like(real) if self.is_windowed else real
+        self._tokens = self._stays.sum(dim=1).tolist()
+        self._is_padded = self.is_windowed and not bool(real.all())
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -56,7 +59,7 @@ class FullCache(Cache):
     def mask(self, tokens: int) -> Tensor | None:
         """``[B, T + L]`` int64, with ``tokens`` real tokens to come; None where nothing is padded,
         so that transformers makes no more of a mask than it must."""
-        if min(self._tokens) == self.real.shape[1]:
+        if min(self._tokens) == self.real.shape[1] and not self._is_padded:
             return None
         return self._followed_by(tokens)
 
@@ -93,6 +96,7 @@ class FullCache(Cache):
         count = torch.tensor(kept, device=self.real.device)
         new = torch.arange(most, device=count.device) < count[:, None]
         self.real = torch.cat([self.real, new], dim=1)
+        self._stays = torch.cat([self._stays, new], dim=1)
         self._tokens = [held + more for held, more in zip(self._tokens, kept, strict=True)]
         for layer in self.layers:
             layer.length -= tokens - most
@@ -101,13 +105,13 @@ class FullCache(Cache):
             self.close_holes()
 
     def close_holes(self) -> None:
-        """Lets every row end in the last column, with all padding on the left of it."""
+        """Lets every row end in the last column, with what it took back on the left of it."""
         most = max(self._tokens)
         if most == self.real.shape[1] == min(self._tokens):
             return
         # False sorts before True.
-        columns = self.real.int().argsort(dim=1, stable=True)[:, -most:]
-        self.real = self.real.gather(1, columns)
+        columns = self._stays.int().argsort(dim=1, stable=True)[:, -most:]
+        self.real, self._stays = self.real.gather(1, columns), self._stays.gather(1, columns)
         for layer in self.layers:
             layer.take(columns)
 
