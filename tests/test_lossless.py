@@ -218,7 +218,7 @@ class _EndsAt(StoppingCriteria):
     def __init__(self, *lengths: int) -> None:
         self.lengths = torch.tensor(lengths)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         return input_ids.shape[1] >= self.lengths
 
 
@@ -316,7 +316,7 @@ class _Remembers(StoppingCriteria):
         self.tokens, self.prompt = torch.tensor(tokens), prompt
         self.done_tracker = [False] * rows
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         last = input_ids[:, self.prompt :][:, -3:]
         for row, found in enumerate(torch.isin(last, self.tokens).any(dim=1).tolist()):
             self.done_tracker[row] |= found
