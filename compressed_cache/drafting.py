@@ -1,5 +1,7 @@
 """Taking back tokens that were read on trial, as assisted decoding does."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from compressed_cache.observers import Observer
@@ -76,14 +78,22 @@ class Drafts(Snapshots):
     """Tokens of the text that the next call begins with."""
     _drafting: Drafting | None = None
 
-    def expect_prompt(self, tokens: int | None) -> None:
-        """Says how long the text is that the next call begins with, what it held included; None:
-        assisted decoding is over.
+    @contextmanager
+    def assisted(self, prompt: int) -> Iterator[None]:
+        """Assisted decoding of a text of so many tokens, what is held included.
 
-        Assisted decoding reads the prompt and the first drafted tokens in one call, and only what
-        the user wrote is a prompt.
+        It reads the prompt and the first drafted tokens in one call, and only what the user wrote
+        is a prompt. However it ends, no draft stays that nobody decided on.
         """
-        self.expected_prompt = tokens
+        self.expected_prompt = prompt
+        try:
+            yield
+        except BaseException:
+            if self._drafting is not None:
+                self._drafting.take_back(self, self._drafting.tokens)
+            raise
+        finally:
+            self.stop_drafting()
 
     def new_of_prompt(self, tokens: int) -> int | None:
         """How many of ``tokens`` tokens, the expected prompt and drafts, are not held yet; None

@@ -1761,8 +1761,8 @@ MUTANTS = (
     Mutant(
         "drafts are read as a prompt",
         "hf/attention_hook.py",
-        "        cache.expect_prompt(tokens)\n",
-        "",
+        "with cache.assisted(tokens):",
+        "if True:",
         "test_modes.py -k 'drafts_change_nothing and h2o'",
     ),
     Mutant(
@@ -1781,10 +1781,17 @@ MUTANTS = (
     ),
     Mutant(
         "what follows drafts is taken for drafting",
-        "hf/attention_hook.py",
-        "            cache.expect_prompt(None)\n",
-        "            pass\n",
+        "drafting.py",
+        "        finally:\n            self.stop_drafting()\n",
+        "        finally:\n            pass\n",
         "test_modes.py -k may_follow_drafts",
+    ),
+    Mutant(
+        "a draft that nobody decided on stays",
+        "drafting.py",
+        "self._drafting.take_back(self, self._drafting.tokens)",
+        "pass",
+        "test_modes.py -k broken_off",
     ),
     Mutant(
         "texts are not announced",

@@ -323,6 +323,16 @@ class _Remembers(StoppingCriteria):
         return False not in self.done_tracker
 
 
+def test_a_cache_that_assisted_decoding_wrote_with_may_draft(model: Any) -> None:
+    cache, ids = _cache(), _padded()["input_ids"][2:]
+    one = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    text = model.generate(
+        **cache_argument(cache), **one, prompt_lookup_num_tokens=3, max_new_tokens=9
+    )
+    more = dict(input_ids=text, attention_mask=torch.ones_like(text))
+    assert torch.equal(_lossless(model, cache, **more), _plain(model, **more))
+
+
 def test_criteria_that_remember_see_nothing_that_a_row_does_not_have(model: Any) -> None:
     """Neither the padding nor the end of the prompt, which both would end a row."""
     text = _plain(model)[:, 30:]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
@@ -186,6 +187,27 @@ def test_drafts_are_of_a_whole_text(model: Any) -> None:
     mask = torch.ones_like(ids)
     with pytest.raises(ValueError, match=r"needs the whole text, the 20 tokens .* got 30 tokens"):
         _generate(model, cache, ids[:, 20:], attention_mask=mask, prompt_lookup_num_tokens=4)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_drafting_that_is_broken_off_leaves_no_draft(model: Any, calls: int) -> None:
+    ids, twin, numbers = distinct_tokens(1, 30), _eager_to_draft(copy.deepcopy(model)), count(1)
+    expected = _generate(model, CompressedCache("h2o", 16), ids)
+    cache = CompressedCache("h2o", 16)
+
+    def break_off(*_: Any) -> None:
+        if next(numbers) == calls:
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_hook(break_off)
+    with pytest.raises(KeyboardInterrupt):
+        _generate(model, cache, ids, assistant_model=twin)
+    handle.remove()
+    seen = cache.get_seq_length()
+    assert (seen > 30) == (calls > 1)
+    text = expected[:, : seen + 1] if seen else ids
+    more = NEW + 30 - text.shape[1]
+    assert torch.equal(_generate(model, cache, text, max_new_tokens=more), expected)
 
 
 def test_new_tokens_alone_may_follow_drafts(model: Any) -> None:

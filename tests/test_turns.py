@@ -394,7 +394,7 @@ def test_a_hybrid_comes_back_to_what_it_held() -> None:
 def test_drafting_that_is_over_says_nothing_of_the_next_prompt(model: LlamaForCausalLM) -> None:
     used, fresh = CompressedCache("h2o", 16), CompressedCache("h2o", 16)
     first, token, last = distinct_tokens(1, 30), torch.tensor([[7]]), distinct_tokens(1, 12)
-    used.expect_prompt(20)
+    used.expected_prompt = 20
     with torch.no_grad():
         for cache in (used, fresh):
             cache.activate_past_recording()

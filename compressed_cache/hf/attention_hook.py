@@ -201,11 +201,8 @@ def _announce_prompts() -> None:
             return original(self, input_ids, *args, **kwargs)
         tokens = input_ids.shape[1]
         cache.expect_text(tokens, mask_width(kwargs.get("generation_config"), kwargs))
-        cache.expect_prompt(tokens)
-        try:
+        with cache.assisted(tokens):
             return original(self, input_ids, *args, **kwargs)
-        finally:
-            cache.expect_prompt(None)
 
     generation._assisted_decoding = assisted_decoding
     prepare_inputs = generation.prepare_inputs_for_generation
