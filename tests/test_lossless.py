@@ -880,6 +880,14 @@ def test_angles_that_depend_on_the_length_are_refused_where_they_do(
     words = f"rope_type '{rope['rope_type']}', whose angles depend on the length beyond 40"
     with _unread(model), pytest.raises(NotImplementedError, match=words):
         _lossless(model, max_new_tokens=11)
+    embeddings = model.get_input_embeddings()(_padded()["input_ids"])
+    # The prompt counts also where it is not of ids, or not all of it is.
+    for ids in (None, _padded()["input_ids"][:, :3]):
+        inputs: dict[str, Any] = dict(input_ids=ids, inputs_embeds=embeddings)
+        got = _lossless(model, max_new_tokens=10, **inputs)
+        assert torch.equal(got, _plain(model, max_new_tokens=10, **inputs))
+        with _unread(model), pytest.raises(NotImplementedError, match=words):
+            _lossless(model, max_new_tokens=11, **inputs)
 
 
 def test_a_text_that_was_read_is_refused_before_it_is_read_again(model: Any) -> None:

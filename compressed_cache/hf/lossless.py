@@ -107,7 +107,7 @@ def lossless(
             "'snapkv', or leave out refresh."
         )
     loop = _Loop(model, input_ids, num_draft_tokens, statistics, refresh, **arguments)
-    _check_rope(model, loop.texts.longest)
+    _check_rope(model, loop.longest)
     # More than the text has room for would never be drafted.
     most = int(min(num_draft_tokens, max(loop.texts.room() - 2, 1)))
     adapts = not loop.samples if adaptive is None else adaptive
@@ -232,8 +232,12 @@ class _Loop:
             streamer=streamer,
         )
         self.prompt = self.refreshed = ids.shape[1]
+        embeddings = kwargs.get("inputs_embeds")
+        # Where embeddings are given, ids need not be of the prompt.
+        self.read = self.prompt if embeddings is None else embeddings.shape[1]
+        self.longest = self.read + self.texts.longest - self.prompt
         self.full = FullCache(
-            self.texts.longest + drafts,
+            self.longest + drafts,
             needs_hidden_states=self.cache.needs_hidden_states,
             is_windowed=_is_windowed(model.config.get_text_config()),
         )
@@ -290,29 +294,26 @@ class _Loop:
                 self.cache.remove_observer(copy)
             self.full.holds(copy.real)
             return outputs
-        embeddings = self.kwargs.get("inputs_embeds")
-        tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
         width = hook.mask_width(config, self.kwargs)
-        if tokens != width:
+        if self.read != width:
             raise ValueError(
-                f"lossless needs the whole text, got {tokens} tokens and a mask of {width}. Pass "
-                "the earlier ones too, or a new CompressedCache."
+                f"lossless needs the whole text, got {self.read} tokens and a mask of {width}. "
+                "Pass the earlier ones too, or a new CompressedCache."
             )
-        checks.check_text(self.cache.get_seq_length(), tokens)
+        checks.check_text(self.cache.get_seq_length(), self.read)
         if (filled := self.cache.first_filled()) is not None:
             checks.check_batch(filled.store.sizes.batch, len(ids))
         outputs = model._prefill(ids, config, {**self.kwargs, CACHE: self.full})
         self.full.reads()
         model._prefill(ids, config, self.kwargs)
         mask = self.kwargs.get("attention_mask")
-        real = torch.ones(len(ids), tokens, device=ids.device) if mask is None else mask
+        real = torch.ones(len(ids), self.read, device=ids.device) if mask is None else mask
         self.full.holds(real.bool())
         return outputs
 
     def _holds_all(self) -> bool:
         layer = self.cache.compressed_layer
-        longest = self.cache.get_seq_length() + self.texts.longest - self.prompt
-        return not self.cache.policy.evicts or layer.store.slots_per_head >= longest
+        return not self.cache.policy.evicts or layer.store.slots_per_head >= self.longest
 
     def _round(self, drafter: Drafter, length: DraftLength) -> None:
         """Some drafts, and the model's word on them."""
