@@ -1,5 +1,6 @@
 """A loop for ``generate`` in which a compressed cache drafts and the full cache verifies."""
 
+import contextlib
 import functools
 import math
 import time
@@ -32,6 +33,9 @@ _STATEFUL = (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
 )
+_GRAPHS = 64
+"""Of each function that is compiled, for all models, policies, batch sizes and sizes of memory in a
+process; torch allows 8."""
 _READ = {"attention_mask", "position_ids", "cache_position", "inputs_embeds"}
 _BY_LENGTH = ("dynamic", "longrope")
 
@@ -246,11 +250,12 @@ class _Loop:
         """The texts."""
         model, texts = self.model, self.texts
         self.statistics.plain_from = None
-        forward, compile_ = model.__call__, None
+        forward, compile_, graphs = model.__call__, None, contextlib.nullcontext()
         if model._valid_auto_compile_criteria(self.kwargs, self.config):
             config = self.config.compile_config or CompileConfig()
             forward = model.get_compiled_call(config)
             compile_ = functools.partial(torch.compile, **config.to_dict())
+            graphs = torch._dynamo.config.patch(recompile_limit=_GRAPHS)
         outputs = self._read_prompt()
         _check_layers(model, self.cache)
         kwargs = model._update_model_kwargs_for_generation(outputs, self.kwargs)
@@ -270,7 +275,7 @@ class _Loop:
         ids = texts.ids[:, : self.prompt + 1]
         drafter = Drafter(model, self.cache, forward, compile_, ids, kwargs)
         self.verifier = Verifier(model, self.full, compile_, length.longest)
-        with model._optimize_model_for_decode(), drafter.writing():
+        with graphs, model._optimize_model_for_decode(), drafter.writing():
             while any(texts.growing):
                 self._round(drafter, length)
             if drafts and any(drafter.wanted(texts.closing)):

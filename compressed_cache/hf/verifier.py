@@ -11,8 +11,6 @@ from compressed_cache.versions import cache_argument
 
 # Others make no mask of all columns, or attend by it to as many as there is memory for.
 _MASKED = ("sdpa", "eager")
-_GRAPHS = 64
-"""Of all models, batch sizes and sizes of memory in a process; torch allows 8 of a function."""
 
 
 class Verifier:
@@ -58,8 +56,7 @@ class Verifier:
         inputs = self.model.prepare_inputs_for_generation(
             tokens, next_sequence_length=width, attention_mask=mask, **arguments
         )
-        with torch._dynamo.config.patch(recompile_limit=_GRAPHS):
-            logits = self._call(self.model, inputs)
+        logits = self._call(self.model, inputs)
         self.full.end(width)
         return logits[:, :length]
 
