@@ -691,8 +691,29 @@ MUTANTS = (
     Mutant(
         "kernel: empty slots are seen",
         "ops/kernels/decode.py",
-        "visible = exists & ((position >= 0) | is_new)",
-        "visible = exists",
+        "visible = (position >= 0) & (slots != slot_here)",
+        "visible = exists & (slots != slot_here)",
+        "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: what goes is seen beside the new token",
+        "ops/kernels/decode.py",
+        "visible = (position >= 0) & (slots != slot_here)",
+        "visible = position >= 0",
+        "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: what a new token receives is not recorded",
+        "ops/kernels/decode.py",
+        "recorded = tl.where(is_new[None, :], new_logit[:, None], logit)",
+        "recorded = logit",
+        "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: each part sees the new token",
+        "ops/kernels/decode.py",
+        "is_here = (slot >= begin) & (slot < end)",
+        "is_here = slot >= 0",
         "test_kernels.py -k 'test_decode_step or test_padding'",
     ),
     Mutant(

@@ -7,7 +7,8 @@ found. The victim is then found by each of them anew: it takes 12 bytes per slot
 where a launch of its own would take longer. Nothing that another program may still read is changed
 before the second launch.
 
-The new token is put among those loaded, not loaded back, so no program waits for its own writes.
+The softmax begins with the new token, so no program waits for its own writes, and a tile of keys
+goes to the tensor cores as it was loaded.
 """
 
 # Triton declares types that are not those of what it takes and returns.
@@ -130,6 +131,14 @@ def _remember(
 
 
 @triton.jit
+def _bend(logit, softcap, SOFTCAP: tl.constexpr):
+    """A logit, soft-capped where the model does that."""
+    if SOFTCAP:
+        logit = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logit / softcap) + 1.0))
+    return logit
+
+
+@triton.jit
 def _normalise(peak, total, sinks, first_query, group, GROUPS: tl.constexpr, SINKS: tl.constexpr):
     """Maximum and sum of exponentials of a group, with its sinks."""
     if SINKS:
@@ -156,9 +165,11 @@ def _attend_kernel(
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PADS: tl.constexpr, RECORD: tl.constexpr,
     REMEMBERS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     part = tl.program_id(1)
-    row = head // heads
+    row = program // heads
+    first_query = (program - row * heads) * GROUPS
+    head = program.to(tl.int64)
     next_position = tl.load(next_positions + row * next_stride)
     if CHOOSES:
         prefix = tl.load(prefixes + row)
@@ -175,7 +186,6 @@ def _attend_kernel(
     value_column = tl.arange(0, VALUE_PAD)
     in_group = group < GROUPS
     in_key, in_value = column < DIM, value_column < VALUE_DIM
-    first_query = (head % heads) * GROUPS
 
     queries = tl.load(
         query + (head * GROUPS + group[:, None]) * DIM + column[None, :],
@@ -186,21 +196,27 @@ def _attend_kernel(
     new_value = tl.load(value + head * VALUE_DIM + value_column, mask=in_value, other=0.0)
     begin = part * split
     end = tl.minimum(begin + split, capacity)
-    if (slot >= begin) & (slot < end):
+    is_here = (slot >= begin) & (slot < end)
+    if is_here:
         tl.store(keys + (head * capacity + slot) * DIM + column, new_key, mask=in_key)
         tl.store(
             values + (head * capacity + slot) * VALUE_DIM + value_column, new_value, mask=in_value
         )
 
-    peak = tl.full([GROUPS_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUPS_PAD], tl.float32)
-    sums = tl.zeros([GROUPS_PAD, VALUE_PAD], tl.float32)
+    new_logit = tl.sum(queries.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1) * scaling
+    new_logit = _bend(new_logit, softcap, SOFTCAP)
+    # In the program that has its slot.
+    peak = tl.where(is_here, new_logit, float("-inf"))
+    # One, or no number where the logit is none.
+    total = tl.where(is_here, tl.exp(new_logit - new_logit), 0.0)
+    sums = total[:, None] * new_value.to(tl.float32)[None, :]
+    slot_here = slot.to(tl.int32)
     for start in range(begin, end, BLOCK):
         slots = start + tl.arange(0, BLOCK)
         exists = slots < end
         position = tl.load(positions + head * capacity + slots, mask=exists, other=-1)
-        is_new = slots == slot
-        visible = exists & ((position >= 0) | is_new)
+        is_new = slots == slot_here
+        visible = (position >= 0) & (slots != slot_here)
         place = head * capacity + slots
         # What an empty slot holds may be anything.
         tile = tl.load(
@@ -208,14 +224,12 @@ def _attend_kernel(
             mask=visible[None, :] & in_key[:, None],
             other=0.0,
         )
-        tile = tl.where(is_new[None, :], new_key[:, None], tile)
-        logit = tl.dot(queries, tile, input_precision="ieee") * scaling
-        if SOFTCAP:
-            logit = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logit / softcap) + 1.0))
+        logit = _bend(tl.dot(queries, tile, input_precision="ieee") * scaling, softcap, SOFTCAP)
         logit = tl.where(visible[None, :], logit, float("-inf"))
         if RECORD != "nothing":
             own = (head * GROUPS + group[:, None]) * capacity + slots[None, :]
-            tl.store(logits + own, logit, mask=in_group[:, None] & exists[None, :])
+            recorded = tl.where(is_new[None, :], new_logit[:, None], logit)
+            tl.store(logits + own, recorded, mask=in_group[:, None] & exists[None, :])
         higher = tl.maximum(peak, tl.max(logit, axis=1))
         # Where no slot is visible so far, minus infinity less itself would be no number.
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -227,7 +241,6 @@ def _attend_kernel(
             mask=visible[:, None] & in_value[None, :],
             other=0.0,
         )
-        tile = tl.where(is_new[:, None], new_value[None, :], tile)
         sums = sums * rescale[:, None]
         sums += tl.dot(weight.to(tile.dtype), tile, input_precision="ieee")
         peak = higher
