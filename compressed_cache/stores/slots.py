@@ -47,11 +47,7 @@ class SlotStore(RankedSlots):
     def forget(self, slot: Tensor, real: Tensor | None) -> None:
         """Nothing was seen yet of the tokens in slots ``[B, H, 1]``."""
         state = self.tokens.attention_state
-        if self.bound.observer is None:
-            return
-        if real is None:
-            state.scatter_(2, expand(slot, state), 0.0)
-        else:
+        if self.bound.observer is not None:
             put(state, slot, state.new_zeros(()).expand(*slot.shape, *state.shape[3:]), real)
 
     def keep(self, tokens: Tokens, scores: Tensor | None = None) -> None:
