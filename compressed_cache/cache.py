@@ -140,9 +140,6 @@ class CompressedCache(Drafts, AnnouncedCalls):
             if layer.is_filled:
                 checks.check_states(layer.store.sizes, key_states, value_states)
         if layer_idx == self._first:
-            if is_eager and not layer.is_filled:
-                # What a refused prompt has counted is of no text.
-                self.counter.reset()
             self.columns.begin_call()
             tokens = key_states.shape[2]
             if is_eager:

@@ -175,8 +175,9 @@ class CompressedLayer(CacheLayerMixin):
             return self._read(function, module, query, key, value, attention_mask, scaling, kwargs)
         if is_eager:
             self.awaits_attention = False
-            checks.check_module(self.module, module)
-            self.calls += 1
+            with self.counter.unless_refused():
+                checks.check_module(self.module, module)
+            self.progress += 1
         assert self.incoming is not None
         (key, value), self.incoming = self.incoming, None
         real = self.columns.real_of_step(attention_mask, query.shape[0])
@@ -190,6 +191,8 @@ class CompressedLayer(CacheLayerMixin):
             output = output.to(query.dtype)
         if gradients.wants_gradient(key, value):
             self.store.has_gradients = True
+        if is_eager:
+            self.progress += 1
         if is_eager and self.readers:
             if real is None:
                 real = torch.ones(query.shape[0], dtype=torch.bool, device=query.device)
@@ -282,34 +285,36 @@ class CompressedLayer(CacheLayerMixin):
         self.awaits_attention = False
         if self.incoming is not None:
             (key, value), self.incoming = self.incoming, None
-        seen = self.counter.tokens_seen - key.shape[2]
-        attention_mask = implied_mask(module, key, attention_mask, kwargs)
-        mask = masks.read_mask(attention_mask, key, seen=seen, is_built=self.columns.is_built)
-        real = masks.real_tokens(attention_mask, key)
-        count = self.counter.prompt_tokens
-        hidden = self._hidden_states(module, query)
-        inputs = AttentionInputs(query, key, value, real, mask, hidden)
-        if self.is_filled:
-            checks.check_module(self.module, module)
-            before = self.store.next_position
-            if count and self.counter.is_first_prompt:
-                self._check_prompt(before + real[:, :count].sum(dim=1))
-            self.columns.extend(real, seen=seen, next_position=before)
-            if mask is not None:
-                columns = self.columns.until(seen + key.shape[2], before)
-                inputs = inputs._replace(mask=mask._replace(real=columns))
-            result = observed = None
-        else:
-            checks.check_first_pass(self.settings[0])
-            self.columns.begin_text(real)
-            checks.check_attention(self.index, module, kwargs)
-            checks.check_function(function, module)
-            arguments = {"scaling": scaling, **kwargs}
-            self._bind(bind_module(*self.settings, self.index, module, inputs, arguments))
-            self._check_prompt(real[:, :count].sum(dim=1))
-            result, observed = attend_first_prompt(
-                function, module, self.store, inputs, attention_mask, count, **arguments
-            )
+        with self.counter.unless_refused():
+            seen = self.counter.tokens_seen - key.shape[2]
+            attention_mask = implied_mask(module, key, attention_mask, kwargs)
+            mask = masks.read_mask(attention_mask, key, seen=seen, is_built=self.columns.is_built)
+            real = masks.real_tokens(attention_mask, key)
+            count = self.counter.prompt_tokens
+            hidden = self._hidden_states(module, query)
+            inputs = AttentionInputs(query, key, value, real, mask, hidden)
+            if self.is_filled:
+                checks.check_module(self.module, module)
+                before = self.store.next_position
+                if count and self.counter.is_first_prompt:
+                    self._check_prompt(before + real[:, :count].sum(dim=1))
+                self.columns.extend(real, seen=seen, next_position=before)
+                if mask is not None:
+                    columns = self.columns.until(seen + key.shape[2], before)
+                    inputs = inputs._replace(mask=mask._replace(real=columns))
+                self.progress += 1
+                result = observed = None
+            else:
+                checks.check_first_pass(self.settings[0])
+                self.columns.begin_text(real)
+                checks.check_attention(self.index, module, kwargs)
+                checks.check_function(function, module)
+                arguments = {"scaling": scaling, **kwargs}
+                self._bind(bind_module(*self.settings, self.index, module, inputs, arguments))
+                self._check_prompt(real[:, :count].sum(dim=1))
+                result, observed = attend_first_prompt(
+                    function, module, self.store, inputs, attention_mask, count, **arguments
+                )
         with _exact(query.device):
             output, weights = read_call(
                 self.store,
@@ -319,13 +324,13 @@ class CompressedLayer(CacheLayerMixin):
                 is_filled=self.is_filled,
                 wants_weights=_wants_weights(module),
             )
+        self.progress += 1 if self.is_filled else 2
         self.is_filled = True
         if output is not None:
             output = output.to(query.dtype)
             result = (output if result is None else torch.cat([result[0], output], dim=1)), weights
         assert result is not None
         self.module.bind(module)
-        self.calls += 1
         self.store.has_gradients |= gradients.wants_gradient(key, value)
         if self.readers:
             self._tell(inputs)
@@ -348,7 +353,8 @@ class CompressedLayer(CacheLayerMixin):
             reader.layer_read(self, inputs.detach())
 
     def _forget_call(self) -> None:
-        self.calls = 0
+        self.progress = 0
+        """Two for each call that is not compiled: one before it is read, one after."""
         self.awaits_attention = False
         # In a tuple: a tensor would be one of those this layer keeps.
         self.handed: tuple[Tensor, ...] = ()

@@ -1,5 +1,8 @@
 """The host's count of tokens, kept out of the compiled graphs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class StepCounter:
     """Counts tokens on the host and says whether the next decode step ranks the slots.
@@ -36,6 +39,7 @@ class StepCounter:
         self.is_read = False
         """Whether the graph of the running step has read how many tokens were seen, and the layer
         that counts them has not gone on: see :mod:`compressed_cache.hf.compile_once`."""
+        self._before: dict[str, int | bool] = {}
 
     @property
     def tokens_seen(self) -> int:
@@ -63,6 +67,21 @@ class StepCounter:
             self.steps = 0
             self.ranks = True
         self.running = steps
+
+    def expect(self) -> None:
+        """Notes where it stands, before a call that is not compiled."""
+        self._before = self.state()
+
+    @contextmanager
+    def unless_refused(self) -> Iterator[None]:
+        """A call that is refused while this is open was not read, and is not counted."""
+        try:
+            yield
+        except BaseException:
+            self.restore(self._before)
+            raise
+        # From now on a layer reads it.
+        self._before = {}
 
     def rank_anew(self) -> None:
         """The next step ranks the slots, as after a prompt."""

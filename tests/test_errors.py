@@ -23,6 +23,7 @@ from transformers import (
 from transformers.modeling_utils import AttentionInterface
 
 from compressed_cache import POLICIES, CompressedCache, Policy, Slots, decode
+from compressed_cache import layer as its_layer
 from compressed_cache.policies import SLOT_POLICIES, make_policy
 from compressed_cache.policies.capabilities import needs_of
 from compressed_cache.policies.methods.rkv import RKV
@@ -518,6 +519,67 @@ def test_a_cache_is_not_used_after_a_call_that_failed_half_way(
         )
         cache.reset()
     assert model(ids, past_key_values=cache).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_a_cache_is_not_used_after_a_call_that_failed_within_a_layer(
+    make_model: Callable[..., LlamaForCausalLM],
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    layer: int,
+) -> None:
+    model, ids = make_model(num_hidden_layers=3), distinct_tokens(1, 20)
+    cache = CompressedCache("h2o", 16)
+    model(ids, past_key_values=cache)
+    name = "decode_step" if tokens == 1 else "read_call"
+    read, calls = getattr(its_layer, name), iter(range(3))
+
+    def fail(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == layer:
+            _fail()
+        return read(*arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(its_layer, name, fail)
+        model(ids[:, :tokens], past_key_values=cache)
+    with pytest.raises(ValueError, match="all layers must hold the same text, but a call failed"):
+        model(ids[:, :tokens], past_key_values=cache)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("policy", ["h2o", "snapkv", "full"])
+def test_nothing_of_a_refused_call_is_counted(
+    make_model: Callable[..., LlamaForCausalLM], policy: str, tokens: int
+) -> None:
+    model, twin, ids = make_model(), make_model(), distinct_tokens(2, 40)
+    one, other = (CompressedCache(policy, 24) for _ in range(2))
+    for cache in (one, other):
+        model(ids[:, :30], past_key_values=cache)
+        model(ids[:, 30:31], past_key_values=cache)
+    with pytest.raises(ValueError, match="got another"):
+        twin(ids[:, 31 : 31 + tokens], past_key_values=one)
+    assert one.get_seq_length() == 31
+    texts = [
+        model.generate(ids, **cache_argument(cache), max_new_tokens=8) for cache in (one, other)
+    ]
+    assert torch.equal(*texts)
+    assert one.get_seq_length() == other.get_seq_length()
+
+
+def test_a_chunk_of_a_protected_prompt_that_is_refused_is_not_counted(
+    model: LlamaForCausalLM,
+) -> None:
+    cache, ids = CompressedCache("h2o", 24, protect_prompt=True, recent=2), distinct_tokens(1, 40)
+    model(ids[:, :12], past_key_values=cache)
+    with pytest.raises(ValueError, match="budget must be at least prompt"):
+        model(ids[:, 12:], past_key_values=cache)
+    assert cache.get_seq_length() == 12
+    model(ids[:, 12:20], past_key_values=cache)
+    whole = CompressedCache("h2o", 24, protect_prompt=True, recent=2)
+    model(ids[:, :20], past_key_values=whole)
+    step = [model(ids[:, 20:21], past_key_values=one).logits for one in (cache, whole)]
+    torch.testing.assert_close(*step)
 
 
 def _fail(*_: object) -> None:

@@ -46,6 +46,10 @@ class AnnouncedCalls(Observed):
         # So it is where compiled code is run but none is made any more.
         if eval_frame.get_eval_frame_callback() is False and self.takes_step(tokens):
             _warn_uncompiled()
+        if self.first_filled() is None:
+            # What a prompt that failed has counted is of no text.
+            self.counter.reset()
+        self.counter.expect()
         for observer in tuple(self.observers):
             observer.call_begins(self, tokens)
 

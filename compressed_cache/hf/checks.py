@@ -87,19 +87,19 @@ def check_order(layers: Sequence[Any], layer: Any, first: Any) -> None:
             if hasattr(other, "check_attended"):
                 other.check_attended()
                 if other.is_filled:
-                    _check_calls(other.index, other.calls, expected=first.calls)
+                    _check_progress(other, expected=first.progress)
         return
     previous = layers[layer.index - 1]
     if hasattr(previous, "check_attended"):
         previous.check_attended()
-    _check_calls(layer.index, layer.calls, expected=first.calls - 1)
+    _check_progress(layer, expected=first.progress - 2)
 
 
-def _check_calls(layer: int, calls: int, *, expected: int) -> None:
-    if calls != expected:
+def _check_progress(layer: Any, *, expected: int) -> None:
+    if layer.progress != expected:
         raise ValueError(
-            f"all layers must hold the same text, but a call failed before layer {layer} had read "
-            f"it. {_RESET}"
+            "all layers must hold the same text, but a call failed before layer "
+            f"{layer.index} had read it. {_RESET}"
         )
 
 
