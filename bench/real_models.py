@@ -1,12 +1,13 @@
-"""Agreement of every policy on a language model that others trained.
+"""Agreement and accuracy of policies on a language model that others trained.
 
     python -m bench.real_models run --model FOLDER --data ROWS --budgets 80,120 --out results05
+    python -m bench.real_models run --measure accuracy --model FOLDER ... --out accuracy05
     python -m bench.real_models page
 
-``run`` is ``compressed-cache agree`` for all policies, with options that need no
-statistics of the model, and can be stopped and gone on with. It adds its rows to those in
-``bench/results/agreement``, of which ``page`` makes ``docs/results.md``. Rows 0 to 49 of a task are
-for choosing defaults (``bench.variants``), those from 50 on for the page.
+``run`` is ``compressed-cache agree``, or ``compressed-cache sweep`` for accuracy, of all policies
+that need no statistics of the model, and can be stopped and gone on with. It adds its rows to those
+in ``bench/results``, of which ``page`` makes ``docs/results.md``. Rows 0 to 49 of a task are for
+choosing defaults (``bench.variants``), those from 50 on for the page.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.every_policy import EVERY, UNTRAINED
-from bench.results_page import FOLDER, agreements, write
+from bench.results_page import RESULTS, write
 from compressed_cache.__main__ import main as command
 from compressed_cache.calibration.statistics import STATISTICS
-from compressed_cache.eval.results.row import FILE, Agreement
+from compressed_cache.eval.results.row import FILE, Agreement, Result, Row, read
 from compressed_cache.policies import split_name
 
 
@@ -32,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measures, or goes on where it was")
+    run.add_argument(
+        "--measure", choices=[Agreement.measure, Result.measure], default=Agreement.measure
+    )
     run.add_argument("--model", required=True)
     run.add_argument("--data", required=True, help="a folder of local rows, gsm8k.jsonl and so on")
     run.add_argument("--task", default="reasoning_gsm8k")
@@ -45,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--dtype", default="bfloat16", help="float32 where the processor multiplies no bfloat16"
     )
     run.add_argument("--processes", default="1")
-    run.add_argument("--out", type=Path, required=True, help="the folder of agree")
+    run.add_argument("--out", type=Path, required=True, help="the folder of agree or sweep")
     commands.add_parser("page", help="writes docs/results.md")
     options = parser.parse_args(arguments)
     if options.command == "page":
@@ -53,19 +57,29 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     status = command(
         [
-            "agree",
+            *_command(options),
             *("--model", options.model, "--dtype", options.dtype, "--chat"),
-            *("--task", options.task),
             *("--metadata", json.dumps({"data_dir": options.data, "rows": options.rows})),
-            *("--policies", options.policies, "--budgets", options.budgets),
+            *("--budgets", options.budgets, "--batch-size", options.batch_size),
             *(("--policy-args", options.policy_args) if options.policy_args else ()),
-            *("--max-new-tokens", options.max_new_tokens, "--batch-size", options.batch_size),
             *("--processes", options.processes, "--out", str(options.out)),
         ]
     )
     if status != 2:
-        _keep(options.out, options.rows)
+        _keep(options.out, options.measure, options.rows)
     return status
+
+
+def _command(options: argparse.Namespace) -> list[str]:
+    """What the two commands call by other names."""
+    most, policies = options.max_new_tokens, options.policies
+    if options.measure == Agreement.measure:
+        given = ["--task", options.task, "--policies", policies, "--max-new-tokens", most]
+        return ["agree", *given]
+    # Which agree reads in any case.
+    named = dict.fromkeys(["full", *policies.split(",")])
+    given = ["--tasks", options.task, "--policies", ",".join(named)]
+    return ["sweep", *given, "--gen-kwargs", f"max_gen_toks={most}"]
 
 
 def policies() -> list[str]:
@@ -82,33 +96,43 @@ def policies() -> list[str]:
     ]
 
 
-def _keep(folder: Path, rows: str) -> None:
+def _keep(folder: Path, measure: str, rows: str) -> None:
     """Adds the rows to those of this model, with its name in place of its folder."""
     if not (folder / FILE).exists():
         return
-    found = agreements(folder)
+    found = [row for row in read(folder) if row.measure == measure]
     if not found:
         return
     named = [dataclasses.replace(row, model=Path(row.model).name) for row in found]
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / f"{named[0].model}-{named[0].task}-{rows.replace(':', '-')}-{folder.name}.jsonl"
-    earlier = agreements(path) if path.exists() else []
+    path = (
+        RESULTS
+        / measure
+        / (f"{named[0].model}-{named[0].task}-{rows.replace(':', '-')}-{folder.name}.jsonl")
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = read(path) if path.exists() else []
     path.write_text("".join(row.to_json() + "\n" for row in extended(earlier, named)))
 
 
-def extended(earlier: Sequence[Agreement], new: Sequence[Agreement]) -> list[Agreement]:
+def extended(earlier: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """The rows of earlier runs, those measured again in place, and what is new.
 
     Raises:
         ValueError: they are of other texts.
     """
-    texts = {(row.weights, row.documents, row.text_tokens) for row in (*earlier, *new)}
+    texts = {_texts(row) for row in (*earlier, *new)}
     if len(texts) > 1:
         raise ValueError(f"rows must be of the same texts, got {sorted(texts)}. Use another --out")
     return list({_cell(row): row for row in (*earlier, *new)}.values())
 
 
-def _cell(row: Agreement) -> str:
+def _texts(row: Row) -> tuple[object, ...]:
+    if isinstance(row, Agreement):
+        return row.weights, row.documents, row.text_tokens
+    return tuple(sorted(row.scores))
+
+
+def _cell(row: Row) -> str:
     return json.dumps([row.policy, row.budget, row.seed, row.given, row.setting])
 
 

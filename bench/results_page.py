@@ -1,24 +1,23 @@
 """``docs/results.md``: what each policy is worth on models that others trained."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import spearmanr
-
-from bench import markers
+from bench import answers, markers
 from compressed_cache.eval.results.row import Agreement, read
 from compressed_cache.wording import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "bench" / "results" / "agreement"
-LOOKUPS = ROOT / "bench" / "results" / "lookups.jsonl"
-DRAFTS = ROOT / "bench" / "results" / "drafts.jsonl"
-DRAFT_FAMILIES = ROOT / "bench" / "results" / "draft-families.jsonl"
-SHIPPED = ROOT / "bench" / "results" / "shipped.jsonl"
-HARNESS = ROOT / "bench" / "results" / "harness.json"
-VARIANTS = ROOT / "bench" / "results" / "variants.json"
+RESULTS = ROOT / "bench" / "results"
+FOLDER = RESULTS / Agreement.measure
+LOOKUPS = RESULTS / "lookups.jsonl"
+DRAFTS = RESULTS / "drafts.jsonl"
+DRAFT_FAMILIES = RESULTS / "draft-families.jsonl"
+SHIPPED = RESULTS / "shipped.jsonl"
+HARNESS = RESULTS / "harness.json"
+VARIANTS = RESULTS / "variants.json"
 PAGE = ROOT / "docs" / "results.md"
 _SHOWN = ("interval", "sinks", "recent")
 
@@ -32,7 +31,11 @@ def filled(text: str) -> str:
     """The page with its tables as they are to be."""
     for name, table in (
         ("agreement", agreement(FOLDER)),
-        ("ranking", ranking(SHIPPED, HARNESS)),
+        ("accuracy", answers.accuracy(answers.FOLDER)),
+        (
+            "ranking",
+            answers.ranking(_agreed([SHIPPED, *FOLDER.glob("*.jsonl")]), _right(HARNESS)),
+        ),
         ("lookups", lookups(LOOKUPS)),
         ("drafts", drafts(DRAFTS)),
         ("draft-families", draft_families(DRAFT_FAMILIES)),
@@ -207,33 +210,24 @@ def draft_families(path: Path) -> str:
     return " ".join(sentences)
 
 
-def ranking(agreement: Path, accuracy: Path) -> str:
-    """Whether policies rank by agreement as they do by accuracy: Spearman's coefficient."""
-    rows = [row for row in agreements(agreement) if row.agreement]
-    right = {
-        (row["task"], row["policy"], row["budget"]): row["accuracy"]
-        for row in json.loads(accuracy.read_text())["rows"]
+def _agreed(paths: Iterable[Path]) -> dict[answers.Cell, float]:
+    return {
+        (row.model, row.task, row.budget, row.name): row.agreement
+        for path in paths
+        for row in agreements(path)
+        if row.budget is not None and row.agreement is not None
     }
-    lines = []
-    for task, budget in sorted({(row.task, row.budget or 0) for row in rows}):
-        found = {
-            row.policy: row.agreement or 0.0
-            for row in rows
-            if (row.task, row.budget) == (task, budget)
-        }
-        shares = [right[task, policy, budget] for policy in found]
-        best = [max(found, key=lambda policy: found[policy])]
-        best.append(list(found)[shares.index(max(shares))])
-        result: Any = spearmanr(list(found.values()), shares)
-        lines.append(
-            [
-                *(f"`{task}`", str(budget), str(len(found)), f"{result.statistic:.2f}"),
-                *(f"`{policy}`" for policy in best),
-                f"{100 * min(shares):.0f} to {100 * max(shares):.0f}",
-            ]
-        )
-    header = ["task", "budget", "policies", "rank correlation"]
-    return markdown([*header, "best by agreement", "best by accuracy", "accuracies, %"], lines)
+
+
+def _right(harness: Path) -> dict[answers.Cell, float]:
+    """Accuracies of the shipped model and of those that others trained."""
+    rows = json.loads(harness.read_text())["rows"]
+    found = {("shipped", x["task"], x["budget"], x["policy"]): x["accuracy"] for x in rows}
+    for path in answers.FOLDER.glob("*.jsonl"):
+        for row in answers.answers(path):
+            if row.budget is not None:
+                found[row.model, row.task, row.budget, row.name] = row.accuracy
+    return found
 
 
 def variants(path: Path) -> str:
