@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 from compressed_cache.hf.columns import Columns
-from compressed_cache.hf.linear_attention import LinearLayers
+from compressed_cache.hf.linear_attention import LinearLayers, detached
 from compressed_cache.observers import Observed
 from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.ops.tokens import Sizes
@@ -246,13 +246,15 @@ class Snapshots(LinearLayers, Observed):
                 self.attention_layer(index).restore(state)
             elif state is not None:
                 self.restore_linear_layer(index, state)
+        self.is_torn = False
         self.counter.restore(snapshot.counter)
         self.columns.reset()
         self.columns.known = snapshot.columns
 
 
 def _state(layer: Any) -> LayerState | LinearAttentionLayer | None:
-    return copy.deepcopy(layer) if isinstance(layer, LinearAttentionLayer) else layer.state()
+    is_linear = isinstance(layer, LinearAttentionLayer)
+    return copy.deepcopy(detached(layer)) if is_linear else layer.state()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
