@@ -514,6 +514,8 @@ def test_a_cache_is_not_used_after_a_call_that_failed_half_way(
         with pytest.raises(RuntimeError, match="out of memory"):
             model(ids if begins else ids[:, :tokens], past_key_values=cache)
         handle.remove()
+        with pytest.raises(ValueError, match="that some may have read and others not"):
+            cache.snapshot()
         with pytest.raises(ValueError) as caught:
             model(ids[:, :tokens], past_key_values=cache)
         assert str(caught.value) == (
@@ -522,6 +524,15 @@ def test_a_cache_is_not_used_after_a_call_that_failed_half_way(
         )
         cache.reset()
     assert model(ids, past_key_values=cache).logits.isfinite().all()
+    # After the last attention it was read by all, as the next call shows.
+    handle = model.lm_head.register_forward_pre_hook(_fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(ids[:, :tokens], past_key_values=cache)
+    handle.remove()
+    model(ids[:, :1], past_key_values=cache)
+    other = CompressedCache("h2o", 16)
+    other.restore(cache.snapshot())
+    assert other.get_seq_length() == 20 + tokens + 1
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -577,8 +588,8 @@ def test_a_state_is_not_used_after_a_call_that_failed_half_way(
         with pytest.raises(ValueError) as caught:
             model.generate(text, **cache_argument(cache), max_new_tokens=2)
         assert str(caught.value) == (
-            "all layers must hold the same text, but a call failed that some layers of linear "
-            "attention may have read. Call cache.reset() or use a new CompressedCache."
+            "all layers must hold the same text, but a call failed that some may have read and "
+            "others not. Call cache.reset() or use a new CompressedCache."
         )
     expected = model(text).logits[:, -1]
     cache.restore(snapshot)

@@ -69,7 +69,8 @@ class AnnouncedCalls(LinearLayers, Observed):
         Raises:
             ValueError: a call before failed half way.
         """
-        checks.check_states_whole(is_torn=self.is_torn)
+        if checks.has_linear_layers(model.config):
+            checks.check_whole(is_torn=self.is_torn)
         self.counter.expect()
         self.was_asked = False
         if self.needs_hidden_states:
@@ -90,8 +91,9 @@ class AnnouncedCalls(LinearLayers, Observed):
                 # The next prompt is a first one.
                 self.reset_linear_layers()
             elif self.was_asked or self.counter.is_read_now:
-                self.is_torn = self.is_torn or checks.has_linear_layers(model.config)
+                self.is_torn = True
             raise
+        self.is_torn = False
 
     def expect_text(self, tokens: int, width: int | None = None) -> None:
         """Says how long the text is that ``generate`` goes on with, what it held included.

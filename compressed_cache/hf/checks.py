@@ -103,12 +103,12 @@ def _check_progress(layer: Any, *, expected: int) -> None:
         )
 
 
-def check_states_whole(*, is_torn: bool) -> None:
-    """Raises ``ValueError`` if a call failed that some layers of linear attention have read."""
+def check_whole(*, is_torn: bool) -> None:
+    """Raises ``ValueError`` if a call failed that some layers may have read."""
     if is_torn:
         raise ValueError(
-            "all layers must hold the same text, but a call failed that some layers of linear "
-            f"attention may have read. {_RESET}"
+            "all layers must hold the same text, but a call failed that some may have read and "
+            f"others not. {_RESET}"
         )
 
 

@@ -20,7 +20,7 @@ class LinearLayers(Cache):
     was_asked = False
     """Whether one of them was asked for since the running call began, unless it is compiled."""
     is_torn = False
-    """Whether a call failed that some layers may have read, and others not."""
+    """Whether the last call failed, after a layer had begun to read it."""
 
     def make_layers(self, count: int) -> None:
         """Makes layers up to this number."""
