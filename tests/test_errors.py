@@ -627,6 +627,20 @@ def test_a_state_with_gradients_can_be_copied() -> None:
         torch.testing.assert_close(logits, first, rtol=0, atol=0)
 
 
+def test_a_state_of_inference_mode_is_one_of_any_mode() -> None:
+    model, ids = _hybrid(_LINEAR_FIRST), distinct_tokens(1, 21)
+    expected = model(ids).logits[:, -1]
+    cache = CompressedCache("h2o", 40)
+    with torch.inference_mode():
+        model(ids[:, :20], past_key_values=cache)
+    for _ in range(2):
+        logits = model(ids[:, 20:], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(logits, expected)
+        cache.reset()
+        with torch.no_grad():
+            model(ids[:, :20], past_key_values=cache)
+
+
 def test_a_state_is_of_the_batch_and_the_dtype_of_its_text() -> None:
     model, ids = _hybrid(_LINEAR_FIRST), distinct_tokens(2, 20)
     cache = CompressedCache("h2o", 40)

@@ -10,6 +10,15 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from compressed_cache.hf import checks
 
 
+class States(LinearAttentionLayer):
+    """transformers' own layer, whose memory can be written to outside of inference mode too."""
+
+    @torch.inference_mode(False)
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Allocates the states that are given for the first time."""
+        super().lazy_initialization(*args, **kwargs)
+
+
 class LinearLayers(Cache):
     """The part of a cache that serves linear-attention layers, with transformers' own layers.
 
@@ -32,7 +41,7 @@ class LinearLayers(Cache):
             self.was_asked = True
         if len(self.layers) <= index:
             self.make_layers(index)
-            self.layers.append(LinearAttentionLayer())
+            self.layers.append(States())
         layer = self.layers[index]
         if not isinstance(layer, LinearAttentionLayer):
             raise ValueError(
@@ -58,7 +67,7 @@ class LinearLayers(Cache):
         layer = self.linear_layer(layer_idx)
         # transformers keeps the memory of an earlier text, whatever the size of the next one.
         if not any(layer.has_previous_state.values()) and not _fits(layer, conv_states):
-            vars(layer).update(vars(LinearAttentionLayer()))
+            vars(layer).update(vars(States()))
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def update_recurrent_state(
