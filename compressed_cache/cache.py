@@ -288,7 +288,7 @@ class CompressedCache(Drafts, AnnouncedCalls):
 
     def __getstate__(self) -> dict[str, Any]:
         # What a module was given that then failed is of no text, and would bring the model along.
-        return vars(self) | {"shown": None}
+        return super().__getstate__() | {"shown": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
+from compressed_cache.hf import checks
 from compressed_cache.hf.columns import Columns
-from compressed_cache.hf.linear_attention import LinearLayers
+from compressed_cache.hf.linear_attention import LinearLayers, detached
 from compressed_cache.observers import Observed
 from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.ops.tokens import Sizes
@@ -175,7 +176,12 @@ class Snapshots(LinearLayers, Observed):
         raise NotImplementedError
 
     def snapshot(self) -> Snapshot:
-        """A copy of what is held, for :meth:`restore`: one prompt can then begin many texts."""
+        """A copy of what is held, for :meth:`restore`: one prompt can then begin many texts.
+
+        Raises:
+            ValueError: a text that a failed call has left half read.
+        """
+        checks.check_whole(is_torn=self.is_torn)
         return Snapshot(
             self.policy,
             self.eviction,
@@ -206,7 +212,7 @@ class Snapshots(LinearLayers, Observed):
 
         Raises:
             NotImplementedError: a model with linear-attention layers.
-            ValueError: a budget that no prompt has settled yet.
+            ValueError: a budget that no prompt has settled yet, or a text that is half read.
         """
         if self.eviction.budget == UNKNOWN:
             raise ValueError(
@@ -246,13 +252,15 @@ class Snapshots(LinearLayers, Observed):
                 self.attention_layer(index).restore(state)
             elif state is not None:
                 self.restore_linear_layer(index, state)
+        self.is_torn = False
         self.counter.restore(snapshot.counter)
         self.columns.reset()
         self.columns.known = snapshot.columns
 
 
 def _state(layer: Any) -> LayerState | LinearAttentionLayer | None:
-    return copy.deepcopy(layer) if isinstance(layer, LinearAttentionLayer) else layer.state()
+    is_linear = isinstance(layer, LinearAttentionLayer)
+    return copy.deepcopy(detached(layer)) if is_linear else layer.state()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -72,6 +72,11 @@ class StepCounter:
         """Notes where it stands, before a call that is not compiled."""
         self._before = self.state()
 
+    @property
+    def is_read_now(self) -> bool:
+        """Whether a layer has begun to read the call of :meth:`expect`."""
+        return not self._before
+
     @contextmanager
     def unless_refused(self) -> Iterator[None]:
         """A call that is refused while this is open was not read, and is not counted."""

@@ -1,8 +1,10 @@
 """Every message a user can meet, word for word, and that the cache is still good after it."""
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ from compressed_cache.policies.capabilities import needs_of
 from compressed_cache.policies.methods.rkv import RKV
 from compressed_cache.policies.methods.snapkv import SnapKV
 from compressed_cache.versions import cache_argument
-from tests.conftest import distinct_tokens
+from tests.conftest import VOCABULARY, distinct_tokens
+from tests.families import FAMILIES
 from tests.model_types import MODELS, WINDOW, make
 
 BUDGET = (
@@ -511,6 +514,8 @@ def test_a_cache_is_not_used_after_a_call_that_failed_half_way(
         with pytest.raises(RuntimeError, match="out of memory"):
             model(ids if begins else ids[:, :tokens], past_key_values=cache)
         handle.remove()
+        with pytest.raises(ValueError, match="that some may have read and others not"):
+            cache.snapshot()
         with pytest.raises(ValueError) as caught:
             model(ids[:, :tokens], past_key_values=cache)
         assert str(caught.value) == (
@@ -519,6 +524,15 @@ def test_a_cache_is_not_used_after_a_call_that_failed_half_way(
         )
         cache.reset()
     assert model(ids, past_key_values=cache).logits.isfinite().all()
+    # After the last attention it was read by all, as the next call shows.
+    handle = model.lm_head.register_forward_pre_hook(_fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(ids[:, :tokens], past_key_values=cache)
+    handle.remove()
+    model(ids[:, :1], past_key_values=cache)
+    other = CompressedCache("h2o", 16)
+    other.restore(cache.snapshot())
+    assert other.get_seq_length() == 20 + tokens + 1
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -545,6 +559,104 @@ def test_a_cache_is_not_used_after_a_call_that_failed_within_a_layer(
         model(ids[:, :tokens], past_key_values=cache)
     with pytest.raises(ValueError, match="all layers must hold the same text, but a call failed"):
         model(ids[:, :tokens], past_key_values=cache)
+
+
+_LINEAR_FIRST = ["linear_attention", "full_attention"]
+
+
+def _hybrid(kinds: list[str]) -> Any:
+    family = next(family for family in FAMILIES if family.name == "Qwen3-Next")
+    settings = {**family.settings, "layer_types": kinds, "num_hidden_layers": len(kinds)}
+    return replace(family, settings=settings | {"vocab_size": VOCABULARY}).make()
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("kinds", [_LINEAR_FIRST, _LINEAR_FIRST[::-1]])
+def test_a_state_is_not_used_after_a_call_that_failed_half_way(
+    kinds: list[str], tokens: int
+) -> None:
+    model, ids = _hybrid(kinds), distinct_tokens(1, 20)
+    text = torch.cat([ids, ids[:, :tokens]], dim=1)
+    cache = CompressedCache("h2o", 40)
+    model(ids, past_key_values=cache)
+    snapshot = cache.snapshot()
+    handle = model.model.layers[1].register_forward_pre_hook(_fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(ids[:, :tokens], past_key_values=cache)
+    handle.remove()
+    for _ in range(2):
+        with pytest.raises(ValueError) as caught:
+            model.generate(text, **cache_argument(cache), max_new_tokens=2)
+        assert str(caught.value) == (
+            "all layers must hold the same text, but a call failed that some may have read and "
+            "others not. Call cache.reset() or use a new CompressedCache."
+        )
+    expected = model(text).logits[:, -1]
+    cache.restore(snapshot)
+    logits = model(ids[:, :tokens], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(logits, expected)
+    cache.reset()
+    torch.testing.assert_close(model(text, past_key_values=cache).logits[:, -1], expected)
+
+
+@pytest.mark.parametrize("kinds", [_LINEAR_FIRST, _LINEAR_FIRST * 2])
+def test_no_state_is_left_of_a_prompt_that_was_refused(kinds: list[str]) -> None:
+    model, ids = _hybrid(kinds), distinct_tokens(1, 30)
+    cache = CompressedCache("h2o", 24, protect_prompt=True, recent=2)
+    with pytest.raises(ValueError, match="budget must be at least prompt"):
+        model(ids, past_key_values=cache)
+    handle = model.model.layers[0].register_forward_hook(_fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(ids, past_key_values=cache)
+    handle.remove()
+    logits = [
+        model(ids[:, :15], past_key_values=one).logits for one in (cache, CompressedCache("h2o"))
+    ]
+    torch.testing.assert_close(*logits)
+
+
+def test_a_state_with_gradients_can_be_copied() -> None:
+    model, ids = _hybrid(_LINEAR_FIRST), distinct_tokens(1, 20)
+    cache = CompressedCache("h2o", 40)
+    model(ids, past_key_values=cache)
+    restored = CompressedCache("h2o", 40)
+    restored.restore(cache.snapshot())
+    copies = [restored, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache]
+    first, *others = [model(ids[:, :1], past_key_values=one).logits for one in copies]
+    for logits in others:
+        torch.testing.assert_close(logits, first, rtol=0, atol=0)
+
+
+def test_a_state_of_inference_mode_is_one_of_any_mode() -> None:
+    model, ids = _hybrid(_LINEAR_FIRST), distinct_tokens(1, 21)
+    expected = model(ids).logits[:, -1]
+    cache = CompressedCache("h2o", 40)
+    with torch.inference_mode():
+        model(ids[:, :20], past_key_values=cache)
+    for _ in range(2):
+        logits = model(ids[:, 20:], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(logits, expected)
+        cache.reset()
+        with torch.no_grad():
+            model(ids[:, :20], past_key_values=cache)
+
+
+def test_a_state_is_of_the_batch_and_the_dtype_of_its_text() -> None:
+    model, ids = _hybrid(_LINEAR_FIRST), distinct_tokens(2, 20)
+    cache = CompressedCache("h2o", 40)
+    model.bfloat16()(ids[:1], past_key_values=cache)
+    for tokens in (1, 5):
+        with pytest.raises(ValueError, match="batch size must stay 1 until the cache is reset"):
+            model(ids[:, :tokens], past_key_values=cache)
+    # A call that was refused before any layer has read it does no harm.
+    model(ids[:1, :3], past_key_values=cache)
+    model.float()
+    for rows in (2, 1):
+        cache.reset()
+        fresh = CompressedCache("h2o", 40)
+        for part in (ids[:rows], ids[:rows, :1]):
+            logits = [model(part, past_key_values=one).logits for one in (cache, fresh)]
+            torch.testing.assert_close(*logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

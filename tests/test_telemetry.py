@@ -113,6 +113,17 @@ def test_another_text_is_timed_anew(
         assert cache.timing().tokens_in == ROWS * 4
 
 
+def test_a_prompt_that_was_refused_is_not_timed(model: LlamaForCausalLM) -> None:
+    cache = CompressedCache("h2o", BUDGET, protect_prompt=True, recent=2, telemetry=True)
+    with pytest.raises(ValueError, match="budget must be at least prompt"):
+        model(distinct_tokens(ROWS, PROMPT), **cache_argument(cache))
+    ids = distinct_tokens(ROWS, 8)
+    for tokens in (ids, ids[:, :1], ids[:, :1]):
+        model(tokens, **cache_argument(cache))
+    assert cache.timing().tokens_in == ROWS * 8
+    assert cache.timing().tokens_out == ROWS * 2
+
+
 @pytest.mark.slow
 def test_a_compiled_step_is_timed_and_is_the_same(make_model: Callable[..., Any]) -> None:
     model, ids = make_model(num_hidden_layers=1), distinct_tokens(ROWS, PROMPT)

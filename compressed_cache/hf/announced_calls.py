@@ -12,13 +12,14 @@ from transformers import PreTrainedConfig
 
 from compressed_cache.hf import checks
 from compressed_cache.hf.columns import Columns
+from compressed_cache.hf.linear_attention import LinearLayers
 from compressed_cache.hf.module_inputs import show_inputs
 from compressed_cache.observers import Observed
 from compressed_cache.policies.base import Policy
 from compressed_cache.step_counter import StepCounter
 
 
-class AnnouncedCalls(Observed):
+class AnnouncedCalls(LinearLayers, Observed):
     """The part of a cache that :mod:`compressed_cache.hf.attention_hook` calls, always eagerly."""
 
     policy: Policy
@@ -63,9 +64,36 @@ class AnnouncedCalls(Observed):
         self.expect_forward(model)
 
     def expect_forward(self, model: Any) -> None:
-        """Says what model is called, before any of its layers is."""
+        """Says what model is called, before any of its layers is.
+
+        Raises:
+            ValueError: a call before failed half way.
+        """
+        if checks.has_linear_layers(model.config):
+            checks.check_whole(is_torn=self.is_torn)
+        self.counter.expect()
+        self.was_asked = False
         if self.needs_hidden_states:
             show_inputs(model, self)
+
+    @contextmanager
+    def calling(self, model: Any) -> Iterator[None]:
+        """A call of a model, all of it.
+
+        If it fails, layers with slots know what they have read. Those of linear attention do not,
+        and what went into a state cannot be taken out again.
+        """
+        self.expect_forward(model)
+        try:
+            yield
+        except BaseException:
+            if self.first_filled() is None:
+                # The next prompt is a first one.
+                self.reset_linear_layers()
+            elif self.was_asked or self.counter.is_read_now:
+                self.is_torn = True
+            raise
+        self.is_torn = False
 
     def expect_text(self, tokens: int, width: int | None = None) -> None:
         """Says how long the text is that ``generate`` goes on with, what it held included.
@@ -94,7 +122,9 @@ class AnnouncedCalls(Observed):
         finally:
             self.counter.in_parts, self.announced = False, 0
 
-    def expect_call(self, config: PreTrainedConfig, attention_mask: Any, tokens: int) -> None:
+    def expect_call(
+        self, config: PreTrainedConfig, attention_mask: Any, rows: int, tokens: int
+    ) -> None:
         """Says what a call is like that begins, unless it is compiled.
 
         What a 2-D mask shows as padding from now on is dropped, as if it had never been read. That
@@ -104,18 +134,21 @@ class AnnouncedCalls(Observed):
         Args:
             config: of the model.
             attention_mask: as the model was given it.
+            rows: of the batch.
             tokens: of each row in this call.
 
         Raises:
             NotImplementedError: a model this cache cannot serve, or a prompt off the device of
                 which something would be dropped.
-            ValueError: a mask that is not of the text held.
+            ValueError: another batch, or a mask that is not of the text held.
         """
         first = self.first_filled()
         if first is None:
             checks.check_config(config)
             checks.check_first_pass(self.policy)
             return
+        # Linear attention, which may come first, would say it in words of torch.
+        checks.check_batch(first.store.sizes.batch, rows)
         next_position = first.store.next_position
         seen = self.counter.tokens_seen
         real = self.columns.announce(attention_mask, tokens, seen=seen, like=next_position)

@@ -180,7 +180,7 @@ def _announce_calls() -> None:
         if not torch.compiler.is_compiling():
             cache = find_cache({"cache": args[0]} if args else kwargs)
             if cache is not None:
-                cache.expect_call(config, attention_mask, inputs_embeds.shape[1])
+                cache.expect_call(config, attention_mask, *inputs_embeds.shape[:2])
         return original(config, inputs_embeds, attention_mask, *args, **kwargs)
 
     utils._preprocess_mask_arguments = preprocess
@@ -282,7 +282,8 @@ def _announce_forwards() -> None:
         _accept_cache(kwargs)
         if not torch.compiler.is_compiling():
             if (cache := find_cache(kwargs)) is not None:
-                cache.expect_forward(self)
+                with cache.calling(self):
+                    return torch.nn.Module.__call__(self, *args, **kwargs)
         elif _reads_prompt(*args, **kwargs):
             return _call_eagerly(self, *args, **kwargs)
         return torch.nn.Module.__call__(self, *args, **kwargs)

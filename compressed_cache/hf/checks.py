@@ -103,6 +103,21 @@ def _check_progress(layer: Any, *, expected: int) -> None:
         )
 
 
+def check_whole(*, is_torn: bool) -> None:
+    """Raises ``ValueError`` if a call failed that some layers may have read."""
+    if is_torn:
+        raise ValueError(
+            "all layers must hold the same text, but a call failed that some may have read and "
+            f"others not. {_RESET}"
+        )
+
+
+def has_linear_layers(config: Any) -> bool:
+    """Whether some layers keep a state in place of keys and values, by a model's config."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    return not set(kinds) <= set(ATTENTION)
+
+
 def check_attended(layer: int, *, awaits: bool) -> None:
     """Raises ``NotImplementedError`` if a layer still awaits attention when it is too late."""
     if awaits:

@@ -190,8 +190,7 @@ def _check_rope(model: Any, longest: float) -> None:
 
 
 def _check_layers(model: Any, cache: Any) -> None:
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    if cache.is_recurrent or not set(kinds) <= set(checks.ATTENTION):
+    if cache.is_recurrent or checks.has_linear_layers(model.config):
         raise NotImplementedError(
             "lossless cannot take tokens back from linear-attention layers. Generate without it."
         )

@@ -33,7 +33,12 @@ class Timer(Observer):
         """Notes the moment."""
         if not self.calls:
             peaks.restart()
-        if self._progress.begins(cache, tokens):
+        is_new = self._progress.begins(cache, tokens)
+        if not is_new and self.calls[-1].tokens != tokens:
+            # The call announced before failed, and nothing of it was read.
+            del self.calls[-1]
+            is_new = True
+        if is_new:
             self.calls.append(BegunCall(Timestamp(), tokens, cache.takes_step(tokens)))
 
     def rearranged(self, cache: ObservedCache, what: str) -> None:
