@@ -480,6 +480,13 @@ def test_calls_that_make_no_sense_say_so(
     assert str(caught.value) == message
 
 
+def test_a_cache_that_is_not_to_be_used_is_refused(model: LlamaForCausalLM) -> None:
+    cache, ids = CompressedCache("h2o", 16), distinct_tokens(1, 20)
+    with pytest.raises(ValueError, match="use_cache must be True where a cache is given"):
+        model.generate(ids, **cache_argument(cache), use_cache=False, max_new_tokens=4)
+    assert cache.get_seq_length() == 0
+
+
 def test_another_model_needs_a_reset(make_model: Callable[..., LlamaForCausalLM]) -> None:
     ids, cache = distinct_tokens(1, 20), CompressedCache("h2o", 16)
     first, twin = make_model(), make_model()

@@ -230,6 +230,8 @@ def _announce_texts() -> None:
     ) -> Any:
         if (cache := find_cache(inputs)) is None:
             return original(self, ids, config, inputs, *args, **kwargs)
+        if inputs.get("use_cache") is False:
+            raise ValueError("use_cache must be True where a cache is given, got False")
         embeddings = inputs.get("inputs_embeds")
         tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
         # transformers takes ids for the whole text only where it knows of a mask as long.
