@@ -773,6 +773,20 @@ MUTANTS = (
         "pass",
         "test_errors.py -k 'refused_call or is_refused'",
     ),
+    Mutant(
+        "a text that a failed call has left half read goes on in recurrent layers",
+        "hf/announced_calls.py",
+        "                self.is_torn = True\n",
+        "                self.is_torn = False\n",
+        "test_errors.py",
+    ),
+    Mutant(
+        "recurrent layers remember a first prompt that was refused",
+        "hf/announced_calls.py",
+        "                self.reset_linear_layers()\n",
+        "                pass\n",
+        "test_errors.py",
+    ),
     # The plain store.
     Mutant(
         "the phase of an interval is not set back",

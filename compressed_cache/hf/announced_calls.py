@@ -69,8 +69,7 @@ class AnnouncedCalls(LinearLayers, Observed):
         Raises:
             ValueError: a call before failed half way.
         """
-        if checks.has_linear_layers(model.config):
-            checks.check_whole(is_torn=self.is_torn)
+        checks.check_whole(is_torn=self.is_torn and checks.has_linear_layers(model.config))
         self.counter.expect()
         self.was_asked = False
         if self.needs_hidden_states:
