@@ -248,7 +248,8 @@ FAMILIES = (
         "RecurrentGemmaConfig",
         dict(block_types=["recurrent", "attention"], attention_window_size=WINDOW, lru_width=32),
         kinds=(LINEAR, SLIDING),
-        note=f"nothing is left to compress; eager only; {_NO_HISTORY}; {_NO_TURNS}",
+        note=f"nothing is left to compress; eager only; {_NO_HISTORY}; {_NO_TURNS}; no beams, "
+        "snapshots or rows left out: transformers keeps its recurrent state in the model",
         turns=False,
         compiles=False,
         compiles_layers=False,
