@@ -69,6 +69,9 @@ def ranking(agreements: dict[Cell, float], accuracies: dict[Cell, float]) -> str
         both.setdefault(cell[:3], []).append(cell)
     lines = []
     for (model, task, budget), cells in both.items():
+        # Two are always in an order.
+        if len(cells) < 3:
+            continue
         agreed, right = ([found[cell] for cell in cells] for found in (agreements, accuracies))
         result: Any = spearmanr(agreed, right)
         best = (cells[values.index(max(values))][3] for values in (agreed, right))

@@ -55,7 +55,8 @@ def test_answers_are_compared_problem_by_problem(tmp_path: Path) -> None:
 def test_policies_are_ranked_where_both_were_measured() -> None:
     agreed = {("m", "t", 32, name): share for name, share in zip("abcd", (9, 8, 7, 6), strict=True)}
     accuracies = {("m", "t", 32, name): share for name, share in zip("abc", (5, 6, 1), strict=True)}
-    *_, line = answers.ranking(agreed, accuracies | {("m", "t", 64, "a"): 1}).splitlines()
+    alone = ("m", "t", 64, "a")
+    *_, line = answers.ranking({**agreed, alone: 1}, {**accuracies, alone: 1}).splitlines()
     assert line == "| m | `t` | 32 | 3 | 0.50 | `a` | `b` | 100 to 600 |"
 
 
