@@ -311,7 +311,6 @@ def test_processors_and_criteria_of_the_user(model: Any, plain_loops: list[str])
         ("_beam_search", dict(num_beams=3)),
         ("_beam_search", dict(num_beams=3, do_sample=True)),
         ("_sample", dict(return_dict_in_generate=True, output_scores=True)),
-        ("_sample", dict(synced_gpus=False, use_cache=False)),
         ("_assisted_decoding", dict(prompt_lookup_num_tokens=3)),
     ],
 )
