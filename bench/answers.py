@@ -7,10 +7,8 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from compressed_cache.eval.results.comparison import compare
-from compressed_cache.eval.results.row import Result, read
+from compressed_cache.eval.results.row import Measured, Result, read
 from compressed_cache.wording import markdown
-
-FOLDER = Path(__file__).resolve().parent / "results" / Result.measure
 
 
 def answers(path: Path) -> list[Result]:
@@ -31,9 +29,7 @@ def accuracy(folder: Path) -> str:
 def _table(rows: Sequence[Result], budget: int) -> str:
     one = rows[0]
     caption = (
-        f"**{one.model}**, {one.task}, {one.documents} problems, {budget} slots; torch "
-        f"{one.versions['torch']}, transformers {one.versions['transformers']}, "
-        f"{one.machine['device']}, {one.machine.get('dtype', 'dtype unknown')}."
+        f"**{one.model}**, {one.task}, {one.documents} problems, {budget} slots; {conditions(one)}."
     )
     lines = [
         [
@@ -49,6 +45,14 @@ def _table(rows: Sequence[Result], budget: int) -> str:
     ]
     header = ["policy", "right, %", "tokens", "cut off, %", "to full, points", "to random, points"]
     return caption + "\n\n" + markdown(header, lines)
+
+
+def conditions(row: Measured) -> str:
+    """With what a row was measured."""
+    return (
+        f"torch {row.versions['torch']}, transformers {row.versions['transformers']}, "
+        f"{row.machine['device']}, {row.machine.get('dtype', 'dtype unknown')}"
+    )
 
 
 def _against(rows: Sequence[Result], row: Result, other: str) -> str:

@@ -104,11 +104,9 @@ def _keep(folder: Path, measure: str, rows: str) -> None:
     if not found:
         return
     named = [dataclasses.replace(row, model=Path(row.model).name) for row in found]
-    path = (
-        RESULTS
-        / measure
-        / (f"{named[0].model}-{named[0].task}-{rows.replace(':', '-')}-{folder.name}.jsonl")
-    )
+    one = named[0]
+    name = f"{one.model}-{one.task}-{rows.replace(':', '-')}-{folder.name}.jsonl"
+    path = RESULTS / measure / name
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = read(path) if path.exists() else []
     path.write_text("".join(row.to_json() + "\n" for row in extended(earlier, named)))

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import answers, markers
-from compressed_cache.eval.results.row import Agreement, read
+from compressed_cache.eval.results.row import Agreement, Result, read
 from compressed_cache.wording import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 FOLDER = RESULTS / Agreement.measure
+ACCURACY = RESULTS / Result.measure
 LOOKUPS = RESULTS / "lookups.jsonl"
 DRAFTS = RESULTS / "drafts.jsonl"
 DRAFT_FAMILIES = RESULTS / "draft-families.jsonl"
@@ -31,7 +32,7 @@ def filled(text: str) -> str:
     """The page with its tables as they are to be."""
     for name, table in (
         ("agreement", agreement(FOLDER)),
-        ("accuracy", answers.accuracy(answers.FOLDER)),
+        ("accuracy", answers.accuracy(ACCURACY)),
         (
             "ranking",
             answers.ranking(_agreed([SHIPPED, *FOLDER.glob("*.jsonl")]), _right(HARNESS)),
@@ -63,13 +64,11 @@ def _table(rows: Sequence[Agreement]) -> str:
     budgets = sorted({row.budget for row in rows if row.budget is not None})
     found = {(row.policy, row.budget): row for row in rows}
     one = rows[0]
-    versions = one.versions
     late = {row.budget: row.late_positions for row in rows}
     caption = (
         f"**{one.model}** (weights {one.weights}), {one.task}, {one.documents} texts of "
-        f"{one.text_tokens:.0f} tokens behind prompts of {one.prompt_tokens:.0f}; torch "
-        f"{versions['torch']}, transformers {versions['transformers']}, "
-        f"{one.machine['device']}, {one.machine.get('dtype', 'dtype unknown')}. Late positions: "
+        f"{one.text_tokens:.0f} tokens behind prompts of {one.prompt_tokens:.0f}; "
+        f"{answers.conditions(one)}. Late positions: "
         + ", ".join(f"{late[budget]:,} at {budget}" for budget in budgets)
         + ". Read again, the full cache agrees with itself at "
         + " to ".join(sorted({f"{x.early_agreement:.1%}" for x in rows if x.policy == "full"}))
@@ -223,7 +222,7 @@ def _right(harness: Path) -> dict[answers.Cell, float]:
     """Accuracies of the shipped model and of those that others trained."""
     rows = json.loads(harness.read_text())["rows"]
     found = {("shipped", x["task"], x["budget"], x["policy"]): x["accuracy"] for x in rows}
-    for path in answers.FOLDER.glob("*.jsonl"):
+    for path in ACCURACY.glob("*.jsonl"):
         for row in answers.answers(path):
             if row.budget is not None:
                 found[row.model, row.task, row.budget, row.name] = row.accuracy

@@ -1,6 +1,7 @@
 """Linear attention, for models that mix it with the other kind."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -88,15 +89,13 @@ class LinearLayers(Cache):
 
     def reset_linear_layers(self) -> None:
         """Forgets what the linear-attention layers have read."""
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionLayer):
-                layer.reset()
+        for layer in self._linear_layers():
+            layer.reset()
 
     def reorder_linear_layers(self, rows: Any) -> None:
         """Keeps the given rows of the states of all linear-attention layers."""
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionLayer):
-                layer.reorder_cache(rows)
+        for layer in self._linear_layers():
+            layer.reorder_cache(rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"layers": [detached(layer) for layer in self.layers]}
@@ -104,16 +103,18 @@ class LinearLayers(Cache):
     @property
     def is_recurrent(self) -> bool:
         """Whether there are linear-attention layers, as far as the model has asked for one yet."""
-        return any(isinstance(layer, LinearAttentionLayer) for layer in self.layers)
+        return any(True for _ in self._linear_layers())
 
     @property
     def linear_nbytes(self) -> int:
         """Bytes of the states of all linear-attention layers."""
-        layers = [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
         held: list[Tensor | None] = []
-        for layer in layers:
+        for layer in self._linear_layers():
             held += [*layer.conv_states.values(), *layer.recurrent_states.values()]
         return sum(state.nbytes for state in held if state is not None)
+
+    def _linear_layers(self) -> Iterator[LinearAttentionLayer]:
+        return (layer for layer in self.layers if isinstance(layer, LinearAttentionLayer))
 
     def _held(self, state: Tensor | None) -> Tensor | None:
         """A state that is asked for, which only the second call of a model finds."""
