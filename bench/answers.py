@@ -29,7 +29,8 @@ def accuracy(folder: Path) -> str:
 def _table(rows: Sequence[Result], budget: int) -> str:
     one = rows[0]
     caption = (
-        f"**{one.model}**, {one.task}, {one.documents} problems, {budget} slots; {conditions(one)}."
+        f"**{one.model}** (weights {one.weights}), {one.task}, {one.documents} problems, "
+        f"{budget} slots; {conditions(one)}."
     )
     lines = [
         [

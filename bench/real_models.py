@@ -120,14 +120,16 @@ def extended(earlier: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """
     texts = {_texts(row) for row in (*earlier, *new)}
     if len(texts) > 1:
-        raise ValueError(f"rows must be of the same texts, got {sorted(texts)}. Use another --out")
+        raise ValueError(
+            f"rows must be of the same texts, got {sorted(texts, key=str)}. Use another --out"
+        )
     return list({_cell(row): row for row in (*earlier, *new)}.values())
 
 
 def _texts(row: Row) -> tuple[object, ...]:
     if isinstance(row, Agreement):
         return row.weights, row.documents, row.text_tokens
-    return tuple(sorted(row.scores))
+    return row.weights, *sorted(row.scores)
 
 
 def _cell(row: Row) -> str:

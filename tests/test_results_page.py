@@ -60,8 +60,10 @@ def test_policies_are_ranked_where_both_were_measured() -> None:
     assert line == "| m | `t` | 32 | 3 | 0.50 | `a` | `b` | 100 to 600 |"
 
 
-def test_answers_to_other_problems_are_refused() -> None:
+def test_answers_to_other_problems_or_of_another_model_are_refused() -> None:
     row = right("h2o", 32, 1)
     other = dataclasses.replace(row, correct=dict.fromkeys("xyz", 1.0))
-    with pytest.raises(ValueError, match=r"same texts"):
-        extended([row], [other])
+    of_another = dataclasses.replace(row, weights="0" * 16)
+    for one in (other, of_another):
+        with pytest.raises(ValueError, match=r"same texts"):
+            extended([row], [one])

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from compressed_cache.__main__ import main
 from compressed_cache.eval.options import parse
 from compressed_cache.eval.results.row import FILE, Result, append, from_json, read
+from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import metrics
 from tests.results import make_result, typed
 
@@ -754,6 +756,7 @@ def test_a_bad_cell_is_recorded_with_its_error_and_the_rest_go_on(
     assert (found.task, found.model, found.documents) == (EASY, "shipped", 2)
     assert (found.tokens, found.truncated, found.evicted_tokens) == (30, 1, 0)
     assert found.tokens_per_s > 0 and found.cache_bytes > 0 and found.machine["dtype"] == "float32"
+    assert found.weights == loaded.digest(AutoModelForCausalLM.from_pretrained(MODEL_PATH))
     assert "1 of 2 cells failed" in captured.err
     assert "reasoning_gsm8k.full.0: failed, ValueError: " in captured.out
     failed = tmp_path / "sweep" / "cells" / "reasoning_gsm8k.full.0"

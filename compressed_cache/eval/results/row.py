@@ -108,6 +108,8 @@ class Result(Measured):
     """What the harness calls the score: metric and filter."""
     drafts: dict[str, float | None] | None = None
     """What drafting brought, as ``DraftStatistics.to_json`` has it; None: nothing was drafted."""
+    weights: str | None = None
+    """Of the model's weights in its dtype: a digest. None: the row is of before this was kept."""
 
     @property
     def scores(self) -> dict[str, float]:
@@ -127,7 +129,7 @@ class Agreement(Measured):
     measure: ClassVar[str] = "agreement"
 
     weights: str
-    """Of the model's weights: a digest."""
+    """Of the model's weights in its dtype: a digest."""
     prompt_tokens: float
     """Per document."""
     text_tokens: float

@@ -61,6 +61,7 @@ def measure(plan: Plan, group: Group) -> list[Finished | Exception]:
         machine=loaded.machine(model.model),
         given=plan.given(cell.setting),
         setting=cell.setting,
+        weights=loaded.digest(model.model),
     )
     return [Finished(result, samples)]
 
