@@ -1,4 +1,4 @@
-"""Accuracy of every policy, and of modifiers behind one, on the problems of the demo.
+"""Accuracy of every policy, and of modifiers after one, on the problems of the demo.
 
     python -m bench.catalogue
 

@@ -41,7 +41,7 @@ class Drafts:
     batch: int
     drafts: int
     endless: bool
-    """Whether texts go on behind their end."""
+    """Whether texts go on after their end."""
     refresh: int | None
     """As for ``lossless``."""
     texts: int
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512, help="of a text, at most")
-    parser.add_argument("--endless", action="store_true", help="texts go on behind their end")
+    parser.add_argument("--endless", action="store_true", help="texts go on after their end")
     parser.add_argument("--drafts", type=int, default=4)
     parser.add_argument("--refresh", type=int, help="as for lossless")
     parser.add_argument("--budgets", default="96")

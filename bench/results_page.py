@@ -67,7 +67,7 @@ def _table(rows: Sequence[Agreement]) -> str:
     late = {row.budget: row.late_positions for row in rows}
     caption = (
         f"**{one.model}** (weights {one.weights}), {one.task}, {one.documents} texts of "
-        f"{one.text_tokens:.0f} tokens behind prompts of {one.prompt_tokens:.0f}; "
+        f"{one.text_tokens:.0f} tokens after prompts of {one.prompt_tokens:.0f}; "
         f"{answers.conditions(one)}. Late positions: "
         + ", ".join(f"{late[budget]:,} at {budget}" for budget in budgets)
         + ". Read again, the full cache agrees with itself at "

@@ -19,7 +19,7 @@ from compressed_cache.ops.tokens import Sizes
 from compressed_cache.policies.base import Policy
 from compressed_cache.policies.budgets import to_budget
 from compressed_cache.policies.eviction_config import EvictionConfig
-from compressed_cache.policies.registry import make_policy, split_name
+from compressed_cache.policies.registry import as_policy, make_policy, split_name
 from compressed_cache.policies.relative_budget import UNKNOWN, RelativeBudget
 from compressed_cache.step_counter import StepCounter
 from compressed_cache.stores.bound_policy import copied
@@ -130,7 +130,8 @@ class Snapshot:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a file of something else, or of another version of the format.
+            ValueError: a file of something else, of another policy, or of another version of the
+                format.
         """
         with opened(path, device=str(device)) as file:
             found = file.metadata() or {}
@@ -148,6 +149,10 @@ class Snapshot:
                     f"{str(path)!r} was saved with a policy of your own. Pass it as policy="
                 ) from None
             policy = make_policy(found["policy"], **json.loads(found["options"]))
+        policy = as_policy(policy, {})
+        saved = f"{found['policy']!r} {found['options']}"
+        if (given := f"{policy.label!r} {json.dumps(policy.options)}") != saved:
+            raise ValueError(f"policy must be that of {str(path)!r}, {saved}, got {given}")
         layers = tuple(
             described and _described_state(described, _part(tensors, f"{index}."))
             for index, described in enumerate(json.loads(found["layers"]))
@@ -233,7 +238,8 @@ class Snapshots(LinearLayers, Observed):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a file of something else, or of another version of the format.
+            ValueError: a file of something else, of another policy, or of another version of the
+                format.
         """
         snapshot = Snapshot.load(path, policy=policy, device=device)
         make: Any = cls

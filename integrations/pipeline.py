@@ -181,7 +181,7 @@ class CompressedTextGenerationPipeline(Pipeline):
         return answers, measured.timing
 
     def _decoded(self, output: Tensor, text: Tensor) -> list[str]:
-        """What comes behind a text."""
+        """What comes after a text."""
         return self.tokenizer.batch_decode(output[:, text.shape[1] :], skip_special_tokens=True)
 
     def postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -20,7 +20,7 @@ class ReasoningTask(ConfigurableTask):
     Beside the harness's own keys, ``metadata`` knows: ``benchmark`` (which entry of
     :data:`BENCHMARKS`), ``hint`` (what to do if the hub refuses), ``steps`` (of the shipped model's
     problems). Users may give ``--metadata`` ``data_dir`` (a folder of local rows, NAME.jsonl),
-    ``rows`` (which of the documents in their order: ``"50:100"`` are those behind the first 50) and
+    ``rows`` (which of the documents in their order: ``"50:100"`` are those after the first 50) and
     ``repeats`` (replies per document, for avg@k and pass@k).
     """
 

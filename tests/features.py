@@ -36,7 +36,7 @@ EVERY = (*POLICIES, *COMBINATIONS)
 YES = "yes"
 BUDGET, PROMPT, NEW = 40, 48, 12
 QUESTION = 4
-"""Tokens behind a context that is read twice."""
+"""Tokens after a context that is read twice."""
 
 
 class Trial:

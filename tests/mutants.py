@@ -543,7 +543,7 @@ MUTANTS = (
         "test_masks.py -k 'attention_that_took_place'",
     ),
     Mutant(
-        "a mask hides what is behind a window by its columns",
+        "a mask hides what is after a window by its columns",
         "ops/masks.py",
         "shown = shown | (is_far & seen[1])",
         "shown = shown",
@@ -945,7 +945,7 @@ MUTANTS = (
         "test_cache.py -k 'protected_prompt and h2o'",
     ),
     Mutant(
-        "sinks that come behind a short prompt are overwritten",
+        "sinks that come after a short prompt are overwritten",
         "ops/eviction.py",
         "first + (step - first) % (num_slots - first)",
         "step % num_slots",
@@ -1788,7 +1788,7 @@ MUTANTS = (
         "test_lossless.py -k full_cache_holds",
     ),
     Mutant(
-        "a compiled call of the full cache writes behind its columns",
+        "a compiled call of the full cache writes after its columns",
         "hf/full_cache.py",
         "columns = torch.arange(length, length + tokens, device=self.real.device)",
         "columns = torch.arange(length + 1, length + 1 + tokens, device=self.real.device)",

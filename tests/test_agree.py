@@ -338,7 +338,7 @@ def test_the_command_measures_resumes_and_is_compared_and_reported(
     names = [f"{EASY}.{policy}.{b}.0" for policy in ("h2o", "random") for b in (48, 64)]
     assert groups == [[f"{EASY}.full.0"], names]
     printed = capsys.readouterr().out
-    assert re.search(r"full\.0: 3 texts of 40 tokens behind prompts of 40, 100\.0% agree", printed)
+    assert re.search(r"full\.0: 3 texts of 40 tokens after prompts of 40, 100\.0% agree", printed)
     assert re.search(
         r"h2o\.48\.0: 9\d\.\d% ± \d\.\d of \d+ late positions agree \(3 of 3 texts\), diverg",
         printed,

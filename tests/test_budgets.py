@@ -485,7 +485,7 @@ def test_a_pool_is_saved_and_its_rows_are_moved(name: str, tmp_path: Any) -> Non
     ("policy", "budget", "options", "message"),
     [
         ("keydiff+adakv", 16, {}, "whose scores are attention, such as 'snapkv.adakv'"),
-        ("snapkv+criticalkv+adakv", 16, {}, "Write 'adakv' right behind 'snapkv'"),
+        ("snapkv+criticalkv+adakv", 16, {}, "Write 'adakv' right after 'snapkv'"),
         ("h2o+adakv", 16, {"floor": 1.5}, "floor must be between 0 and 1, got 1.5"),
         ("h2o+adakv", [[8, 8], [8, 8]], {}, "shares the slots of a layer among its heads"),
         ("tova+adakv", 16, {}, "'tova.adakv' treats all heads"),

@@ -82,8 +82,9 @@ def test_a_press_is_understood_with_a_note(caplog: pytest.LogCaptureFixture) -> 
         assert CompressedCache("SnapKVPress+AdaKVPress", 64).policy.label == "snapkv+adakv"
     (note,) = caplog.messages
     assert note == (
-        "policy 'SnapKVPress+AdaKVPress' is 'snapkv+adakv' here, with options and defaults of its "
-        "own: `compressed-cache presses SnapKVPress` shows those of the press"
+        "policy 'SnapKVPress+AdaKVPress' is taken for 'snapkv+adakv', with the defaults of "
+        "compressed-cache, not those of the press: `compressed-cache presses SnapKVPress` tells "
+        "which options make it the press"
     )
     caplog.clear()
     CompressedCache("SnapKV", 64)
@@ -111,7 +112,8 @@ def test_no_option_of_a_modifier_is_one_of_another_part() -> None:
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda: make_policy("caote"), ValueError, "works on another one.*'h2o\\+caote'"),
+        (lambda: make_policy("caote"), ValueError, "'caote' is a modifier of.*'h2o\\+caote'"),
+        (lambda: make_policy("AdaKVPress"), ValueError, "policy 'AdaKVPress' is a modifier of"),
         (lambda: make_policy("snapkv+h2o"), ValueError, "second scorer, 'h2o'.*Write '/'"),
         (lambda: make_policy("h2o/tova/rkv"), ValueError, "has 3 policies with '/'"),
         (lambda: make_policy("h2o+coate"), ValueError, "unknown modifier.*Did you mean 'caote'"),
@@ -302,7 +304,7 @@ def test_a_cache_of_a_combination_goes_on_from_a_file(
 
 @dataclass(frozen=True, kw_only=True)
 class Noting(Modifier):
-    """Notes the position of each token, which nobody revises, behind what its base notes."""
+    """Notes the position of each token, which nobody revises, after what its base notes."""
 
     name: ClassVar[str] = "noting"
 

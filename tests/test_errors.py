@@ -1,6 +1,7 @@
 """Every message a user can meet, word for word, and that the cache is still good after it."""
 
 import copy
+import functools
 import pickle
 import re
 from collections.abc import Callable
@@ -56,6 +57,17 @@ class Whole(Policy):
         return slots.values.float().sum(-1)
 
 
+class Bare(Policy):
+    power: float = 2.0
+
+    def scores(self, slots: Slots) -> torch.Tensor:
+        return slots.values.norm(p=self.power, dim=-1)
+
+
+class Scoreless(Policy):
+    pass
+
+
 CONSTRUCTOR = [
     (
         dict(policy="snapvk"),
@@ -69,6 +81,7 @@ CONSTRUCTOR = [
         TypeError,
         f"policy must be a name or a Policy object, got {SnapKV!r} (type). Write SnapKV()",
     ),
+    (dict(policy=Scoreless()), TypeError, "Scoreless must define scores(slots)"),
     # A slip that would fill the screen.
     (
         dict(policy=LlamaConfig()),
@@ -437,11 +450,6 @@ def test_a_policy_that_scores_by_what_it_did_not_ask_for_is_told(model: LlamaFor
         model(distinct_tokens(1, 20), past_key_values=CompressedCache(Forgetful(), 16))
 
 
-def test_a_policy_without_scores_says_so(model: LlamaForCausalLM) -> None:
-    with pytest.raises(NotImplementedError, match=r"Policy must define scores\(slots\)"):
-        model(distinct_tokens(1, 20), past_key_values=CompressedCache(Policy(), 16))
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -723,6 +731,9 @@ def test_files_that_are_not_a_saved_cache_are_refused(
     with pytest.raises(ValueError, match=r"saved with a policy of your own\. Pass it as policy="):
         CompressedCache.load(tmp_path / "own")
     assert CompressedCache.load(tmp_path / "own", policy=Whole()).get_seq_length() == 20
+    message = r"policy must be that of '.*own', 'Whole' \{\}, got 'snapkv' \{\"window\": 8, "
+    with pytest.raises(ValueError, match=message):
+        CompressedCache.load(tmp_path / "own", policy=SnapKV(window=8))
 
 
 def test_a_file_that_cannot_be_written_is_named_and_the_cache_stays(
@@ -745,6 +756,22 @@ def test_a_model_is_no_config(model: LlamaForCausalLM) -> None:
     assert str(error.value) == message
     with pytest.raises(TypeError, match=r"^config must be a model's config, got a str$"):
         CompressedCache("h2o", 64, config="some/model")  # type: ignore[arg-type]
+
+
+def test_a_policy_without_its_decorator_is_refused() -> None:
+    with pytest.raises(TypeError) as error:
+        Bare()
+    assert str(error.value) == (
+        "Bare.power is no option yet. Write @dataclass(frozen=True, kw_only=True) above the class"
+    )
+
+
+def test_a_class_is_no_cache(model: LlamaForCausalLM) -> None:
+    CompressedCache("h2o", 16)
+    ids, message = distinct_tokens(1, 20), r"^cache must be an object, got the class. Write Comp"
+    for call in (model, functools.partial(model.generate, max_new_tokens=2)):
+        with pytest.raises(TypeError, match=message):
+            call(ids, **cache_argument(CompressedCache))  # type: ignore[arg-type]
 
 
 def test_policy_objects_are_accepted(model: LlamaForCausalLM) -> None:

@@ -421,8 +421,8 @@ def test_generate_without_the_second_pass_is_refused(precise_model: LlamaForCaus
         ("kvzip", {"repeat_prompt": " "}, "repeat_prompt must not be empty, got ' '"),
         ("kvzip/h2o", {}, "'kvzip/h2o' cannot be used"),
         ("h2o/kvzip", {}, "'h2o/kvzip' cannot be used"),
-        ("kvzip+criticalkv", {}, "criticalkv cannot be written behind 'kvzip'.*Only 'adakv' can"),
-        ("kvzip+adakv+chunkkv", {}, "chunkkv cannot be written behind 'kvzip\\+adakv'"),
+        ("kvzip+criticalkv", {}, "criticalkv cannot be written after 'kvzip'.*Only 'adakv' can"),
+        ("kvzip+adakv+chunkkv", {}, "chunkkv cannot be written after 'kvzip\\+adakv'"),
     ],
 )
 def test_bad_policies_are_refused(name: str, options: Any, message: str) -> None:

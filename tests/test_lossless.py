@@ -253,7 +253,7 @@ def test_what_is_held_ends_where_the_text_does(model: Any, rows: int) -> None:
 def test_a_constraint_is_asked_of_no_other_text_than_by_generate(
     model: Any, rows: int, do_sample: bool
 ) -> None:
-    """It may have no answer behind the end of a row, nor to the text of another row."""
+    """It may have no answer after the end of a row, nor to the text of another row."""
     end, free = 399, range(20, 398)
     # Of two rows all drafts are right.
     answers = [[free] * 9 + [[end]], [[token] for token in (*range(9), end)], [[7], [end]]]
@@ -309,7 +309,7 @@ def test_a_text_that_is_broken_off_leaves_no_draft(model: Any, rows: int) -> Non
 
 
 class _Remembers(StoppingCriteria):
-    """Ends a batch when each row has had one of some tokens behind the prompt, of which it sees the
+    """Ends a batch when each row has had one of some tokens after the prompt, of which it sees the
     last three, as the stop sequences of lm_eval do."""
 
     def __init__(self, *tokens: int, rows: int, prompt: int) -> None:
@@ -686,7 +686,7 @@ def test_statistics_add_up(model: Any) -> None:
     assert statistics.tokens == 3 * 39
     assert 0 < statistics.accepted < statistics.drafted
     assert statistics.acceptance_rate == statistics.accepted / statistics.drafted
-    # Each verification brings a token beside the drafts; some are behind the end of a text.
+    # Each verification brings a token beside the drafts; some are after the end of a text.
     assert statistics.tokens <= statistics.row_verifications + statistics.accepted
     assert 1.0 < statistics.tokens_per_verification <= 5.0
     assert statistics.drafting_s > 0.0 and statistics.verifying_s > 0.0

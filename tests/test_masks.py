@@ -380,7 +380,7 @@ POLICIES_OF_ROWS = (*SLOT_POLICIES, *LAYOUTS_OF_ROWS)
 
 
 def _conversation() -> tuple[Tensor, Tensor]:
-    """Rows with left padding, answers padded behind their ends, and a second prompt padded too,
+    """Rows with left padding, answers padded after their ends, and a second prompt padded too,
     which the last row does not have at all."""
     ids, real = distinct_tokens(4, sum(CALLS)), torch.ones(4, sum(CALLS)).bool()
     for row, (first, second) in enumerate(ENDED):

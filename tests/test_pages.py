@@ -83,7 +83,7 @@ def test_a_combination_is_the_same_in_python_and_in_arguments() -> None:
     utils = pytest.importorskip("lm_eval.utils")
     text = (ROOT / "docs" / "index.md").read_text()
     (source,) = [code for code in PYTHON.findall(text) if "snapkv/h2o" in code]
-    (arguments,) = re.findall(r"```\n(kv_.*?)\n```", text, re.DOTALL)
+    (arguments,) = re.findall(r"--model_args pretrained=NAME,(kv_\S*)", text)
     names: dict[str, Any] = {"CompressedCache": CompressedCache}
     exec(source, names)
     press = take_press(utils.simple_parse_args_string(arguments))

@@ -228,9 +228,13 @@ def test_ctrl_c_ends_the_processes_of_a_demo_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prompt", [[], ["--prompt", "two plus two"]])
 def test_a_model_that_is_not_there_is_one_line(
-    prompt: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prompt: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["demo", "--model", "/nope", "--out", str(tmp_path), *prompt])
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--model", "/nope", *prompt])
     assert capsys.readouterr().err == "--model /nope: there is no folder '/nope'\n"
 
 
@@ -252,6 +256,7 @@ def test_a_policy_that_cannot_serve_a_prompt_is_a_dash_among_texts(
         (["--problems", "0"], "must be >= 1"),
         (["--budgets", "64,0"], "must be >= 1"),
         (["--prompt", "x"], "--prompt must come with --model"),
+        (["--model", "x", "--prompt", "x", "--out", "y"], "--out must come without --prompt"),
     ],
 )
 def test_bad_options_are_named(

@@ -17,7 +17,7 @@ from compressed_cache.eval.options import parse
 from compressed_cache.eval.results.row import FILE, Result, append, from_json, read
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.tasks import metrics
-from tests.results import make_result, typed
+from tests.results import make_agreement, make_result, typed
 
 pytest.importorskip("lm_eval")
 from compressed_cache.eval.sweep import accuracy, command, estimate, loaded, prompts, tasks
@@ -395,7 +395,7 @@ WRONG: dict[str, tuple[dict[str, str | None], list[str]]] = {
         {"policies": "kvzip", "budgets": "64"},
         [r"^kvzip at 64: 'kvzip' ranks a prompt by a second pass"],
     ),
-    "drafts behind a second pass": (
+    "drafts after a second pass": (
         {"policies": "kvzip:lossless=true", "budgets": "64"},
         [r"^kvzip:lossless=true at 64: 'kvzip' ranks a prompt by a second pass .* leave out"],
     ),
@@ -734,6 +734,16 @@ def test_ray_is_asked_for_where_it_is_missing(
     (line,) = capsys.readouterr().err.splitlines()
     assert line == missing("ray", "cluster")
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_cell_says_that_nothing_was_evicted_or_nothing_differed() -> None:
+    cell = PLAN.cells()[0]
+    warning = ", NOTHING WAS EVICTED, no prompt and text is longer than the budget of 64"
+    assert command._told(cell, make_result(evicted_tokens=0.0)).endswith(warning)
+    for row in (make_result(), make_result(budget=None, evicted_tokens=0.0)):
+        assert "EVICTED" not in command._told(cell, row)
+    assert ", first difference after 30 tokens, " in command._told(cell, make_agreement())
+    assert ", no difference, " in command._told(cell, make_agreement(identical=1.0))
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ DECODED = 96
 NEEDS_STATISTICS = ("qfilter", "expected_attention", "duo_attention")
 """What is given statistics of the model."""
 SUFFIX = " [A]"
-"""What the chat template puts behind a text."""
+"""What the chat template puts after a text."""
 WORDINGS = {
     "repeat_prompt": "\n\nRepeat the previous context exactly.",
     "repeat_from_prompt": "\n\nRepeat the part of the previous context exactly, starting with",
@@ -101,7 +101,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # kvpress repeats what comes behind the start of the template: as long as the sinks are here.
+    # kvpress repeats what comes after the start of the template: as long as the sinks are here.
     template = "[Q] {{ messages[0]['content'] }}" + SUFFIX
     return PreTrainedTokenizerFast(tokenizer_object=tokens, chat_template=template)
 

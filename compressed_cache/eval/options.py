@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_sweep_options(
         add(
             "sweep",
-            "lm_eval for many tasks, policies, budgets and seeds; goes on where it was",
+            "lm_eval for many tasks, policies, budgets and seeds; resumes where it stopped",
             "Each combination is a cell and gives a row of results.jsonl in the folder.",
         )
     )
@@ -95,11 +95,11 @@ def make_parser() -> argparse.ArgumentParser:
         add(
             "agree",
             "how often policies would say what the full cache says; needs no right answers",
-            "The full cache writes the most likely token again and again behind each prompt, once. "
-            "Then each policy reads these texts token by token, and what it would have said next "
-            "is compared with what the full cache says there. Late positions are those where "
+            "The full cache first decodes greedily after each prompt. Then each policy reads these "
+            "texts token by token, and what it would have said next is compared with what the full "
+            "cache says there. Late positions are those where "
             "prompt and text so far are longer than the budget. The folder is that of a sweep: "
-            "killed, it goes on where it was, and compare and report read it.",
+            "killed, it resumes where it stopped, and compare and report read it.",
         )
     )
     compare = add(
@@ -330,8 +330,8 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     )
     add(
         "--out",
-        default="demo_results",
-        help="folder for demo.json and demo.png (default: %(default)s)",
+        help="folder for demo.json and demo.png, or with --model the folder of agree (default: "
+        "demo_results); nothing is written with --prompt",
     )
     add(
         "--model",

@@ -130,8 +130,11 @@ def install() -> None:
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
     """The compressed cache among arguments, by either name of it; None where there is none."""
-    found = (arguments.get(name) for name in ("cache", "past_key_values"))
-    return next((cache for cache in found if is_compressed(cache)), None)
+    given = (arguments.get(name) for name in ("cache", "past_key_values"))
+    found = next((cache for cache in given if is_compressed(cache)), None)
+    if isinstance(found, type):
+        raise TypeError(f"cache must be an object, got the class. Write {found.__name__}()")
+    return found
 
 
 def is_compressed(value: Any) -> bool:

@@ -28,6 +28,7 @@ _FORMS = {
 }
 _IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", *(f"flash_attention_{n}" for n in (2, 3, 4)))
 _RESET = "Call cache.reset() or use a new CompressedCache."
+_NEW_TEXT = "For a new text, call cache.reset() or use a new CompressedCache."
 
 
 def check_states(held: Sizes | None, keys: Tensor, values: Tensor) -> None:
@@ -54,7 +55,7 @@ def check_batch(held: int, rows: int) -> None:
     if repeats > 1 and not rest:
         remedy = (
             f"For {repeats} beams or texts of each row, call "
-            f"cache.batch_repeat_interleave({repeats}) before. For a new text: {_RESET}"
+            f"cache.batch_repeat_interleave({repeats}) before. {_NEW_TEXT}"
         )
     raise ValueError(f"batch size must stay {held} until the cache is reset, got {rows}. {remedy}")
 
@@ -206,7 +207,8 @@ def check_text(seen: int, tokens: int) -> None:
     if seen and tokens <= seen:
         raise ValueError(
             f"the text must begin with the {seen} tokens the cache has seen (padding included) and "
-            f"be longer, got {tokens}. For a new text: {_RESET}"
+            f"be longer, got {tokens}. To go on, pass the text so far and what is new. "
+            f"{_NEW_TEXT}"
         )
 
 
@@ -225,7 +227,7 @@ def check_mask(attention_mask: Tensor, seen: int, tokens: int) -> None:
     if width < seen + tokens:
         raise ValueError(
             f"attention_mask must cover the {seen} tokens the cache has seen (padding included) "
-            f"and {tokens} new ones, got {width} columns. For a new text: {_RESET}"
+            f"and {tokens} new ones, got {width} columns. {_NEW_TEXT}"
         )
 
 

@@ -149,7 +149,7 @@ class Columns:
         if known is None:
             known = next_position.new_empty(len(next_position), 0, dtype=torch.bool)
         known = known[:, :seen].to(next_position.device)
-        # A row that ended is padded behind its last token.
+        # A row that ended is padded after its last token.
         later = torch.arange(seen - known.shape[1], device=known.device)
         return torch.cat([known, later < (next_position - known.sum(dim=1))[:, None]], dim=1)
 

@@ -163,7 +163,7 @@ def _decode(
                 if padding is not None:
                     padding.write(real)
             outputs = forward(**inputs, return_dict=True)
-            # Asked behind the step, so that the device has work while the host waits. And alone or
+            # Asked after the step, so that the device has work while the host waits. And alone or
             # beside longer ones, a row has read the token that ended it.
             if asks and any(told.read()):
                 break

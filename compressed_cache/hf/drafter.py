@@ -58,7 +58,7 @@ class Drafter:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """The text is written in it. However that ends, the cache holds no draft behind it."""
+        """The text is written in it. However that ends, the cache holds no draft after it."""
         try:
             yield
         finally:
@@ -134,7 +134,7 @@ class Drafter:
 
     def _end(self) -> None:
         """Leaves the cache as other loops do: the columns of a row that ended before others are
-        padding behind it."""
+        padding after it."""
         cache = self.cache
         surplus = cache.get_seq_length() - self._columns - max(self._reads)
         if surplus:

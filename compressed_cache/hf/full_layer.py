@@ -22,7 +22,7 @@ class FullLayer(CacheLayerMixin):
     Attributes:
         length: columns in use.
         columns: ``[L]`` int64, where a call that keeps its shapes writes, which then attends over
-            all memory; None: behind what is in use, and over that only.
+            all memory; None: after what is in use, and over that only.
         read: the last call, ``real`` in all rows; None before the first that the model made.
     """
 
@@ -157,7 +157,7 @@ class FullLayer(CacheLayerMixin):
 
     def _allocate(self, keys: Tensor, values: Tensor, tokens: int) -> None:
         columns = few_sizes(tokens, self.longest)
-        # Columns behind the text are masked, which NaN would survive.
+        # Columns after the text are masked, which NaN would survive.
         keys, values = (x.new_zeros(*x.shape[:2], columns, x.shape[3]) for x in (keys, values))
         self._memory = keys, values
         for memory in self._memory:

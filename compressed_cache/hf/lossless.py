@@ -362,7 +362,7 @@ class _Loop:
         statistics.tokens += sum(taken)
         statistics.row_verifications += len(grown)
         statistics.drafted += count * len(grown)
-        # Some may be behind the end of the text.
+        # Some may be after the end of the text.
         statistics.accepted += sum(map(min, accepted, taken))
         statistics.drafting_s += drafting_s
         statistics.verifying_s += verifying_s
@@ -395,7 +395,7 @@ class _Loop:
         positions = first + read + torch.arange(tokens, device=device)
         if math.isinf(self.texts.longest):
             return positions
-        # A model may have no position behind the longest text.
+        # A model may have no position after the longest text.
         return torch.minimum(positions, first + int(self.texts.longest) - self.prompt - 1)
 
     def _now(self) -> float:

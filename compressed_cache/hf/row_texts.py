@@ -30,7 +30,7 @@ class RowTexts:
     """Texts as plain ``generate`` would write them, whatever is known of each row so far.
 
     Processors and criteria are shown the whole batch with as many tokens as plain ``generate``
-    would show, and what they say counts for those rows that have so many. What would be behind the
+    would show, and what they say counts for those rows that have so many. What would be after the
     end of a row is shown to no processor, nor to a ``prefix_allowed_tokens_fn`` any other row than
     these, since they may refuse what plain ``generate`` would never ask about.
 
@@ -96,7 +96,7 @@ class RowTexts:
         return self.ids.gather(1, self._at(-1))
 
     def propose(self, tokens: Tensor, offset: int) -> None:
-        """Writes tokens ``[B, 1]`` behind those there are and ``offset`` proposed ones."""
+        """Writes tokens ``[B, 1]`` after those there are and ``offset`` proposed ones."""
         self._reserve(offset + 1)
         self.ids.scatter_(1, self._at(offset), tokens)
 
@@ -104,7 +104,7 @@ class RowTexts:
         """The scores of the next tokens.
 
         Args:
-            logits: ``[B, n, V]``, those of the model behind ``offset`` proposed tokens and more.
+            logits: ``[B, n, V]``, those of the model after ``offset`` proposed tokens and more.
             offset: tokens proposed before.
 
         Returns:
@@ -186,8 +186,8 @@ class RowTexts:
         return self._padded(self.ids[:, :width])
 
     def _wanted(self, count: int, offset: int) -> list[int]:
-        """Of ``count`` scores behind ``offset`` proposed tokens and more, how many of each row are
-        processed: where that may be refused, none behind the end of its text."""
+        """Of ``count`` scores after ``offset`` proposed tokens and more, how many of each row are
+        processed: where that may be refused, none after the end of its text."""
         if not self._may_refuse:
             return [count] * len(self.lengths)
         rows = zip(self.lengths, self.growing, strict=True)
@@ -217,7 +217,7 @@ class RowTexts:
         return index[:, None] + offset
 
     def _by_width(self, counts: Sequence[int], first: int) -> list[tuple[int, list[int]]]:
-        """The rows that have something at each width, from ``first`` tokens behind their own on."""
+        """The rows that have something at each width, from ``first`` tokens after their own on."""
         found: dict[int, list[int]] = {}
         for row, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
             for token in range(count):

@@ -17,7 +17,7 @@ class Verifier:
     """Reads tokens with all keys and values, in calls that are compiled where drafts are.
 
     Of these there are two: one with a single token, and one with as many as are ever drafted, in
-    which fewer are padded behind, since a number of tokens that changes would be a graph each time.
+    which fewer are padded, since a number of tokens that changes would be a graph each time.
 
     Args:
         model: the model.

@@ -130,7 +130,7 @@ def next_victims(
 
     Lowest score first. Should these not suffice, the tokens that are protected as recent follow,
     the oldest first: by then they are recent no more. Then it starts over, for the same reason, but
-    behind the slots of tokens that are below the prefix themselves.
+    after the slots of tokens that are below the prefix themselves.
 
     Args:
         scores: ``[B, H, S]`` float32 with protection applied.

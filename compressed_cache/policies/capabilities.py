@@ -77,7 +77,7 @@ class ObservesQueries(Protocol):
     """Keeps what it makes of the queries of the first prompt, of each row and query head."""
 
     def query_state_shapes(self, dim: int) -> Mapping[str, tuple[int, ...]]:
-        """By name the shapes behind ``[B, H, G]`` of what is kept, ``D = dim``; empty: nothing."""
+        """By name the shapes after ``[B, H, G]`` of what is kept, ``D = dim``; empty: nothing."""
         ...
 
     def observe_queries(
@@ -276,7 +276,7 @@ class HasLazyLayers(Protocol):
 
 
 class Repetition(NamedTuple):
-    """A part of a context that a model reads once more, behind all of it."""
+    """A part of a context that a model reads once more, after all of it."""
 
     start: int
     """Position of its first token."""

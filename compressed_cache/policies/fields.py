@@ -1,6 +1,7 @@
 """The fields of a policy: its options, of simple types, and the policies it is made of."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 from compressed_cache.wording import shown
@@ -15,7 +16,16 @@ _PARTS = ("base", "prompt", "decoding")
 
 
 def check_fields(policy: Any) -> None:
-    """Raises ``TypeError`` where a field of a simple type has a value of another."""
+    """Raises ``TypeError`` for a value of another type, and for what only looks like a field."""
+    of = type(policy)
+    own = {
+        name for name, kind in inspect.get_annotations(of).items() if "ClassVar" not in str(kind)
+    }
+    if left := own - {field.name for field in dataclasses.fields(policy)}:
+        raise TypeError(
+            f"{of.__name__}.{min(left)} is no option yet. Write "
+            "@dataclass(frozen=True, kw_only=True) above the class"
+        )
     for field in dataclasses.fields(policy):
         value = getattr(policy, field.name)
         # With postponed annotations the type of a field is its name.

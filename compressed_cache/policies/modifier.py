@@ -24,7 +24,7 @@ from compressed_cache.wording import shown
 class Modifier(Policy):
     """Changes what another policy says, or what the cache does with it.
 
-    Written behind the other policy, ``"snapkv+chunkkv"``, or around it,
+    Written after the other policy, ``"snapkv+chunkkv"``, or around it,
     ``ChunkKV(base=SnapKV())``. It overrides :meth:`scores`, or has a capability; everything else is
     looked up in its base.
 
@@ -82,7 +82,7 @@ class Modifier(Policy):
             )
         if find(self.base, ReadsTwice) and not isinstance(self, SharesSlots):
             raise ValueError(
-                f"{self.name} cannot be written behind {self.base.label!r}, whose scores are of a "
+                f"{self.name} cannot be written after {self.base.label!r}, whose scores are of a "
                 "second pass over the prompt. Only 'adakv' can."
             )
         bound = [part.name for part in self.parts if _needs_whole_keys(part)]

@@ -77,9 +77,7 @@ class PrefillDecode(Policy):
                 "all heads in the other. Both must do the one or the other."
             )
         if any(find(part, MergesValues) for part in both):
-            raise ValueError(
-                f"{self.label!r} must merge in both phases: write 'merging' behind it."
-            )
+            raise ValueError(f"{self.label!r} must merge in both phases: write 'merging' after it.")
         shared = dict(self.prompt.options)
         for name, value in self.decoding.options.items():
             if shared.setdefault(name, value) != value:

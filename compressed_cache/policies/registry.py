@@ -3,6 +3,7 @@
 import functools
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from compressed_cache.policies.base import Policy
@@ -157,6 +158,8 @@ def as_policy(policy: Any, options: dict[str, Any]) -> Policy:
         got = shown(policy) if len(repr(policy)) < 80 else kind
         hint = f". Write {kind}()" if isinstance(policy, type) else ""
         raise TypeError(f"policy must be a name or a Policy object, got {got}{hint}")
+    if policy.evicts and type(policy).scores is Policy.scores:
+        raise TypeError(f"{type(policy).__name__} must define scores(slots)")
     if options:
         raise TypeError(
             "policy options must be given to the policy object itself, got "
@@ -177,7 +180,7 @@ def option_names(name: str) -> list[str]:
 
 def canonical_name(name: str) -> str:
     """A name written as for :func:`make_policy`, as tables and results have it; unknown parts of it
-    and what stands behind a colon stay as they are."""
+    and what stands after a colon stay as they are."""
     policy, colon, options = name.partition(":")
     scorers, modifiers = _parts(policy)
     return "+".join(["/".join(scorers), *modifiers]) + colon + options
@@ -193,13 +196,11 @@ def split_name(name: str) -> tuple[list[str], list[str]]:
     for part in scorers:
         if part in MODIFIERS:
             raise ValueError(
-                f"policy {part!r} works on another one. Write it behind that, e.g. 'h2o+{part}'."
+                f"policy {name!r} is a modifier of another one. Write it after that, e.g. "
+                f"'h2o+{part}'."
             )
         if part not in POLICIES:
-            raise ValueError(
-                f"unknown policy {part!r}, expected one of {listing(POLICIES)}"
-                f"{nearest(part.lower(), POLICIES)}{_told_by(part)}"
-            )
+            raise ValueError(f"unknown policy {part!r}{_expected(part, POLICIES)}")
     if len(scorers) > 2:
         raise ValueError(
             f"policy {name!r} has {len(scorers)} policies with '/' between them, expected one for "
@@ -208,13 +209,12 @@ def split_name(name: str) -> tuple[list[str], list[str]]:
     for part in modifiers:
         if part in POLICIES:
             raise ValueError(
-                f"policy {name!r} has a second scorer, {part!r}, behind '+'. Write '/' to have one "
+                f"policy {name!r} has a second scorer, {part!r}, after '+'. Write '/' to have one "
                 "for the prompt and one for decode steps."
             )
         if part not in MODIFIERS:
             raise ValueError(
-                f"unknown modifier {part!r} in policy {name!r}, expected one of "
-                f"{listing(MODIFIERS)}{nearest(part.lower(), MODIFIERS)}{_told_by(part)}"
+                f"unknown modifier {part!r} in policy {name!r}{_expected(part, MODIFIERS)}"
             )
     return scorers, modifiers
 
@@ -237,11 +237,11 @@ def _key(part: str) -> str:
     return part
 
 
-def _told_by(part: str) -> str:
-    """A further sentence for a press that has no namesake here, or nothing."""
-    if not part.lower().endswith(_PRESS):
-        return ""
-    return f". `compressed-cache presses {part}` tells what to type here for this press"
+def _expected(part: str, known: Mapping[str, Any]) -> str:
+    """What to type in place of an unknown name."""
+    if part.lower().endswith(_PRESS):
+        return f". `compressed-cache presses {part}` tells what to type for this press"
+    return f", expected one of {listing(known)}{nearest(part.lower(), known)}"
 
 
 @functools.cache
@@ -250,8 +250,8 @@ def _note_presses(name: str) -> None:
     presses = [one for one in re.split(r"[/+]", name) if one.lower().endswith(_PRESS)]
     if presses:
         logger.warning(
-            "policy %r is %r here, with options and defaults of its own: "
-            "`compressed-cache presses %s` shows those of the press",
+            "policy %r is taken for %r, with the defaults of compressed-cache, not those of the "
+            "press: `compressed-cache presses %s` tells which options make it the press",
             *(name, canonical_name(name), presses[0]),
         )
 

@@ -151,7 +151,7 @@ class BoundPolicy:
     def observe_queries(
         self, state: Mapping[str, Tensor], queries: Tensor, positions: Tensor
     ) -> Mapping[str, Tensor]:
-        """What the policy makes of queries ``[B, H, G, L, D]`` after those behind ``state``."""
+        """What the policy makes of queries ``[B, H, G, L, D]`` that follow those of ``state``."""
         if self.query_observer is None or not state:
             return {}
         return self.query_observer.observe_queries(state, queries, positions, self.constants)

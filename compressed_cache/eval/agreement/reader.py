@@ -31,12 +31,12 @@ class Reader:
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
 
     def prompt(self, ids: Tensor) -> Tensor:
-        """The logits ``[B, V]`` behind the prompts ``[B, L]``."""
+        """The logits ``[B, V]`` after the prompts ``[B, L]``."""
         mask = self._mask[:, : self._seen]
         return self._logits(ids, (mask.cumsum(dim=1) - 1).clamp(min=0))
 
     def step(self, tokens: Tensor) -> Tensor:
-        """The logits ``[B, V]`` behind one more token of each row ``[B]``."""
+        """The logits ``[B, V]`` after one more token of each row ``[B]``."""
         self._seen += 1
         logits = self._logits(tokens[:, None], self._position)
         self._position = self._position + 1

@@ -69,7 +69,7 @@ def summary(documents: Sequence[Document]) -> dict[str, Any]:
         **_mean("agreement", agreements.values()),
         **_mean("divergence", [fmean(one.divergence[one.late :]) for one in late]),
         **_mean("lost", [fmean(one.lost[one.late :]) for one in late]),
-        # Every text has a first token, and its late ones come behind it.
+        # Every text has a first token, and its late ones come after it.
         "early_agreement": fmean(fmean(one.same[: one.late]) for one in documents),
         "early_divergence": fmean(fmean(one.divergence[: one.late]) for one in documents),
         "early_lost": fmean(fmean(one.lost[: one.late]) for one in documents),

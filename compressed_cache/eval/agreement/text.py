@@ -31,7 +31,7 @@ class Text:
 
 
 class Batch(NamedTuple):
-    """Left-padded prompts and the answers behind them."""
+    """Left-padded prompts and the answers after them."""
 
     ids: Tensor
     """``[B, L]`` int64."""

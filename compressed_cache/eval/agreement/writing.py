@@ -25,7 +25,7 @@ def write(
         ends: the ids that end a text, and belong to it.
 
     Returns:
-        The token ids behind each prompt.
+        The token ids after each prompt.
     """
     ids, mask = (tensor.to(model.device) for tensor in left_padded(prompts))
     reader = Reader(model, DynamicCache(config=model.config), mask, steps=limit)

@@ -45,11 +45,11 @@ class Entry:
     options: tuple[Option, ...]
     deviations: str
     works_on: tuple[str, ...]
-    """Of a modifier: the policies it may stand behind."""
+    """Of a modifier: the policies it may stand after."""
 
     @property
     def is_modifier(self) -> bool:
-        """Whether it stands behind another."""
+        """Whether it stands after another."""
         return bool(self.works_on)
 
 

@@ -24,7 +24,7 @@ def full(entry: Entry) -> str:
     for option in entry.options:
         lines.append(_indented(f"{_typed(option)}  {_bare(option.meaning)}", hang=4))
     if entry.works_on:
-        lines.append(_indented(f"behind {', '.join(entry.works_on)}"))
+        lines.append(_indented(f"after {', '.join(entry.works_on)}"))
     if entry.deviations:
         lines.append(_indented(_bare(entry.deviations)))
     return "\n".join(lines)
@@ -135,7 +135,7 @@ def _policies(entries: Iterable[Entry]) -> str:
 
 def _modifiers(entries: Sequence[Entry], policies: Sequence[str] = ()) -> str:
     """Of ``policies``, those that a modifier does not follow are told where these are fewer."""
-    header = ("in one line", "paper", "works at", "looks at", "state", "behind")
+    header = ("in one line", "paper", "works at", "looks at", "state", "after")
     rows = [[*_cells(each), _behind(each, policies)] for each in entries]
     return _table(["modifier", *header], rows)
 

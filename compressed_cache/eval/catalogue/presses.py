@@ -30,7 +30,7 @@ _MANY: tuple[PressEquivalent, ...] = tuple(
             "AdaKVPress",
             "press, alpha_safeguard=0.2",
             '"snapkv+adakv", floor=0.2',
-            "behind any policy whose scores are comparable between heads",
+            "after any policy whose scores are comparable between heads",
         ),
         ("BasePress", "", "", "subclass `Policy`: one function of tensors"),
         (
@@ -56,13 +56,13 @@ _MANY: tuple[PressEquivalent, ...] = tuple(
             "ChunkKVPress",
             "press, chunk_length=20",
             '"snapkv+chunkkv", chunk_length=20',
-            "behind any policy",
+            "after any policy",
         ),
         (
             "ChunkPress",
             "press, chunk_length=1024",
             '"snapkv+chunk", block_length=1024',
-            "behind any policy",
+            "after any policy",
         ),
         (
             "CompactorPress",
@@ -150,7 +150,7 @@ _MANY: tuple[PressEquivalent, ...] = tuple(
             "`window=` is the length of the question, where there it follows a delimiter",
         ),
         ("KeyDiffPress", "", '"keydiff"'),
-        ("KeyRerotationPress", "press", '"streaming_llm+key_rerotation"', "behind any policy"),
+        ("KeyRerotationPress", "press", '"streaming_llm+key_rerotation"', "after any policy"),
         ("KnormPress", "", '"knorm"'),
         (
             "KVComposePress",
@@ -194,7 +194,7 @@ _MANY: tuple[PressEquivalent, ...] = tuple(
             "MergingPress",
             "press=None, similarity_threshold=0.0, merge_fraction=1.0",
             '"h2o+merging", merge_threshold=0.0, merge_fraction=1.0',
-            "behind any policy",
+            "after any policy",
         ),
         ("NonCausalAttnPress", "chunk_size=256", "", "a part of CompactorPress"),
         ("ObservedAttentionPress", "", '"observed_attention"'),
@@ -233,7 +233,7 @@ _MANY: tuple[PressEquivalent, ...] = tuple(
             "SimLayerKVPress",
             "lazy_threshold=1.0, n_last=1, n_recent=1024, n_initial=4",
             '"snapkv+simlayerkv", lazy_threshold=0.9, lazy_queries=1, lazy_recent=1023',
-            "`n_recent` counts a token whose weights it leaves out; behind any policy; layers that "
+            "`n_recent` counts a token whose weights it leaves out; after any policy; layers that "
             "are not lazy keep to the budget too",
         ),
         (
@@ -336,7 +336,7 @@ PRESSES: tuple[PressEquivalent, ...] = (
         '"keydiff+ams", mass_window=32, segment_mass=0.02, min_segment_length=64, '
         "max_segment_length=2048, min_keep_per_segment=8, sinks=0, recent=0, "
         "mass_kernel_size=5, credit_decay=0.8, mix_beta=0.7",
-        "behind any policy that decides for each head on its own; `mix_beta=1` is "
+        "after any policy that decides for each head on its own; `mix_beta=1` is "
         "`use_credit=False`",
     ),
 )

@@ -62,5 +62,5 @@ def _cells(row: Agreement) -> tuple[str, ...]:
         f"{row.late_positions:,}",
         "nothing was evicted" if row.agreement is None else f"{100 * row.agreement:.1f} %{error}",
         "-" if row.divergence is None else f"{row.divergence:.3f}",
-        f"{row.first_difference:.0f}",
+        "none" if row.identical == 1 else f"{row.first_difference:.0f}",
     )

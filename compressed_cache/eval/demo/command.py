@@ -25,6 +25,7 @@ from compressed_cache.tensorfile import check_folder
 
 # What the prompts and their answers exceed.
 _OF_MODELS: tuple[int, ...] = (96, 160)
+FOLDER = "demo_results"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -47,6 +48,10 @@ def run(options: argparse.Namespace) -> int:
     if options.prompt and not options.model:
         print("--prompt must come with --model", file=sys.stderr)
         return 2
+    if options.prompt and options.out:
+        print("--out must come without --prompt, which writes no files", file=sys.stderr)
+        return 2
+    options.out = options.out or FOLDER
     console = Console()
     if options.model and not options.prompt:
         from compressed_cache.eval.demo import agreement

@@ -192,23 +192,30 @@ def _told(cell: Cell, outcome: Row | str | None) -> str:
     low, high = outcome.accuracy_low, outcome.accuracy_high
     return (
         f"{cell.name}: {outcome.accuracy:.0%} [{low * 100:.0f}, {high * 100:.0f}], "
-        f"{outcome.tokens:.0f} tokens, {outcome.seconds:.1f} s"
+        f"{outcome.tokens:.0f} tokens, {outcome.seconds:.1f} s{_warning(outcome)}"
     )
+
+
+def _warning(row: Result) -> str:
+    if row.budget is None or row.evicted_tokens:
+        return ""
+    return f", NOTHING WAS EVICTED, no prompt and text is longer than the budget of {row.budget}"
 
 
 def _agreement(row: Agreement) -> str:
     if row.budget is None:
         return (
-            f"{row.documents} texts of {row.text_tokens:.0f} tokens behind prompts of "
+            f"{row.documents} texts of {row.text_tokens:.0f} tokens after prompts of "
             f"{row.prompt_tokens:.0f}, {row.early_agreement:.1%} agree when read again"
         )
     if row.agreement is None:
         return f"NOTHING WAS EVICTED, no prompt and text is longer than the budget of {row.budget}"
     error = "" if row.agreement_se is None else f" ± {100 * row.agreement_se:.1f}"
+    first = f"first difference after {row.first_difference:.0f} tokens"
     return (
         f"{row.agreement:.1%}{error} of {row.late_positions:,} late positions agree "
-        f"({row.late_documents} of {row.documents} texts), divergence {row.divergence:.3f}, first "
-        f"difference after {row.first_difference:.0f} tokens"
+        f"({row.late_documents} of {row.documents} texts), divergence {row.divergence:.3f}, "
+        f"{'no difference' if row.identical == 1 else first}"
     )
 
 

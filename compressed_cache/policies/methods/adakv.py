@@ -37,7 +37,7 @@ class AdaKV(Modifier):
         if not scores_attention(self.base):
             hint = ""
             if scores_attention(self.base.parts[0]):
-                hint = f". Write 'adakv' right behind {self.base.parts[0].label!r}."
+                hint = f". Write 'adakv' right after {self.base.parts[0].label!r}."
             raise ValueError(
                 f"adakv needs a policy whose scores are attention, such as 'snapkv+adakv', got "
                 f"{self.base.label!r}{hint}"

@@ -25,7 +25,7 @@ class Segments(NamedTuple):
     segment: Tensor
     """``[B, H, S]`` int64, of each token in text order, ``-1`` where there is none."""
     ends: Tensor
-    """``[B, H, N]`` int64, the place in that order behind the last token."""
+    """``[B, H, N]`` int64, the place in that order after the last token."""
     lengths: Tensor
     """``[B, H, N]`` int64, tokens."""
     mass: Tensor
@@ -50,7 +50,7 @@ class AMS(Modifier):
 
     Quotas are shared out as if nothing was protected. What the cache protects then stays, and where
     no quota had chosen it the lowest of the chosen go, as with their ``n_sink`` and
-    ``always_keep_last``: their scripts are ``sinks=4, recent=32``. It cannot be written behind
+    ``always_keep_last``: their scripts are ``sinks=4, recent=32``. It cannot be written after
     ``tova``, which decides for all heads at once. Of the paper only the abstract could be read; of
     the two ways to cut in the code this is the one that runs (the other counts from the last cut).
 

@@ -37,10 +37,10 @@ class ExpectedAttention(Calibrated):
     expected to receive the same attention.
 
     Differs in four points: queries are those that the model has computed, where kvpress multiplies
-    hidden states by the weight of their projection and leaves out its bias and a norm behind it;
+    hidden states by the weight of their projection and leaves out its bias and a norm after it;
     the score is taken again at every ranking while decoding, from the position reached but with the
     statistics of the prompt (kvpress takes those of its last hidden states); logits are scaled as
-    the model scales them (the paper's are divided by the root of the dimension); and behind
+    the model scales them (the paper's are divided by the root of the dimension); and after
     ``chunk`` each block of a prompt goes by its own queries from position ``n_sinks`` of the text
     on (kvpress leaves out the first ones of each block).
     """

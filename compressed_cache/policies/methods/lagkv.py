@@ -21,7 +21,7 @@ class LagKV(Policy):
     blocks of ``lag``. Each channel of a block is scaled by the least and the largest value in the
     next block; the standard deviation over a token's channels, as a softmax over the block, is its
     score, the mean of that of its key and that of its value. The last full block, which has no full
-    one after it, and the tokens behind it are kept as long as any other can go, and so are the
+    one after it, and the tokens after it are kept as long as any other can go, and so are the
     first positions, which ``sinks`` (``num_sinks`` by default) protects for good. Where fewer than
     ``num_sinks + 2 * lag`` tokens are held, and so at any smaller budget, the newest are kept.
 

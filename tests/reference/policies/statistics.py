@@ -92,7 +92,7 @@ def expected_attention(
 
     Args:
         statistics: Mean ``[D]`` and covariance ``[D, D]`` of the queries before RoPE, given a
-            layer, a key/value head and a query head of its group; None: those of the prompt behind
+            layer, a key/value head and a query head of its group; None: those of the prompt after
             its first ``n_sinks`` tokens, zeros where there are none.
     """
     dim, heads = len(view.held[0].key), len(view.queries[0])
