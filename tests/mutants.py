@@ -754,8 +754,22 @@ MUTANTS = (
     Mutant(
         "kernel: padding adds to sums",
         "ops/kernels/attention_sums.py",
-        "visible = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= padding)",
-        "visible = columns[None, :] <= rows[:, None]",
+        "visible = (columns[None, :] >= padding) & (logit == logit)",
+        "visible = logit == logit",
+        "test_kernels.py -k 'test_attention_sums and kernel'",
+    ),
+    Mutant(
+        "kernel: sums begin after the padding",
+        "ops/kernels/attention_sums.py",
+        "range(padding // BLOCK * BLOCK, start, BLOCK)",
+        "range(tl.cdiv(padding, BLOCK) * BLOCK, start, BLOCK)",
+        "test_kernels.py -k 'test_attention_sums and kernel'",
+    ),
+    Mutant(
+        "kernel: keys of the diagonal are not masked",
+        "ops/kernels/attention_sums.py",
+        "visible &= columns[None, :] <= rows[:, None]",
+        "visible &= columns[None, :] <= rows[:, None] + 1",
         "test_kernels.py -k 'test_attention_sums and kernel'",
     ),
     Mutant(

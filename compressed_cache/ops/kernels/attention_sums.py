@@ -2,7 +2,8 @@
 
 The first finds the log-sum-exp of each query. With it the weight of any pair is one exponential, so
 the second goes down the queries of a block of keys and adds up. Each reads queries and keys once
-per block and writes one number per query or key.
+per block and writes one number per query or key. Logits are in powers of two, and only the tile on
+the diagonal is masked by who comes first.
 """
 
 # Triton declares types that are not those of what it takes and returns.
@@ -14,19 +15,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _BLOCK = {2: 64, 4: 32}
 """Queries and keys of a tile, by the bytes of an element."""
 _WARPS = {2: 4, 4: 8}
 
 
 @triton.jit
-def _logits(queries, keys, rows, columns, padding, scaling, softcap, SOFTCAP: tl.constexpr):
+def _logits(
+    queries, keys, rows, columns, padding, scaling, softcap,
+    SOFTCAP: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
     """Logits of a tile ``[rows, columns]``, minus infinity where a query sees no key."""
-    logit = tl.dot(queries, keys, input_precision="ieee") * scaling
+    logit = tl.dot(queries, keys, input_precision="ieee")
     if SOFTCAP:
-        logit = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logit / softcap) + 1.0))
-    visible = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= padding)
-    return tl.where(visible & (logit == logit), logit, float("-inf"))
+        bent = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logit * scaling / softcap) + 1.0))
+        logit = bent * _LOG2_E
+    else:
+        logit *= scaling * _LOG2_E
+    visible = (columns[None, :] >= padding) & (logit == logit)
+    if DIAGONAL:
+        visible &= columns[None, :] <= rows[:, None]
+    return tl.where(visible, logit, float("-inf"))
 
 
 @triton.jit
@@ -35,6 +45,42 @@ def _place(length, BLOCK: tl.constexpr):
     # All in one dimension of the grid, because the others have no more than 65,535 programs.
     number, blocks = tl.program_id(0), tl.cdiv(length, BLOCK)
     return number % blocks, (number // blocks).to(tl.int64)
+
+
+@triton.jit
+def _add_keys(
+    peak, total, queries, keys, rows, columns, padding, length, key_token, channels, scaling,
+    softcap, DIM: tl.constexpr, SOFTCAP: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of each query and the sum below it, with those of more keys."""
+    # All keys before the diagonal are of the text.
+    mask = channels[:, None] < DIM
+    if DIAGONAL:
+        mask &= columns[None, :] < length
+    places = columns[None, :].to(tl.int64) * key_token + channels[:, None]
+    tile = tl.load(keys + places, mask=mask, other=0.0)
+    logit = _logits(
+        queries, tile, rows, columns, padding, scaling, softcap, SOFTCAP, DIAGONAL
+    )  # fmt: skip
+    higher = tl.maximum(peak, tl.max(logit, axis=1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, total * tl.exp2(peak - base) + tl.sum(tl.exp2(logit - base[:, None]), axis=1)
+
+
+@triton.jit
+def _sums_of_queries(
+    queries, keys, found, rows, columns, padding, length, query_token, channels, scaling,
+    softcap, DIM: tl.constexpr, SOFTCAP: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """What some queries attend to each key, in total."""
+    tile = tl.load(
+        queries + rows[:, None].to(tl.int64) * query_token + channels[None, :],
+        mask=(rows[:, None] < length) & (channels[None, :] < DIM),
+        other=0.0,
+    )
+    logit = _logits(tile, keys, rows, columns, padding, scaling, softcap, SOFTCAP, DIAGONAL)
+    log_sum_exp = tl.load(found + rows, mask=rows < length, other=float("inf"))
+    return tl.sum(tl.exp2(logit - log_sum_exp[:, None]), axis=0)
 
 
 @triton.jit
@@ -48,7 +94,7 @@ def _log_sum_exp_kernel(
     # The last queries see most keys, so they go first.
     start = (tl.cdiv(length, BLOCK) - 1 - block) * BLOCK
     row, query = program // num_queries, program % num_queries
-    padding = tl.load(paddings + row)
+    padding = tl.load(paddings + row).to(tl.int32)
     column = tl.arange(0, DIM_PAD)
     tokens = start + tl.arange(0, BLOCK)
     own = queries + row * query_batch + query * query_head
@@ -60,24 +106,23 @@ def _log_sum_exp_kernel(
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     own = keys + row * key_batch + (query // GROUPS) * key_head
-    for begin in range(0, start + BLOCK, BLOCK):
-        others = begin + tl.arange(0, BLOCK)
-        key = tl.load(
-            own + others[None, :].to(tl.int64) * key_token + column[:, None],
-            mask=(others[None, :] < length) & (column[:, None] < DIM),
-            other=0.0,
-        )
-        logit = _logits(tile, key, tokens, others, padding, scaling, softcap, SOFTCAP)
-        higher = tl.maximum(peak, tl.max(logit, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(peak - base) + tl.sum(tl.exp(logit - base[:, None]), axis=1)
-        peak = higher
+    for begin in range(padding // BLOCK * BLOCK, start, BLOCK):
+        peak, total = _add_keys(
+            peak, total, tile, own, tokens, begin + tl.arange(0, BLOCK), padding, length,
+            key_token, column, scaling, softcap, DIM, SOFTCAP, DIAGONAL=False,
+        )  # fmt: skip
+    # A loop of one, or float32 takes five times the registers.
+    for begin in range(start, start + BLOCK, BLOCK):
+        peak, total = _add_keys(
+            peak, total, tile, own, tokens, begin + tl.arange(0, BLOCK), padding, length,
+            key_token, column, scaling, softcap, DIM, SOFTCAP, DIAGONAL=True,
+        )  # fmt: skip
     base = tl.where(peak == float("-inf"), 0.0, peak)
     if SINKS:
-        total += tl.exp(tl.load(sinks + query).to(tl.float32) - base)
-    # A query that sees nothing gives nothing: the exponential of minus infinity.
+        total += tl.exp2(tl.load(sinks + query).to(tl.float32) * _LOG2_E - base)
+    # A query that sees nothing gives nothing: the power of minus infinity.
     is_blind = peak == float("-inf")
-    result = tl.where(is_blind, float("inf"), base + tl.log(tl.where(is_blind, 1.0, total)))
+    result = tl.where(is_blind, float("inf"), base + tl.log2(tl.where(is_blind, 1.0, total)))
     tl.store(found + program * length + tokens, result, mask=tokens < length)
 
 
@@ -92,7 +137,7 @@ def _column_sums_kernel(
     block, program = _place(length, BLOCK)
     start = block * BLOCK
     row, head = program // num_heads, program % num_heads
-    padding = tl.load(paddings + row)
+    padding = tl.load(paddings + row).to(tl.int32)
     column = tl.arange(0, DIM_PAD)
     tokens = start + tl.arange(0, BLOCK)
     tile = tl.load(
@@ -102,19 +147,21 @@ def _column_sums_kernel(
         other=0.0,
     )  # fmt: skip
     total = tl.zeros([BLOCK], tl.float32)
+    # In a loop of its own, which leaves the other one its registers.
+    for group in range(GROUPS):
+        own = queries + row * query_batch + (head * GROUPS + group) * query_head
+        total += _sums_of_queries(
+            own, tile, found + (program * GROUPS + group) * length, tokens, tokens, padding, length,
+            query_token, column, scaling, softcap, DIM, SOFTCAP, DIAGONAL=True,
+        )  # fmt: skip
     for group in range(GROUPS):
         own = queries + row * query_batch + (head * GROUPS + group) * query_head
         own_found = found + (program * GROUPS + group) * length
-        for begin in range(start, length, BLOCK):
-            others = begin + tl.arange(0, BLOCK)
-            query = tl.load(
-                own + others[:, None].to(tl.int64) * query_token + column[None, :],
-                mask=(others[:, None] < length) & (column[None, :] < DIM),
-                other=0.0,
-            )
-            logit = _logits(query, tile, others, tokens, padding, scaling, softcap, SOFTCAP)
-            log_sum_exp = tl.load(own_found + others, mask=others < length, other=float("inf"))
-            total += tl.sum(tl.exp(logit - log_sum_exp[:, None]), axis=0)
+        for begin in range(start + BLOCK, length, BLOCK):
+            total += _sums_of_queries(
+                own, tile, own_found, begin + tl.arange(0, BLOCK), tokens, padding, length,
+                query_token, column, scaling, softcap, DIM, SOFTCAP, DIAGONAL=False,
+            )  # fmt: skip
     tl.store(totals + program * length + tokens, total / GROUPS, mask=tokens < length)
 
 
