@@ -210,6 +210,16 @@ def check_text(seen: int, tokens: int) -> None:
         )
 
 
+def check_text_held(is_other: Tensor, seen: int) -> None:
+    """Raises ``ValueError`` if a text has other tokens than were read, those of ``[B, C]`` bool."""
+    if bool(is_other.any()):
+        row, column = is_other.nonzero()[0].tolist()
+        raise ValueError(
+            f"the text must begin with the {seen} tokens the cache has seen (padding included), "
+            f"got another token in row {row}, column {column}. For a new text: {_RESET}"
+        )
+
+
 def check_whole_text(seen: int, tokens: int, width: int) -> None:
     """Raises ``ValueError`` if a mask of ``width`` columns says that only new tokens were given."""
     if seen and width > tokens:
