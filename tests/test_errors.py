@@ -843,6 +843,42 @@ def test_a_batch_that_is_padded_anew_is_refused(
         model.generate(ids, attention_mask=mask, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("method", "rows", "error", "message"),
+    [
+        ("batch_select_indices", [], ValueError, "of one row at least, of the 3"),
+        ("batch_select_indices", [0, 3], ValueError, r"of the 3 rows that are held, got \[0, 3\]"),
+        ("batch_select_indices", [True, False], TypeError, r"got torch.bool \[2\]"),
+        ("batch_select_indices", [0.5], TypeError, "indices must be whole numbers"),
+        ("batch_select_indices", 1, TypeError, "indices must be whole numbers"),
+        ("reorder_cache", [0, 1], ValueError, "one index for each of the 3 rows, got 2"),
+        ("reorder_cache", [0, 1, -4], ValueError, "of the 3 rows that are held"),
+    ],
+)
+def test_rows_that_are_not_held_are_refused_and_nothing_is_moved(
+    model: LlamaForCausalLM, method: str, rows: Any, error: type[Exception], message: str
+) -> None:
+    text = distinct_tokens(3, 22)
+    caches = [CompressedCache("h2o", 12) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(text[:, :20], **cache_argument(cache))
+        with pytest.raises(error, match=message):
+            getattr(caches[0], method)(torch.tensor(rows))
+        logits = [model(text[:, 20:], **cache_argument(cache)).logits for cache in caches]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("rows", [[2, 0], torch.tensor([-1, 0]), torch.tensor([True, False, True])])
+def test_rows_may_be_chosen_as_those_of_a_tensor(model: LlamaForCausalLM, rows: Any) -> None:
+    text, cache = distinct_tokens(3, 20), CompressedCache("h2o", 12)
+    with torch.no_grad():
+        model(text, **cache_argument(cache))
+    positions = cache.layers[0].positions.clone()
+    cache.batch_select_indices(rows)
+    assert torch.equal(cache.layers[0].positions, positions[rows])
+
+
 def test_a_padding_token_may_be_another(model: LlamaForCausalLM) -> None:
     arguments = dict(cache_argument(CompressedCache("h2o", 64)), max_new_tokens=4, do_sample=False)
     ids, mask = left_padded([[5, 6, 7, 8], [9, 10]])

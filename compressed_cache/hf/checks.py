@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -57,6 +58,33 @@ def check_batch(held: int, rows: int) -> None:
             f"cache.batch_repeat_interleave({repeats}) before. For a new text: {_RESET}"
         )
     raise ValueError(f"batch size must stay {held} until the cache is reset, got {rows}. {remedy}")
+
+
+def rows_held(rows: Tensor, held: int, *, all_stay: bool) -> Tensor:
+    """The indices ``[B]`` int64 of rows, from 0 on, of ``held`` ones that they are chosen from.
+
+    Raises:
+        TypeError: what is no index of a row.
+        ValueError: no rows, others than are held, or another number where ``all_stay``.
+    """
+    if rows.dtype == torch.bool and rows.shape == (held,):
+        rows = rows.nonzero()[:, 0]
+    is_index = rows.dtype in (torch.int32, torch.int64) and rows.dim() == 1
+    if len(rows.shape) and not rows.numel():
+        raise ValueError(f"indices must be of one row at least, of the {held} that are held")
+    if not is_index:
+        raise TypeError(
+            f"indices must be whole numbers [B] or a bool for each of the {held} rows, got "
+            f"{rows.dtype} {list(rows.shape)}"
+        )
+    if all_stay and len(rows) != held:
+        raise ValueError(
+            f"beam_idx must have one index for each of the {held} rows, got {len(rows)}"
+        )
+    # A look at those of a GPU would wait for it in each step of a beam search.
+    if rows.device.type == "cpu" and not bool(((-held <= rows) & (rows < held)).all()):
+        raise ValueError(f"indices must be of the {held} rows that are held, got {rows.tolist()}")
+    return torch.where(rows < 0, rows + held, rows)
 
 
 def _states(heads: int, dim: int, value_dim: int, device: Any, dtype: Any) -> str:

@@ -213,11 +213,26 @@ class Columns:
         later = torch.arange(seen - known.shape[1], device=known.device)
         return torch.cat([known, later < (next_position - known.sum(dim=1))[:, None]], dim=1)
 
-    def select(self, rows: Tensor) -> None:
-        """Row ``b`` becomes a copy of row ``rows[b]``."""
+    def select(self, rows: Any, *, all_stay: bool = False) -> Tensor:
+        """Row ``b`` becomes a copy of row ``rows[b]``.
+
+        Args:
+            rows: their indices, or a bool for each row that is held.
+            all_stay: whether there must be as many as before.
+
+        Returns:
+            The indices ``[B]`` int64.
+
+        Raises:
+            TypeError: what is no index of a row.
+            ValueError: no rows, other ones than are held, or another number where all must stay.
+        """
+        rows = torch.as_tensor(rows)
         if self.known is not None:
+            rows = checks.rows_held(rows, len(self.known), all_stay=all_stay)
             self.known = self.known[rows.to(self.known.device)]
         if self._text is not None:
             self._text = self._text[rows.to(self._text.device)]
         if self._expected is not None:
             self._expected = self._expected[rows.to(self._expected.device)]
+        return rows
