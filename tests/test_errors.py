@@ -782,6 +782,22 @@ def test_a_new_text_for_a_used_cache_is_refused(
     assert torch.equal(model.generate(ids, **arguments), model.generate(ids, **fresh))
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_file_of_a_model_with_fewer_layers_is_refused(
+    model: LlamaForCausalLM,
+    make_model: Callable[..., LlamaForCausalLM],
+    tokens: int,
+    tmp_path: Path,
+) -> None:
+    text, cache = distinct_tokens(1, 20 + tokens), CompressedCache("h2o", 64)
+    with torch.no_grad():
+        model(text[:, :20], **cache_argument(cache))
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = CompressedCache.load(tmp_path / "cache.safetensors")
+        with pytest.raises(ValueError, match="must be the one that read the prompt, got one of mo"):
+            make_model(num_hidden_layers=3)(text[:, 20:], **cache_argument(loaded))
+
+
 @pytest.mark.parametrize("column", [3, 22])
 @pytest.mark.parametrize(
     "options",

@@ -211,8 +211,13 @@ def check_prompt(
         )
 
 
-def check_first_pass(policy: Policy) -> None:
-    """Raises ``ValueError`` for a policy whose prompts are not read by ``generate``."""
+def check_first_pass(policy: Policy, seen: int = 0) -> None:
+    """Raises ``ValueError`` for a policy whose prompts are not read by ``generate``, and for the
+    first prompt of a layer where others have ``seen`` tokens, as in a file of another model."""
+    if seen:
+        raise ValueError(
+            f"model must be the one that read the prompt, got one of more layers. {_RESET}"
+        )
     if find(policy, ReadsTwice):
         raise ValueError(
             f"{policy.label!r} ranks a prompt by a second pass over it, which must come before "
