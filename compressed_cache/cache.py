@@ -209,8 +209,8 @@ class CompressedCache(Drafts, AnnouncedCalls):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows become copies of the rows ``beam_idx`` ``[B]``, in place; beam search calls it."""
         self.notify("reorder_cache")
-        self.columns.select(beam_idx)
-        super().reorder_cache(beam_idx)
+        rows: Any = self.columns.select(beam_idx, all_stay=self._is_filled)
+        super().reorder_cache(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times, one copy beside the other, in new memory."""
@@ -222,7 +222,7 @@ class CompressedCache(Drafts, AnnouncedCalls):
         """Keeps the rows ``indices``, in new memory where their number is another."""
         self._check_filled("batch_select_indices")
         self.notify("batch_select_indices")
-        self.columns.select(indices)
+        indices = self.columns.select(indices)
         for store in self.stores():
             store.select(indices)
         self.reorder_linear_layers(indices)

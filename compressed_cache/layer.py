@@ -305,7 +305,7 @@ class CompressedLayer(CacheLayerMixin):
                 self.progress += 1
                 result = observed = None
             else:
-                checks.check_first_pass(self.settings[0])
+                checks.check_first_prompt(self.settings[0], seen)
                 self.columns.begin_text(real)
                 checks.check_attention(self.index, module, kwargs)
                 checks.check_function(function, module)

@@ -112,7 +112,9 @@ def compress(
     layers = tuple(second.cut(index, state) for index, state in enumerate(before.layers))
     # What comes next is a question, not more of the prompt.
     counter = before.counter | {"is_first_prompt": False}
-    cache.restore(Snapshot(cache.policy, cache.eviction, counter, before.columns, layers))
+    cache.restore(
+        Snapshot(cache.policy, cache.eviction, counter, before.columns, layers, input_ids)
+    )
     for timer in timers:
         timer.add_prompt(began, input_ids.shape[1])
     for own, other in zip(cache.layers, whole.layers, strict=True):

@@ -28,6 +28,7 @@ from compressed_cache.tensorfile import opened, write
 
 _FORMAT = "9"
 _COLUMNS = "columns"
+_TEXT = "text"
 _CONSTANT = "constants."
 
 
@@ -64,6 +65,8 @@ class Snapshot:
     """``[B, T]`` bool, see :class:`~compressed_cache.hf.columns.Columns`."""
     layers: tuple[LayerState | LinearAttentionLayer | None, ...]
     """One per layer of the model; None for a layer without a cache."""
+    text: Tensor | None = None
+    """``[B, C]`` ids of the first columns, as far as they were told."""
 
     def check(self, policy: Policy, eviction: EvictionConfig) -> None:
         """Raises ``ValueError`` unless it is of a cache with these."""
@@ -83,6 +86,8 @@ class Snapshot:
         described: list[dict[str, Any] | None] = []
         if self.columns is not None:
             tensors[_COLUMNS] = self.columns
+        if self.text is not None:
+            tensors[_TEXT] = self.text
         for index, state in enumerate(self.layers):
             if isinstance(state, LinearAttentionLayer):
                 raise NotImplementedError(
@@ -159,7 +164,8 @@ class Snapshot:
         )
         eviction = json.loads(found["eviction"])
         eviction = EvictionConfig(**eviction | {"budget": to_budget(eviction["budget"])})
-        return cls(policy, eviction, json.loads(found["counter"]), tensors.get(_COLUMNS), layers)
+        counter, columns = json.loads(found["counter"]), tensors.get(_COLUMNS)
+        return cls(policy, eviction, counter, columns, layers, tensors.get(_TEXT))
 
 
 class Snapshots(LinearLayers, Observed):
@@ -193,6 +199,7 @@ class Snapshots(LinearLayers, Observed):
             self.counter.state(),
             self.columns.known_until(self.counter.tokens_seen),
             tuple(_state(layer) for layer in self.layers),
+            self.columns.text_until(self.counter.tokens_seen),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -262,6 +269,7 @@ class Snapshots(LinearLayers, Observed):
         self.counter.restore(snapshot.counter)
         self.columns.reset()
         self.columns.known = snapshot.columns
+        self.columns.hold_text(snapshot.text)
 
 
 def _state(layer: Any) -> LayerState | LinearAttentionLayer | None:

@@ -81,6 +81,25 @@ def test_branches_of_a_tree_do_not_see_one_another(
     _assert_close(got[0], torch.cat(alone))
 
 
+@pytest.mark.parametrize("policy", ["h2o", "full"])
+def test_eager_attention_obeys_a_bool_mask_of_a_first_prompt(
+    make_model: Callable[..., LlamaForCausalLM], policy: str
+) -> None:
+    """That of transformers would add it to the logits, where it hides nothing."""
+    text = distinct_tokens(2, 13)
+    mask = torch.block_diag(torch.ones(5, 5).tril(), torch.ones(7, 7).tril()).bool()
+    logits, positions = [], []
+    for attention, own in (("sdpa", mask), ("eager", mask), ("eager", _additive(mask))):
+        model, cache = make_model(attn_implementation=attention).double(), _cache(policy)
+        given = own[None, None].expand(2, -1, -1, -1)
+        calls = _call(model, cache, text[:, :12], given), _call(model, cache, text[:, 12:])
+        logits.append(torch.cat(calls, dim=1))
+        positions.append(held(cache, 1))
+    for got, places in zip(logits[1:], positions[1:], strict=True):
+        _assert_close(got, logits[0])
+        assert places == positions[0]
+
+
 def test_images_of_a_second_turn_see_both_ways() -> None:
     """A model that shows the tokens of an image one another, by a mask that transformers builds."""
     gemma = next(family for family in FAMILIES if family.config == "Gemma3TextConfig")

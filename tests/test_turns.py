@@ -316,9 +316,9 @@ def test_another_process_goes_on_from_a_file(model: Any, policy: str, tmp_path: 
     model.save_pretrained(tmp_path)
     context = distinct_tokens(2, 30)
     cache = CompressedCache(policy, 16, interval=3, sinks=1, recent=8, protect_prompt=False)
-    _generate(model, context, cache, 10)
+    first = _generate(model, context, cache, 10)
     cache.save(tmp_path / "cache.safetensors")
-    text = distinct_tokens(2, 39 + 8)
+    text = torch.cat([first, distinct_tokens(2, 8, seed=1)], dim=1)
     torch.save(text, tmp_path / "text.pt")
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path)],

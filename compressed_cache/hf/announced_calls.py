@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._dynamo import eval_frame
 from transformers import PreTrainedConfig
 
@@ -76,16 +77,19 @@ class AnnouncedCalls(LinearLayers, Observed):
             show_inputs(model, self)
 
     @contextmanager
-    def calling(self, model: Any) -> Iterator[None]:
-        """A call of a model, all of it.
+    def calling(self, model: Any, ids: Tensor | None = None) -> Iterator[None]:
+        """A call of a model with these ``ids`` ``[B, L]``, all of it.
 
         If it fails, layers with slots know what they have read. Those of linear attention do not,
         and what went into a state cannot be taken out again.
         """
         self.expect_forward(model)
+        if ids is not None and self.first_filled() is None:
+            self.columns.expect_text(ids, 0)
         try:
             yield
         except BaseException:
+            self.columns.forget_expected()
             if self.first_filled() is None:
                 # The next prompt is a first one.
                 self.reset_linear_layers()
@@ -94,20 +98,47 @@ class AnnouncedCalls(LinearLayers, Observed):
             raise
         self.is_torn = False
 
-    def expect_text(self, tokens: int, width: int | None = None) -> None:
-        """Says how long the text is that ``generate`` goes on with, what it held included.
+    def expect_text(
+        self,
+        tokens: int,
+        ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        width: int | None = None,
+    ) -> None:
+        """Says what the text is that ``generate`` goes on with, what it held included.
 
         Args:
             tokens: of each row.
+            ids: ``[B, T + L]`` int64 these tokens, None where there are embeddings of them.
+            mask: ``[B, T + L]``, None where no token is padding.
             width: of its mask, where it must be that of these tokens; None: it need not.
 
         Raises:
-            ValueError: nothing would be new, as with another text, or a mask of more tokens.
+            ValueError: nothing would be new, as with another text, other tokens than were read, or
+                a mask of more tokens.
         """
-        seen = 0 if self.first_filled() is None else self.counter.tokens_seen
+        first = self.first_filled()
+        seen = 0 if first is None else self.counter.tokens_seen
         checks.check_text(seen, tokens)
         if width is not None:
             checks.check_whole_text(seen, tokens, width)
+        if first is not None and ids is not None:
+            next_position = first.store.next_position
+            rows: Any = self.columns.rows_of(ids, mask, seen=seen, next_position=next_position)
+            if rows is not None:
+                self.reorder_cache(rows)
+
+    def expect_ids(self, ids: Tensor, new: int | None) -> None:
+        """Says which tokens a call is of, and those before it, where all of them are at hand.
+
+        Args:
+            ids: ``[B, N]`` int64.
+            new: how many of them the call reads; None: all.
+        """
+        seen = 0 if self.first_filled() is None else self.counter.tokens_seen
+        if ids.shape[1] == seen + (ids.shape[1] if new is None else new):
+            self.columns.expect_text(ids, seen)
 
     @contextmanager
     def reading(self, tokens: int) -> Iterator[None]:
@@ -144,7 +175,7 @@ class AnnouncedCalls(LinearLayers, Observed):
         first = self.first_filled()
         if first is None:
             checks.check_config(config)
-            checks.check_first_pass(self.policy)
+            checks.check_first_prompt(self.policy)
             return
         # Linear attention, which may come first, would say it in words of torch.
         checks.check_batch(first.store.sizes.batch, rows)

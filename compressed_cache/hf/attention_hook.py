@@ -203,7 +203,8 @@ def _announce_prompts() -> None:
         if (cache := find_cache(kwargs)) is None:
             return original(self, input_ids, *args, **kwargs)
         tokens = input_ids.shape[1]
-        cache.expect_text(tokens, mask_width(kwargs.get("generation_config"), kwargs))
+        width = mask_width(kwargs.get("generation_config"), kwargs)
+        cache.expect_text(tokens, input_ids, kwargs.get("attention_mask"), width=width)
         with cache.assisted(tokens):
             return original(self, input_ids, *args, **kwargs)
 
@@ -214,8 +215,10 @@ def _announce_prompts() -> None:
     def prepare(
         self: Any, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> Any:
-        if next_sequence_length is None and (cache := find_cache(kwargs)) is not None:
-            next_sequence_length = cache.new_of_prompt(input_ids.shape[1])
+        if (cache := find_cache(kwargs)) is not None:
+            if next_sequence_length is None:
+                next_sequence_length = cache.new_of_prompt(input_ids.shape[1])
+            cache.expect_ids(input_ids, next_sequence_length)
         return prepare_inputs(self, input_ids, next_sequence_length, **kwargs)
 
     generation.prepare_inputs_for_generation = prepare
@@ -240,7 +243,8 @@ def _announce_texts() -> None:
         # transformers takes ids for the whole text only where it knows of a mask as long.
         # Where the mask is longer, only what is new was given.
         if embeddings is not None or mask_width(config, inputs) == tokens:
-            cache.expect_text(tokens)
+            known = ids if embeddings is None else None
+            cache.expect_text(tokens, known, inputs.get("attention_mask"))
             tokens -= cache.get_seq_length()
         with cache.reading(tokens):
             return original(self, ids, config, inputs, *args, **kwargs)
@@ -287,7 +291,7 @@ def _announce_forwards() -> None:
         _accept_cache(kwargs)
         if not torch.compiler.is_compiling():
             if (cache := find_cache(kwargs)) is not None:
-                with cache.calling(self):
+                with cache.calling(self, _ids(*args, **kwargs)):
                     return torch.nn.Module.__call__(self, *args, **kwargs)
         elif _reads_prompt(*args, **kwargs):
             return _call_eagerly(self, *args, **kwargs)
@@ -301,6 +305,13 @@ def _reads_prompt(*args: Any, **kwargs: Any) -> bool:
     inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
     tokens = next((one for one in inputs if isinstance(one, Tensor)), None)
     return cache is not None and tokens is not None and not cache.takes_step(tokens.shape[1])
+
+
+def _ids(first: Any = None, *_: Any, **named: Any) -> Tensor | None:
+    """The ids among the arguments of a call of a model, None where there are none."""
+    ids = named.get("input_ids", first)
+    is_text = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+    return ids if is_text else None
 
 
 @torch.compiler.disable(reason=PROMPTS)

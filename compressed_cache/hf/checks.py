@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
@@ -58,6 +59,33 @@ def check_batch(held: int, rows: int) -> None:
             f"cache.batch_repeat_interleave({repeats}) before. {_NEW_TEXT}"
         )
     raise ValueError(f"batch size must stay {held} until the cache is reset, got {rows}. {remedy}")
+
+
+def rows_held(rows: Tensor, held: int, *, all_stay: bool) -> Tensor:
+    """The indices ``[B]`` int64 of rows, from 0 on, of ``held`` ones that they are chosen from.
+
+    Raises:
+        TypeError: what is no index of a row.
+        ValueError: no rows, others than are held, or another number where ``all_stay``.
+    """
+    if rows.dtype == torch.bool and rows.shape == (held,):
+        rows = rows.nonzero()[:, 0]
+    is_index = rows.dtype in (torch.int32, torch.int64) and rows.dim() == 1
+    if len(rows.shape) and not rows.numel():
+        raise ValueError(f"indices must be of one row at least, of the {held} that are held")
+    if not is_index:
+        raise TypeError(
+            f"indices must be whole numbers [B] or a bool for each of the {held} rows, got "
+            f"{rows.dtype} {list(rows.shape)}"
+        )
+    if all_stay and len(rows) != held:
+        raise ValueError(
+            f"beam_idx must have one index for each of the {held} rows, got {len(rows)}"
+        )
+    # A look at those of a GPU would wait for it in each step of a beam search.
+    if rows.device.type == "cpu" and not bool(((-held <= rows) & (rows < held)).all()):
+        raise ValueError(f"indices must be of the {held} rows that are held, got {rows.tolist()}")
+    return torch.where(rows < 0, rows + held, rows)
 
 
 def _states(heads: int, dim: int, value_dim: int, device: Any, dtype: Any) -> str:
@@ -184,8 +212,16 @@ def check_prompt(
         )
 
 
-def check_first_pass(policy: Policy) -> None:
-    """Raises ``ValueError`` for a policy whose prompts are not read by ``generate``."""
+def check_first_prompt(policy: Policy, seen: int = 0) -> None:
+    """Raises ``ValueError`` for a first prompt that a layer cannot read.
+
+    That is where other layers have ``seen`` tokens, as those of another model's file, or under a
+    policy whose prompts are not read by ``generate``.
+    """
+    if seen:
+        raise ValueError(
+            f"model must be the one that read the prompt, got one of more layers. {_RESET}"
+        )
     if find(policy, ReadsTwice):
         raise ValueError(
             f"{policy.label!r} ranks a prompt by a second pass over it, which must come before "
@@ -209,6 +245,16 @@ def check_text(seen: int, tokens: int) -> None:
             f"the text must begin with the {seen} tokens the cache has seen (padding included) and "
             f"be longer, got {tokens}. To go on, pass the text so far and what is new. "
             f"{_NEW_TEXT}"
+        )
+
+
+def check_text_held(is_other: Tensor, seen: int) -> None:
+    """Raises ``ValueError`` if a text has other tokens than were read, those of ``[B, C]`` bool."""
+    if bool(is_other.any()):
+        row, column = is_other.nonzero()[0].tolist()
+        raise ValueError(
+            f"the text must begin with the {seen} tokens the cache has seen (padding included), "
+            f"got another token in row {row}, column {column}. {_NEW_TEXT}"
         )
 
 

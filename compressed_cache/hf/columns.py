@@ -28,6 +28,7 @@ class Columns:
     def reset(self) -> None:
         """Back to before the prompt."""
         self.known: Tensor | None = None
+        self.hold_text(None)
         self.is_built = self.is_asked = False
         self.announced: Any = None
         self.announced_at = -1
@@ -62,6 +63,65 @@ class Columns:
     def known_until(self, seen: int) -> Tensor | None:
         """What is known of the first ``seen`` columns."""
         return None if self.known is None else self.known[:, :seen]
+
+    def hold_text(self, text: Tensor | None) -> None:
+        """Takes ``[B, C]`` for the ids of the first columns, padding included; None: unknown."""
+        self._text, self._expected = text, None
+
+    def expect_text(self, ids: Tensor, seen: int) -> None:
+        """Notes the ids ``[B, T + L]`` of a text of which ``seen`` tokens are read, before a call
+        that reads the others."""
+        self._text, self._expected = self.text_until(seen), ids
+
+    def forget_expected(self) -> None:
+        """That call failed, so it is not known what was read of it."""
+        self._expected = None
+
+    def text_until(self, seen: int) -> Tensor | None:
+        """The ids of the first ``seen`` columns, or of fewer where the others were not told."""
+        expected = self._expected
+        if expected is not None and expected.shape[1] <= seen:
+            return expected
+        return None if self._text is None else self._text[:, :seen]
+
+    def rows_of(
+        self, ids: Tensor, mask: Tensor | None, *, seen: int, next_position: Tensor
+    ) -> Tensor | None:
+        """The rows that hold the beginnings of texts. Beams are not in the order of their texts.
+
+        Args:
+            ids: ``[B, T + L]`` int64.
+            mask: ``[B, T + L]``, where it is zero nothing is compared; None: it is nowhere.
+            seen: ``T``.
+            next_position: ``[B]`` int64, real tokens before the call.
+
+        Returns:
+            ``[B]`` int64; None where each text is in its own row, as far as was told.
+
+        Raises:
+            ValueError: a text that begins with other tokens than were read.
+        """
+        text = self.text_until(seen)
+        if text is None or not len(text) == len(ids) == len(next_position):
+            # The call of another batch is refused when it begins.
+            return None
+        width, device = text.shape[1], ids.device
+        text, ids = text.to(device), ids[:, :width]
+        known = self.until(seen, next_position)[:, :width].to(device)
+        shown = torch.ones_like(known) if mask is None else mask[:, :width].to(device, torch.bool)
+        is_other = (ids != text) & known & shown
+        moves = is_other.any(dim=1)
+        if not bool(moves.any()):
+            return None
+        differs = torch.stack(
+            [
+                (((own != text) | ~known) & own_shown).any(dim=1)
+                for own, own_shown in zip(ids, shown, strict=True)
+            ]
+        )
+        checks.check_text_held(is_other & differs.all(dim=1, keepdim=True), seen)
+        rows = torch.arange(len(ids), device=device)
+        return torch.where(moves, differs.int().argmin(dim=1), rows)
 
     def announce(
         self, attention_mask: Any, tokens: int, *, seen: int, like: Tensor
@@ -153,7 +213,26 @@ class Columns:
         later = torch.arange(seen - known.shape[1], device=known.device)
         return torch.cat([known, later < (next_position - known.sum(dim=1))[:, None]], dim=1)
 
-    def select(self, rows: Tensor) -> None:
-        """Row ``b`` becomes a copy of row ``rows[b]``."""
+    def select(self, rows: Any, *, all_stay: bool = False) -> Tensor:
+        """Row ``b`` becomes a copy of row ``rows[b]``.
+
+        Args:
+            rows: their indices, or a bool for each row that is held.
+            all_stay: whether there must be as many as before.
+
+        Returns:
+            The indices ``[B]`` int64.
+
+        Raises:
+            TypeError: what is no index of a row.
+            ValueError: no rows, other ones than are held, or another number where all must stay.
+        """
+        rows = torch.as_tensor(rows)
         if self.known is not None:
+            rows = checks.rows_held(rows, len(self.known), all_stay=all_stay)
             self.known = self.known[rows.to(self.known.device)]
+        if self._text is not None:
+            self._text = self._text[rows.to(self._text.device)]
+        if self._expected is not None:
+            self._expected = self._expected[rows.to(self._expected.device)]
+        return rows

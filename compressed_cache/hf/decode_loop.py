@@ -112,6 +112,9 @@ def _decode(
     )
     outputs = model._prefill(ids, generation_config, kwargs)
     kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+    cache: Any = kwargs[CACHE]
+    # Not where the prompt was of embeddings, or of what is new alone.
+    is_whole = cache.get_seq_length() == ids.shape[1]
 
     criteria = [c for c in stopping_criteria if type(c) is not MaxLengthCriteria]
     longest = longest_text(stopping_criteria)
@@ -152,7 +155,7 @@ def _decode(
                 if criteria and not pads and any(told.read()):
                     break
             # Ends the step before, as transformers does when it asks for the size of a mask.
-            kwargs[CACHE].get_mask_sizes(1, 0)
+            cache.get_mask_sizes(1, 0)
             if inputs is None:
                 inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
                 if pads and len(ids) > 1:
@@ -167,6 +170,8 @@ def _decode(
             # beside longer ones, a row has read the token that ended it.
             if asks and any(told.read()):
                 break
+    if is_whole:
+        cache.columns.hold_text(ids[:, : cache.get_seq_length()])
     if broken:
         raise ValueError("probabilities must be numbers, got NaN. Does the model overflow?")
     if streamer is not None:

@@ -54,7 +54,14 @@ def attend_first_prompt(
             return (both[0], None), both[1]
     prompt = (tensor[:, :, :count] for tensor in tensors)
     own = masks.first_tokens(attention_mask, count, of=length)
+    if isinstance(own, Tensor) and own.dtype == torch.bool and _adds_its_mask(module):
+        own = masks.additive(own, inputs.query.dtype)
     return function(module, *prompt, own, **arguments), None
+
+
+def _adds_its_mask(module: Any) -> bool:
+    """Whether it is eager attention, which takes a bool mask for numbers to be added."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
 
 
 def implied_mask(module: Any, key: Tensor, attention_mask: Any, arguments: dict[str, Any]) -> Any:

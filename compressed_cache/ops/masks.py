@@ -230,6 +230,11 @@ def is_visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to logits where a bool ``mask`` is to hide the same."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def is_causal(mask: Mask | None, real: Tensor) -> bool:
     """Whether each real token ``[B, L]`` of a first prompt sees exactly those before it."""
     if mask is None or mask.own is None:

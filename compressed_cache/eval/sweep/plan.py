@@ -11,7 +11,7 @@ from urllib.parse import quote
 from lm_eval.utils import simple_parse_args_string
 
 from compressed_cache.eval.results.row import Agreement, Option, Result
-from compressed_cache.hf.checks import check_first_pass
+from compressed_cache.hf.checks import check_first_prompt
 from compressed_cache.integrations.harness.arguments import PressArguments
 from compressed_cache.policies import option_names
 from compressed_cache.reasoner import MODEL_PATH
@@ -216,7 +216,7 @@ def problems(plan: Plan, config: Any) -> Iterator[str]:
     heard = set()
     for cell in replace(plan, policies=known).cells():
         try:
-            check_first_pass(cell.press.make_cache(config).policy)
+            check_first_prompt(cell.press.make_cache(config).policy)
         except (NotImplementedError, TypeError, ValueError) as error:
             where = cell.setting if cell.budget is None else f"{cell.setting} at {cell.budget}"
             if (problem := f"{where}: {error}") not in heard:
