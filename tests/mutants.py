@@ -1853,9 +1853,37 @@ MUTANTS = (
     Mutant(
         "texts are not announced",
         "hf/attention_hook.py",
-        "            cache.expect_text(tokens)\n",
+        '            cache.expect_text(tokens, known, inputs.get("attention_mask"))\n',
         "            pass\n",
         "test_errors.py -k new_text",
+    ),
+    Mutant(
+        "other tokens than were read are not refused",
+        "hf/columns.py",
+        "        checks.check_text_held(is_other & differs.all(dim=1, keepdim=True), seen)\n",
+        "",
+        "test_errors.py -k another_token",
+    ),
+    Mutant(
+        "tokens of the loop are not remembered",
+        "hf/decode_loop.py",
+        "        cache.columns.hold_text(ids[:, : cache.get_seq_length()])\n",
+        "        pass\n",
+        "test_errors.py -k 'another_token and decode and 22'",
+    ),
+    Mutant(
+        "rows that are not held are chosen",
+        "hf/checks.py",
+        "bool(((-held <= rows) & (rows < held)).all())",
+        "True",
+        "test_errors.py -k 'rows_that_are_not_held'",
+    ),
+    Mutant(
+        "a bool mask is added to logits",
+        "hf/first_prompt.py",
+        "own = masks.additive(own, inputs.query.dtype)",
+        "pass",
+        "test_masks.py -k obeys_a_bool_mask",
     ),
     Mutant(
         "a row that ended has one more token",
