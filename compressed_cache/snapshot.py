@@ -154,10 +154,11 @@ class Snapshot:
                     f"{str(path)!r} was saved with a policy of your own. Pass it as policy="
                 ) from None
             policy = make_policy(found["policy"], **json.loads(found["options"]))
-        policy = as_policy(policy, {})
-        saved = f"{found['policy']!r} {found['options']}"
-        if (given := f"{policy.label!r} {json.dumps(policy.options)}") != saved:
-            raise ValueError(f"policy must be that of {str(path)!r}, {saved}, got {given}")
+        else:
+            policy = as_policy(policy, {})
+            saved = f"{found['policy']!r} {found['options']}"
+            if (given := f"{policy.label!r} {json.dumps(policy.options)}") != saved:
+                raise ValueError(f"policy must be that of {str(path)!r}, {saved}, got {given}")
         layers = tuple(
             described and _described_state(described, _part(tensors, f"{index}."))
             for index, described in enumerate(json.loads(found["layers"]))

@@ -740,7 +740,10 @@ def test_a_cell_says_that_nothing_was_evicted_or_nothing_differed() -> None:
     cell = PLAN.cells()[0]
     warning = ", NOTHING WAS EVICTED, no prompt and text is longer than the budget of 64"
     assert command._told(cell, make_result(evicted_tokens=0.0)).endswith(warning)
-    for row in (make_result(), make_result(budget=None, evicted_tokens=0.0)):
+    full = make_result(budget=None, evicted_tokens=0.0)
+    # As of shadowkv, whose budget is what a step fetches.
+    holds_all = make_result(evicted_tokens=0.0, held_tokens=80.0)
+    for row in (make_result(), full, holds_all):
         assert "EVICTED" not in command._told(cell, row)
     assert ", first difference after 30 tokens, " in command._told(cell, make_agreement())
     assert ", no difference, " in command._told(cell, make_agreement(identical=1.0))

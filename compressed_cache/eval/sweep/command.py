@@ -190,16 +190,17 @@ def _told(cell: Cell, outcome: Row | str | None) -> str:
     if not isinstance(outcome, Result):
         return f"{cell.name}: failed, {outcome}"
     low, high = outcome.accuracy_low, outcome.accuracy_high
-    return (
+    told = (
         f"{cell.name}: {outcome.accuracy:.0%} [{low * 100:.0f}, {high * 100:.0f}], "
-        f"{outcome.tokens:.0f} tokens, {outcome.seconds:.1f} s{_warning(outcome)}"
+        f"{outcome.tokens:.0f} tokens, {outcome.seconds:.1f} s"
     )
+    # Some policies evict nothing and hold more than the budget.
+    is_full = outcome.evicted_tokens == 0 and outcome.held_tokens <= (outcome.budget or 0)
+    return f"{told}, {_nothing_evicted(outcome)}" if is_full else told
 
 
-def _warning(row: Result) -> str:
-    if row.budget is None or row.evicted_tokens:
-        return ""
-    return f", NOTHING WAS EVICTED, no prompt and text is longer than the budget of {row.budget}"
+def _nothing_evicted(row: Row) -> str:
+    return f"NOTHING WAS EVICTED, no prompt and text is longer than the budget of {row.budget}"
 
 
 def _agreement(row: Agreement) -> str:
@@ -209,7 +210,7 @@ def _agreement(row: Agreement) -> str:
             f"{row.prompt_tokens:.0f}, {row.early_agreement:.1%} agree when read again"
         )
     if row.agreement is None:
-        return f"NOTHING WAS EVICTED, no prompt and text is longer than the budget of {row.budget}"
+        return _nothing_evicted(row)
     error = "" if row.agreement_se is None else f" ± {100 * row.agreement_se:.1f}"
     first = f"first difference after {row.first_difference:.0f} tokens"
     return (
