@@ -372,7 +372,7 @@ class CompressedLayer(CacheLayerMixin):
 
 def _wants_weights(module: Any) -> bool:
     """Whether the model wants attention weights, which only its eager attention gives."""
-    return getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
+    return checks.implementation_of(module) == "eager"
 
 
 def _exact(device: torch.device) -> AbstractContextManager[Any]:

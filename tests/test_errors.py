@@ -784,6 +784,21 @@ def test_policy_objects_are_accepted(model: LlamaForCausalLM) -> None:
 # A used cache, and one that nobody would use.
 
 
+def _refuses(
+    model: LlamaForCausalLM,
+    cache: CompressedCache,
+    text: torch.Tensor,
+    arguments: dict[str, Any],
+    message: str,
+) -> None:
+    """The text is refused, and the cache holds what it held."""
+    before = [layer.positions.clone() for layer in cache.layers]
+    with pytest.raises(ValueError, match=message):
+        model.generate(text, **arguments)
+    for layer, positions in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.positions, positions)
+
+
 @pytest.mark.parametrize("length", [12, 20, 25])
 @pytest.mark.parametrize(
     "options",
@@ -796,11 +811,8 @@ def test_a_new_text_for_a_used_cache_is_refused(
     cache = CompressedCache("h2o", 64)
     arguments = dict(cache_argument(cache), max_new_tokens=6, do_sample=False, **options)
     first = model.generate(distinct_tokens(2, 20), **arguments)
-    before = [layer.positions.clone() for layer in cache.layers]
-    with pytest.raises(ValueError, match=f"begin with the 25 tokens .* be longer, got {length}"):
-        model.generate(distinct_tokens(2, length, seed=1), **arguments)
-    for layer, positions in zip(cache.layers, before, strict=True):
-        assert torch.equal(layer.positions, positions)
+    message = f"begin with the 25 tokens .* be longer, got {length}"
+    _refuses(model, cache, distinct_tokens(2, length, seed=1), arguments, message)
     more = torch.cat([first, distinct_tokens(2, 3, seed=2)], dim=1)
     assert model.generate(more, **arguments).shape == (2, 35)
     cache.reset()
@@ -842,15 +854,11 @@ def test_a_longer_text_with_another_token_is_refused(
     cache = CompressedCache("h2o", 16)
     arguments = dict(cache_argument(cache), max_new_tokens=6, do_sample=False, **options)
     first = model.generate(distinct_tokens(1, 20), **arguments)
-    before = [layer.positions.clone() for layer in cache.layers]
     text = torch.cat([first, distinct_tokens(1, 3, seed=2)], dim=1)
     other = text.clone()
     other[0, column] = text[0, column] % (VOCABULARY - 1) + 1
     message = f"must begin with the 25 tokens .* another token in row 0, column {column}"
-    with pytest.raises(ValueError, match=message):
-        model.generate(other, **arguments)
-    for layer, positions in zip(cache.layers, before, strict=True):
-        assert torch.equal(layer.positions, positions)
+    _refuses(model, cache, other, arguments, message)
     assert model.generate(text, **arguments).shape == (1, 35)
 
 

@@ -289,12 +289,17 @@ def check_shown(known: Tensor, shown: Tensor) -> None:
         )
 
 
+def implementation_of(module: Any) -> str | None:
+    """The attention implementation of a module, such as ``"eager"``; None where it names none."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
 def check_function(function: Callable[..., Any], module: Any) -> None:
     """Raises ``NotImplementedError`` for an attention function that steps would leave out.
 
     Steps compute what the functions of transformers compute, and what stands under their names.
     """
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    implementation = implementation_of(module)
     if implementation is None or implementation in _IMPLEMENTATIONS:
         return
     while isinstance(function, functools.partial):
@@ -312,8 +317,8 @@ def check_function(function: Callable[..., Any], module: Any) -> None:
 def check_attention(layer: int, module: Any, arguments: dict[str, Any]) -> None:
     """Raises ``NotImplementedError`` for an attention layer that slots cannot serve."""
     config = getattr(module, "config", None)
-    implementation = getattr(config, "_attn_implementation", None) or ""
-    if implementation.startswith("paged|"):
+    implementation = implementation_of(module)
+    if implementation is not None and implementation.startswith("paged|"):
         raise NotImplementedError(
             f"attn_implementation {implementation!r} keeps keys and values in pages of its own, so "
             "CompressedCache cannot work with it. Use 'sdpa', 'eager', 'flash_attention_2' or "

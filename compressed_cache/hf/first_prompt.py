@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from compressed_cache.hf.checks import implementation_of
 from compressed_cache.ops import gradients, masks
 from compressed_cache.stores import prompt_attention
 from compressed_cache.stores.inputs import AttentionInputs
@@ -54,14 +55,10 @@ def attend_first_prompt(
             return (both[0], None), both[1]
     prompt = (tensor[:, :, :count] for tensor in tensors)
     own = masks.first_tokens(attention_mask, count, of=length)
-    if isinstance(own, Tensor) and own.dtype == torch.bool and _adds_its_mask(module):
+    if isinstance(own, Tensor) and own.dtype == torch.bool and implementation_of(module) == "eager":
+        # It would take a bool mask for numbers to be added.
         own = masks.additive(own, inputs.query.dtype)
     return function(module, *prompt, own, **arguments), None
-
-
-def _adds_its_mask(module: Any) -> bool:
-    """Whether it is eager attention, which takes a bool mask for numbers to be added."""
-    return getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
 
 
 def implied_mask(module: Any, key: Tensor, attention_mask: Any, arguments: dict[str, Any]) -> Any:

@@ -25,7 +25,7 @@ from compressed_cache.tensorfile import check_folder
 
 # What the prompts and their answers exceed.
 _OF_MODELS: tuple[int, ...] = (96, 160)
-FOLDER = "demo_results"
+_FOLDER = "demo_results"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     if options.prompt and options.out:
         print("--out must come without --prompt, which writes no files", file=sys.stderr)
         return 2
-    options.out = options.out or FOLDER
+    options.out = options.out or _FOLDER
     console = Console()
     if options.model and not options.prompt:
         from compressed_cache.eval.demo import agreement
