@@ -731,6 +731,27 @@ MUTANTS = (
         "test_kernels.py -k 'test_decode_step or test_padding'",
     ),
     Mutant(
+        "kernel: a part that is not the last one adds up",
+        "ops/kernels/decode.py",
+        "== expected - 1",
+        "== 0",
+        "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: parts that are done are still counted in the next step",
+        "ops/kernels/decode.py",
+        "tl.store(arrived, 0)",
+        "pass",
+        "test_kernels.py -k 'test_decode_step or test_padding'",
+    ),
+    Mutant(
+        "kernel: padding is counted",
+        "ops/kernels/decode.py",
+        "tl.where((which > 0) | (slot >= 0), 1, 0)",
+        "1",
+        "test_kernels.py -k test_padding",
+    ),
+    Mutant(
         "kernel: a new token inherits what its slot received",
         "ops/kernels/decode.py",
         "held = tl.where(slots == slot, 0.0, held)",

@@ -104,7 +104,8 @@ def make_step(
         values=normal(batch, heads, capacity, value_dim),
         positions=positions.to(DEVICE),
         memory=normal(batch, heads, capacity if record != "nothing" else 0).float().abs(),
-        next_position=counts[:, 0],
+        arrived=torch.zeros(batch, heads + 1, dtype=torch.int32, device=DEVICE),
+        counts=counts,
         protected_prefix=torch.arange(batch).to(DEVICE) * 200,
         slot=None if chooses else slot,
         scores=None if record == "total" else scores,
@@ -136,7 +137,9 @@ def check_step(
         step, recent=RECENT, scaling=scaling, softcap=softcap, record=record, splits=splits
     )
     batch, heads, groups = sizes[:3]
-    query, key, value, keys, values, positions, memory, _, prefix, slots, scores, *others = before
+    query, key, value, keys, values, positions, memory, _, _, prefix, slots, scores, *others = (
+        before
+    )
     sinks, real = others
     scores = memory if scores is None else scores
     expected = np.zeros(output.shape)
@@ -164,6 +167,10 @@ def check_step(
                 expected_weights[row, head, group, 0, visible] = row_weights
                 if record == "total":
                     memory[row, head, visible] += row_weights / groups
+    counts = [[SEEN, SEEN, SEEN]] * batch
+    if record != "weights":
+        counts = [[SEEN + (row in rows), SEEN + 1, SEEN + 1] for row in range(batch)]
+    assert step.counts.tolist() == counts
     for found, wanted in zip(step[3:6], (keys, values, positions), strict=True):
         np.testing.assert_array_equal(found.double().cpu().numpy(), wanted)
     tolerance = TOLERANCES[dtype]
@@ -175,6 +182,7 @@ def check_step(
         np.testing.assert_allclose(weights.cpu(), expected_weights, rtol=2e-5, atol=2e-5)
     else:
         assert weights.numel() == 0
+    assert not step.arrived.any()
 
 
 @pytest.mark.parametrize(
@@ -564,19 +572,20 @@ from compressed_cache.ops.kernels import decode
 TYPES = {"bf16": 2, "fp32": 4}
 POINTERS = dict(
     query="*{t}", key="*{t}", value="*{t}", keys="*{t}", values="*{t}", queries="*{t}",
-    output="*{t}", positions="*i64", next_positions="*i64", prefixes="*i64", slots_given="*i64",
-    victims="*i64", reals="*i64", paddings="*i64", scaling="fp32", softcap="fp32", memory="*fp32",
+    output="*{t}", positions="*i64", counts="*i64", prefixes="*i64", slots_given="*i64",
+    arrived="*i32", reals="*i64", paddings="*i64", scaling="fp32", softcap="fp32", memory="*fp32",
     scores="*fp32", sinks="*fp32", logits="*fp32", weights="*fp32", partial="*fp32",
     peaks="*fp32", totals="*fp32", found="*fp32",
 )
 CONSTANTS = dict(
     GROUPS=4, DIM=128, VALUE_DIM=128, GROUPS_PAD=16, DIM_PAD=128, VALUE_PAD=128, RANK_BLOCK=256,
     CHOOSES=True, SOFTCAP=True, SINKS=True, PADS=True, RECORD="total", REMEMBERS=True,
+    COUNTS=True,
 )
 for (name, size), capability in itertools.product(TYPES.items(), (80, 90)):
     for kernel, splits, block, warps in (
         (decode._attend_kernel, 1, decode._TILE_BYTES[size] // 128 // size, decode._WARPS[size]),
-        (decode._merge_kernel, 4, 0, 4),
+        (decode._attend_kernel, 4, decode._TILE_BYTES[size] // 128 // size, decode._WARPS[size]),
         (sums._log_sum_exp_kernel, 0, sums._BLOCK[size], sums._WARPS[size]),
         (sums._column_sums_kernel, 0, sums._BLOCK[size], sums._WARPS[size]),
     ):

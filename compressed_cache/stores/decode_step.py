@@ -56,8 +56,8 @@ def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | Non
             )
         output, weights = store.attend(own, keys, values, mask)
         store.observe(weights, real)
-    store.record_query(query, real)
-    store.count_step(real)
+        store.record_query(query, real)
+        store.count_step(real)
     if real is not None:
         output = output.masked_fill(~real[:, None, None, None], 0.0)
     return output, weights
@@ -79,6 +79,10 @@ def _fused(
         # The notes of the new token go where it went.
         slot = store.lowest(1, real)
     scores = None if slot is not None else store.scores(store.revised(1, real))
+    # Before the kernel counts the token.
+    if slot is not None:
+        store.write_notes(key, value, slot, real, hidden)
+    store.record_query(query, real)
     record = "total" if bound.adds_attention else "nothing"
     if wants_weights or (bound.observer is not None and not bound.adds_attention):
         record = "weights"
@@ -86,7 +90,7 @@ def _fused(
     output, weights = operators.decode_step(
         *(query, key, value, tokens.keys, tokens.values, tokens.positions),
         *(state if state.dim() == 3 else state[:, :, :0, 0],),
-        *(store.next_position, store.protected_prefix, slot),
+        *(store.arrived, store.counts, store.protected_prefix, slot),
         # A tensor that is changed must not be given twice.
         None if scores is state else scores,
         bound.transform.sinks,
@@ -96,13 +100,12 @@ def _fused(
         softcap=bound.transform.softcap,
         record=record,
     )
-    if slot is not None:
-        store.write_notes(key, value, slot, real, hidden)
     if record != "weights":
         return output, None
     if slot is not None and state.dim() > 3:
         store.forget(slot, real)
     store.observe(weights, real)
+    store.count_step(real)
     return output, weights
 
 

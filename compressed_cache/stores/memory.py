@@ -30,6 +30,7 @@ class SlotMemory:
         query_state: ``[B, H, G, ...]`` float32 by name, what the policy made of the queries of the
             first prompt; empty unless it observes them.
         is_fused: whether one kernel takes a whole step.
+        arrived: ``[B, H + 1]`` int32, what that kernel counts within a step; empty without it.
         has_gradients: whether a token was read with gradients, which then end at it.
     """
 
@@ -40,6 +41,7 @@ class SlotMemory:
     prompt_length: Tensor
     queries: Tensor
     query_positions: Tensor
+    arrived: Tensor
 
     def __init__(self, bound: BoundPolicy, tag: Callable[[Tensor], None]) -> None:
         bound.constants = copied(bound.constants)
@@ -158,19 +160,22 @@ class SlotMemory:
             for name, shape in shapes.items()
         }
         self.is_fused = bound.policy.evicts and not bound.rerotates and operators.serves(sizes)
+        self.arrived = full(batch, heads + 1 if self.is_fused else 0, dtype=torch.int32)
         self.mark()
 
     def mark(self) -> None:
         """Says what these tensors are to attention, and to the compiler that they stay."""
         # Without it every in-place write would make the compiler give up CUDA graphs, and what is
         # only read would be copied in each step.
-        for tensor in (*self.named_tensors().values(), *self.bound.constants.values()):
+        named, constants = self.named_tensors().values(), self.bound.constants.values()
+        for tensor in (*named, *constants, self.arrived):
             torch._dynamo.mark_static_address(tensor)
         self.tag(self.tokens.keys)
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Everything in memory, by name."""
-        others = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """Everything that is held between two steps, by name."""
+        held = {name: value for name, value in vars(self).items() if name != "arrived"}
+        others = {name: value for name, value in held.items() if isinstance(value, Tensor)}
         others |= {f"query_state.{name}": value for name, value in self.query_state.items()}
         return {**self.tokens._asdict(), **others} if self.sizes is not None else others
 

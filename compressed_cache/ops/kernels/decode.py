@@ -1,11 +1,12 @@
-"""A decode step of one layer in one Triton launch, or two where rows are few and slots many.
+"""A decode step of one layer in one Triton launch.
 
 Each program serves one key/value head of one row. It finds the victim, puts the new token into its
 slot, and reads every key and value once, all query heads of the group together. Where that leaves
-most of the device idle, the slots are split between programs and a second launch adds up what they
-found. The victim is then found by each of them anew: it takes 12 bytes per slot from the L2 cache,
-where a launch of its own would take longer. Nothing that another program may still read is changed
-before the second launch.
+most of the device idle, the slots are split between programs, and the last of them to be done adds
+up what all found (as in Stream-K, https://arxiv.org/abs/2301.03598). The victim is then found by
+each of them anew: it takes 12 bytes per slot from the L2 cache, where a launch of its own would
+take longer. Nothing that another program may still read is changed before the last one is done; so
+the last of a row also counts its token.
 
 The softmax begins with the new token, so no program waits for its own writes, and a tile of keys
 goes to the tensor cores as it was loaded.
@@ -51,7 +52,10 @@ class Step(NamedTuple):
     memory: Tensor
     """``[B, H, S]`` float32, zeroed at the slot; no slots where nothing is remembered, as where
     nothing is recorded."""
-    next_position: Tensor
+    arrived: Tensor
+    """``[B, H + 1]`` int32, zero between two steps: programs done with each head, and heads done."""
+    counts: Tensor
+    """``[B, 3]`` int64, of each row the position of the token, and two further counts of steps."""
     protected_prefix: Tensor
     slot: Tensor | None
     """``[B, H, 1]`` int64, the slot to overwrite; None: that of the lowest score."""
@@ -155,22 +159,72 @@ def _normalise(peak, total, sinks, first_query, group, GROUPS: tl.constexpr, SIN
 
 
 @triton.jit
+def _is_last(arrived, expected):
+    """Whether all other programs that are expected have come here, with what they wrote."""
+    # One thread tells of what all of this program did.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == expected - 1
+    if is_last:
+        # For the next step.
+        tl.store(arrived, 0)
+    return is_last
+
+
+@triton.jit
+def _count(counts, arrived, heads, slot):
+    """Counts the token of a row, once no head of it has yet to read its position."""
+    if _is_last(arrived, heads):
+        which = tl.arange(0, 4)
+        # Padding has no position.
+        more = tl.where((which > 0) | (slot >= 0), 1, 0)
+        count = tl.load(counts + which, mask=which < 3, other=0)
+        tl.store(counts + which, count + more, mask=which < 3)
+
+
+@triton.jit
+def _added(
+    partial, peaks, totals, first,
+    GROUPS_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Maxima, sums of exponentials and weighted values of all parts of a head together."""
+    group = tl.arange(0, GROUPS_PAD)
+    value_column = tl.arange(0, VALUE_PAD)
+    peak = tl.full([GROUPS_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUPS_PAD], tl.float32)
+    sums = tl.zeros([GROUPS_PAD, VALUE_PAD], tl.float32)
+    for part in range(SPLITS):
+        own = (first + part) * GROUPS_PAD + group
+        other = tl.load(peaks + own)
+        higher = tl.maximum(peak, other)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        mine, theirs = tl.exp(peak - base), tl.exp(other - base)
+        total = total * mine + tl.load(totals + own) * theirs
+        found = tl.load(partial + own[:, None] * VALUE_PAD + value_column[None, :])
+        sums = sums * mine[:, None] + found * theirs[:, None]
+        peak = higher
+    return peak, total, sums
+
+
+@triton.jit
 def _attend_kernel(
-    query, key, value, keys, values, positions, memory, next_positions, prefixes, slots_given,
-    scores, sinks, reals, logits, weights, output, partial, peaks, totals, victims,
-    next_stride, heads, capacity, split, recent, scaling, softcap,
+    query, key, value, keys, values, positions, memory, arrived, counts, prefixes, slots_given,
+    scores, sinks, reals, logits, weights, output, partial, peaks, totals,
+    heads, capacity, split, recent, scaling, softcap,
     GROUPS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     GROUPS_PAD: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
     BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHOOSES: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PADS: tl.constexpr, RECORD: tl.constexpr,
-    REMEMBERS: tl.constexpr,
+    REMEMBERS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     part = tl.program_id(1)
     row = program // heads
     first_query = (program - row * heads) * GROUPS
+    # Of each row one for each head, and one more.
+    arrived += row * (heads + 1)
     head = program.to(tl.int64)
-    next_position = tl.load(next_positions + row * next_stride)
+    counts += row * 3
+    next_position = tl.load(counts)
     if CHOOSES:
         prefix = tl.load(prefixes + row)
         slot = _lowest_slot(
@@ -245,62 +299,33 @@ def _attend_kernel(
         sums += tl.dot(weight.to(tile.dtype), tile, input_precision="ieee")
         peak = higher
 
-    within = in_group[:, None] & in_value[None, :]
-    if SPLITS == 1:
+    is_last = True
+    if SPLITS > 1:
+        first = head * SPLITS
+        own = (first + part) * GROUPS_PAD + group
+        tl.store(peaks + own, peak)
+        tl.store(totals + own, total)
+        tl.store(partial + own[:, None] * VALUE_PAD + value_column[None, :], sums)
+    # The logits were written by other threads of this program.
+    tl.debug_barrier()
+    if SPLITS > 1:
+        is_last = _is_last(arrived + program - row * heads, SPLITS)
+        if is_last:
+            peak, total, sums = _added(
+                partial, peaks, totals, first, GROUPS_PAD, VALUE_PAD, SPLITS
+            )  # fmt: skip
+    if is_last:
         peak, total, rescale = _normalise(peak, total, sinks, first_query, group, GROUPS, SINKS)
         result = sums * (rescale / total)[:, None]
-        own = output + (head * GROUPS + group[:, None]) * VALUE_DIM + value_column[None, :]
-        tl.store(own, result.to(output.dtype.element_ty), mask=within)
-        # The logits were written by other threads of this program.
-        tl.debug_barrier()
+        goal = output + (head * GROUPS + group[:, None]) * VALUE_DIM + value_column[None, :]
+        within = in_group[:, None] & in_value[None, :]
+        tl.store(goal, result.to(output.dtype.element_ty), mask=within)
         _remember(
             logits, weights, memory, positions, head, slot, next_position, peak + tl.log(total),
             capacity, GROUPS, GROUPS_PAD, RANK_BLOCK, RECORD, REMEMBERS,
         )  # fmt: skip
-    else:
-        own = (head * SPLITS + part) * GROUPS_PAD + group
-        tl.store(peaks + own, peak)
-        tl.store(totals + own, total)
-        tl.store(partial + own[:, None] * VALUE_PAD + value_column[None, :], sums)
-        if part == 0:
-            tl.store(victims + head, slot)
-
-
-@triton.jit
-def _merge_kernel(
-    positions, memory, next_positions, sinks, logits, weights, output, partial, peaks, totals,
-    victims, next_stride, heads, capacity,
-    GROUPS: tl.constexpr, VALUE_DIM: tl.constexpr, GROUPS_PAD: tl.constexpr,
-    VALUE_PAD: tl.constexpr, RANK_BLOCK: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr,
-    RECORD: tl.constexpr, REMEMBERS: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS_PAD)
-    value_column = tl.arange(0, VALUE_PAD)
-    first_query = (head % heads) * GROUPS
-    peak = tl.full([GROUPS_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUPS_PAD], tl.float32)
-    sums = tl.zeros([GROUPS_PAD, VALUE_PAD], tl.float32)
-    for part in range(SPLITS):
-        own = (head * SPLITS + part) * GROUPS_PAD + group
-        other = tl.load(peaks + own)
-        higher = tl.maximum(peak, other)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        mine, theirs = tl.exp(peak - base), tl.exp(other - base)
-        total = total * mine + tl.load(totals + own) * theirs
-        found = tl.load(partial + own[:, None] * VALUE_PAD + value_column[None, :])
-        sums = sums * mine[:, None] + found * theirs[:, None]
-        peak = higher
-    peak, total, rescale = _normalise(peak, total, sinks, first_query, group, GROUPS, SINKS)
-    result = sums * (rescale / total)[:, None]
-    within = (group[:, None] < GROUPS) & (value_column[None, :] < VALUE_DIM)
-    own = output + (head * GROUPS + group[:, None]) * VALUE_DIM + value_column[None, :]
-    tl.store(own, result.to(output.dtype.element_ty), mask=within)
-    _remember(
-        logits, weights, memory, positions, head, tl.load(victims + head),
-        tl.load(next_positions + (head // heads) * next_stride), peak + tl.log(total), capacity,
-        GROUPS, GROUPS_PAD, RANK_BLOCK, RECORD, REMEMBERS,
-    )  # fmt: skip
+        if COUNTS:
+            _count(counts, arrived + heads, heads, slot)
 
 
 def decode_step(
@@ -315,12 +340,14 @@ def decode_step(
     """Writes one token per row, attends with its query, and remembers the attention.
 
     Args:
-        step: the tensors; ``keys``, ``values``, ``positions`` and ``memory`` are changed.
+        step: the tensors; ``keys``, ``values``, ``positions``, ``memory`` and, unless weights are
+            recorded, ``counts`` are changed.
         recent: tokens before the incoming one that are no victims.
         scaling: factor of the logits.
         softcap: bound of the logits; None: they are not bent.
         record: ``"nothing"``, ``"weights"`` of every query head, or ``"total"``: their mean over
-            the group is added to ``memory``.
+            the group is added to ``memory``. Who asks for weights has yet to read them as those of
+            this token, and counts it.
         splits: programs that share the slots of one head; None: as many as fill the device.
 
     Returns:
@@ -347,50 +374,40 @@ def decode_step(
     weights = floats(*(recorded if record == "weights" else (0,)))
     # Where the weights go there is room for the logits.
     logits = floats(*recorded) if record == "total" else weights
-    merged = programs if parts > 1 else 0
-    peaks, totals = (floats(merged, parts, groups_pad) for _ in range(2))
-    partial = floats(merged, parts, groups_pad, value_pad)
-    victims = torch.empty(merged, dtype=torch.int64, device=device)
+    shared = programs if parts > 1 else 0
+    peaks, totals = (floats(shared, parts, groups_pad) for _ in range(2))
+    partial = floats(shared, parts, groups_pad, value_pad)
     remembers = step.memory.shape[2] > 0
     scores = step.memory if step.scores is None else step.scores.contiguous()
     sinks = step.memory if step.sinks is None else step.sinks
-    slot = victims if step.slot is None else step.slot.contiguous()
-    reals = victims if step.real is None else step.real.long()
+    slot = step.positions if step.slot is None else step.slot.contiguous()
+    reals = step.positions if step.real is None else step.real.long()
     rank_block = min(_REMEMBERED // groups_pad, max(16, triton.next_power_of_2(capacity)))
-    common = {
-        "GROUPS": groups,
-        "VALUE_DIM": value_dim,
-        "GROUPS_PAD": groups_pad,
-        "VALUE_PAD": value_pad,
-        "RANK_BLOCK": rank_block,
-        "SPLITS": parts,
-        "SINKS": step.sinks is not None,
-        "RECORD": record,
-        "REMEMBERS": remembers,
-    }
     _attend_kernel[(programs, parts)](
         *(step.query.contiguous(), step.key.contiguous(), step.value.contiguous()),
-        *(step.keys, step.values, step.positions, step.memory),
-        *(step.next_position, step.protected_prefix, slot, scores, sinks, reals),
-        *(logits, weights, output, partial, peaks, totals, victims),
-        *(step.next_position.stride(0), heads, capacity, split, recent, scaling, softcap or 1.0),
+        *(step.keys, step.values, step.positions, step.memory, step.arrived),
+        *(step.counts, step.protected_prefix, slot, scores, sinks, reals),
+        *(logits, weights, output, partial, peaks, totals),
+        *(heads, capacity, split, recent, scaling, softcap or 1.0),
+        GROUPS=groups,
         DIM=dim,
+        VALUE_DIM=value_dim,
+        GROUPS_PAD=groups_pad,
         DIM_PAD=dim_pad,
+        VALUE_PAD=value_pad,
         BLOCK=block,
+        RANK_BLOCK=rank_block,
+        SPLITS=parts,
         CHOOSES=step.slot is None,
         SOFTCAP=softcap is not None,
+        SINKS=step.sinks is not None,
         PADS=step.real is not None,
+        RECORD=record,
+        REMEMBERS=remembers,
+        COUNTS=record != "weights",
         num_warps=_WARPS[element],
         num_stages=2,
-        **common,
     )
-    if parts > 1:
-        _merge_kernel[(programs,)](
-            *(step.positions, step.memory, step.next_position, sinks, logits, weights, output),
-            *(partial, peaks, totals, victims, step.next_position.stride(0), heads, capacity),
-            num_warps=4,
-            **common,
-        )
     return output, weights
 
 

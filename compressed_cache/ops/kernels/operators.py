@@ -11,7 +11,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST_HEAD = 256
 _MOST_GROUPS = 64
 _LEAST_CAPABILITY = (8, 0)
-_CHANGED = ("keys", "values", "positions", "memory")
+_CHANGED = ("keys", "values", "positions", "memory", "arrived", "counts")
 
 
 def serves(sizes: Sizes) -> bool:
@@ -44,7 +44,8 @@ def decode_step(
     values: Tensor,
     positions: Tensor,
     memory: Tensor,
-    next_position: Tensor,
+    arrived: Tensor,
+    counts: Tensor,
     protected_prefix: Tensor,
     slot: Tensor | None,
     scores: Tensor | None,
@@ -60,8 +61,8 @@ def decode_step(
     from compressed_cache.ops.kernels import decode
 
     tensors = decode.Step(
-        *(query, key, value, keys, values, positions, memory, next_position, protected_prefix),
-        *(slot, scores, sinks, real),
+        *(query, key, value, keys, values, positions, memory, arrived),
+        *(counts, protected_prefix, slot, scores, sinks, real),
     )
     # Triton launches on the current device, whatever its arguments are on.
     with torch.cuda.device_of(keys):
