@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from compressed_cache import CompressedCache
+from compressed_cache.ops.attention import LogitTransform
 from compressed_cache.versions import cache_argument
 from tests.conftest import distinct_tokens
 from tests.test_masks import LAYOUTS
@@ -113,3 +116,23 @@ def test_autocast_may_begin_and_end_anywhere(
     assert logits[0].dtype == logits[1].dtype
     # Steps are rounded less than those of the dynamic cache where both are under autocast.
     torch.testing.assert_close(*(one.float() for one in logits), rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_device_that_can_widen_products_copies_no_keys(dtype: torch.dtype) -> None:
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Recorder():
+        queries = torch.empty(2, 4, 3, 5, 16, dtype=dtype, device="cuda")
+        keys = torch.empty(2, 4, 32, 16, dtype=dtype, device="cuda")
+        logits = LogitTransform(0.5).logits(queries, keys)
+    assert (logits.shape, logits.dtype) == ((2, 4, 3, 5, 32), torch.float32)
+    assert torch.ops.aten.bmm.dtype in seen
+    assert torch.ops.aten._to_copy.default not in seen

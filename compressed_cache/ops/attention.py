@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compressed_cache.ops import gradients
+
 _BLOCK_ELEMENTS = 1 << 24
 """Largest block of attention weights held at once while a prompt is read (64 MiB of float32)."""
 _CPU_BLOCK_ELEMENTS = 1 << 20
@@ -30,12 +32,14 @@ class LogitTransform(NamedTuple):
     no value (GPT-OSS); None: there is none."""
 
     def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Float32 logits ``[..., W, S]`` of queries ``[..., W, D]`` over keys ``[..., S, D]``.
+        """Float32 logits ``[B, H, ..., S]`` of queries ``[B, H, ..., D]`` over keys
+        ``[B, H, S, D]``.
 
         float64 stays float64, so that references can be compared exactly.
         """
-        exact = torch.promote_types(keys.dtype, torch.float32)
-        logits = (queries.to(exact) @ keys.to(exact).mT) * self.scaling
+        # All of a head as rows of one product: it would copy the keys for each further dimension.
+        rows = queries.flatten(2, -2)
+        logits = _products(rows, keys).unflatten(2, queries.shape[2:-1]) * self.scaling
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
     def sink_logits(self, logits: Tensor) -> Tensor | None:
@@ -45,6 +49,22 @@ class LogitTransform(NamedTuple):
         ones = [1] * (logits.dim() - 3)
         column = self.sinks.to(logits.dtype).view(*logits.shape[1:3], *ones)
         return column.expand(*logits.shape[:-1], 1)
+
+
+def _products(queries: Tensor, keys: Tensor) -> Tensor:
+    """Float32 products ``[B, H, R, S]`` of ``[B, H, R, D]`` and ``[B, H, S, D]``, or float64."""
+    exact = torch.promote_types(keys.dtype, torch.float32)
+    is_half = keys.dtype in (torch.bfloat16, torch.float16) and queries.dtype == keys.dtype
+    if is_half and _widens(keys.device) and not gradients.wants_gradient(queries, keys):
+        # Elsewhere a copy of all keys is written and read.
+        found = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=exact)
+        return found.unflatten(0, keys.shape[:2])
+    return queries.to(exact) @ keys.to(exact).mT
+
+
+def _widens(device: torch.device) -> bool:
+    """Whether a product of half precision can be had in float32 as it was added up."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def group_queries(queries: Tensor, num_heads: int) -> Tensor:
@@ -153,18 +173,17 @@ def attention_rows(
     grouped = group_queries(queries, keys.shape[1])
     block = _block_length(batch * num_queries * keys.shape[2], keys.device.type)
     held = positions[:, :, None, :]
-    # Not anew in each block.
-    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    if not _widens(keys.device):
+        # Not anew in each block.
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     for start in range(0 if last is None else max(0, length - last), length, block):
         block_positions = query_positions[:, start : start + block]
         own = block_positions[:, None, :, None]
         visible = (held >= 0) & (held <= own)
         if window is not None:
             visible = visible & (held > own - window)
-        # Query heads as further rows: a product with keys that are repeated would copy them.
         own_queries = grouped[:, :, :, start : start + block]
-        logits = transform.logits(own_queries.flatten(2, 3), keys)
-        logits = logits.unflatten(2, own_queries.shape[2:4])
+        logits = transform.logits(own_queries, keys)
         if see is None:
             visible = visible.unsqueeze(2)
         else:

@@ -252,7 +252,7 @@ class OffloadedStore(GrowingStore):
         ``[B, L]`` bool."""
         size = self.numbers.chunk_size
         grouped = attention.group_queries(query, self.tokens.keys.shape[1])
-        logits = self.bound.transform.logits(grouped, self.landmarks.unsqueeze(2))
+        logits = self.bound.transform.logits(grouped, self.landmarks)
         shares = attention.masked_softmax(logits, self.is_listed[:, :, None, None])
         if real is not None:
             shares = shares.masked_fill(~real[:, None, None, :, None], 0.0)

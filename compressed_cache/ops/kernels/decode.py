@@ -53,7 +53,7 @@ class Step(NamedTuple):
     """``[B, H, S]`` float32, zeroed at the slot; no slots where nothing is remembered, as where
     nothing is recorded."""
     arrived: Tensor
-    """``[B, H + 1]`` int32, zero between two steps: programs done with each head, and heads done."""
+    """``[B, H + 1]`` int32, zero between steps: programs done with each head, and heads done."""
     counts: Tensor
     """``[B, 3]`` int64, of each row the position of the token, and two further counts of steps."""
     protected_prefix: Tensor

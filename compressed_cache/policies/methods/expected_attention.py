@@ -121,10 +121,12 @@ class ExpectedAttention(Calibrated):
         rotary = Rotary.among(slots.constants)
         known = slots.constants if self.calibration is not None else slots.query_state
         # Turning the keys back to where the position ahead is 0 leaves the statistics constant.
-        keys = rotary.rotate(slots.keys, -slots.next_position[:, None, None]).float()[:, :, None]
-        logits = scaling * (keys @ known["mean"].unsqueeze(-1)).squeeze(-1)
+        keys = rotary.rotate(slots.keys, -slots.next_position[:, None, None]).float()
+        logits = scaling * (known["mean"] @ keys.mT)
         if self.use_covariance:
-            variance = ((keys @ known["covariance"]) * keys).sum(dim=-1)
+            # One query head after the other: a product of all would copy the keys for each.
+            heads = known["covariance"].unbind(dim=-3)
+            variance = torch.stack([((keys @ head) * keys).sum(dim=-1) for head in heads], dim=2)
             logits = logits + scaling**2 / 2 * variance
         counted = slots.positions >= self.n_sinks
         scores = masked_softmax(logits, counted[:, :, None]).mean(dim=2) + self.epsilon

@@ -49,7 +49,7 @@ def check_choice(name: str, value: str, *choices: str) -> None:
 
 def window_logits(slots: Slots) -> Tensor:
     """Logits of the last ``W`` queries: ``[B, H, G, W, S]`` float32, nothing masked."""
-    return slots.transform.logits(slots.queries, slots.keys.unsqueeze(2)).float()
+    return slots.transform.logits(slots.queries, slots.keys).float()
 
 
 def causal(slots: Slots) -> Tensor:
