@@ -127,8 +127,9 @@ def _decode(
     padding: _Padding | None = None
     with model._optimize_model_for_decode():
         while True:
-            # A copy, or the logits of a whole prompt would stay in memory.
-            scores = outputs.logits[:, -1].to(ids.device, torch.float32, copy=True)
+            # A processor may keep or change what it is given.
+            is_shown = bool(logits_processor)
+            scores = outputs.logits[:, -1].to(ids.device, torch.float32, copy=is_shown)
             del outputs
             for processor in logits_processor:
                 scores = processor(ids, scores)
@@ -137,6 +138,8 @@ def _decode(
                 broken |= is_broken
             else:
                 tokens = scores.argmax(dim=-1, keepdim=True)
+            # Or the logits of a whole prompt would stay in memory.
+            del scores
             if pads:
                 tokens = torch.where(unfinished, tokens, pad.to(ids.device))
             ids = torch.cat([ids, tokens], dim=-1)
