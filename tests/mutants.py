@@ -806,21 +806,21 @@ MUTANTS = (
         "step_counter.py",
         "self.restore(self._before)",
         "pass",
-        "test_errors.py -k 'refused_call or is_refused'",
+        "test_failed_calls.py -k 'refused_call or is_refused'",
     ),
     Mutant(
         "a text that a failed call has left half read goes on in recurrent layers",
         "hf/announced_calls.py",
         "                self.is_torn = True\n",
         "                self.is_torn = False\n",
-        "test_errors.py",
+        "test_failed_calls.py",
     ),
     Mutant(
         "recurrent layers remember a first prompt that was refused",
         "hf/announced_calls.py",
         "                self.reset_linear_layers()\n",
         "                pass\n",
-        "test_errors.py",
+        "test_failed_calls.py",
     ),
     # The plain store.
     Mutant(
@@ -1876,28 +1876,28 @@ MUTANTS = (
         "hf/attention_hook.py",
         '            cache.expect_text(tokens, known, inputs.get("attention_mask"))\n',
         "            pass\n",
-        "test_errors.py -k new_text",
+        "test_used_cache.py -k new_text",
     ),
     Mutant(
         "other tokens than were read are not refused",
         "hf/columns.py",
         "        checks.check_text_held(is_other & differs.all(dim=1, keepdim=True), seen)\n",
         "",
-        "test_errors.py -k another_token",
+        "test_used_cache.py -k another_token",
     ),
     Mutant(
         "tokens of the loop are not remembered",
         "hf/decode_loop.py",
         "        cache.columns.hold_text(ids[:, : cache.get_seq_length()])\n",
         "        pass\n",
-        "test_errors.py -k 'another_token and decode and 22'",
+        "test_used_cache.py -k 'another_token and decode and 22'",
     ),
     Mutant(
         "rows that are not held are chosen",
         "hf/checks.py",
         "bool(((-held <= rows) & (rows < held)).all())",
         "True",
-        "test_errors.py -k 'rows_that_are_not_held'",
+        "test_used_cache.py -k 'rows_that_are_not_held'",
     ),
     Mutant(
         "a bool mask is added to logits",
@@ -1953,7 +1953,7 @@ MUTANTS = (
         "hf/checks.py",
         "if seen and tokens <= seen:",
         "if seen and tokens < seen:",
-        "test_errors.py -k new_text",
+        "test_used_cache.py -k new_text",
     ),
     Mutant(
         "a protected prompt leaves no free slot",
@@ -1967,7 +1967,7 @@ MUTANTS = (
         "hf/checks.py",
         "    if layer.progress != expected:\n",
         "    if False:\n",
-        "test_errors.py -k failed_half_way",
+        "test_failed_calls.py -k failed_half_way",
     ),
     # Drafts, snapshots, steps.
     Mutant(
