@@ -238,6 +238,34 @@ def test_what_a_policy_always_keeps_goes_before_what_is_protected() -> None:
     np.testing.assert_array_equal(step.positions.cpu().numpy(), before)
 
 
+def test_programs_that_share_a_head_do_what_one_does_step_after_step() -> None:
+    sizes = (3, 2, 4, 480, 32, 32)
+    one, many = (
+        make_step(
+            *sizes, dtype=torch.float32, record="total", chooses=True, with_sinks=False
+        )._replace(real=torch.tensor([True, False, True]).to(DEVICE))
+        for _ in range(2)
+    )
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(500 if DEVICE == "cuda" else 3):
+        new = [
+            torch.randn(x.shape, generator=generator).to(DEVICE)
+            for x in (one.query, one.key, one.value)
+        ]
+        outputs = [
+            decode.decode_step(
+                step._replace(query=new[0], key=new[1], value=new[2]),
+                **dict(recent=RECENT, scaling=0.2, softcap=None, record="total", splits=splits),
+            )[0]
+            for step, splits in ((one, 1), (many, 4))
+        ]
+        torch.testing.assert_close(*(output[::2] for output in outputs), rtol=1e-4, atol=1e-5)
+        # Or a rounding would send them different ways.
+        many.memory.copy_(one.memory)
+    for name in ("positions", "counts", "keys", "values", "arrived"):
+        assert torch.equal(*(getattr(step, name).nan_to_num() for step in (one, many))), name
+
+
 def test_a_slot_of_one_and_a_group_of_one() -> None:
     check_step(1, 1, 1, 1, 8, 8, record="total")
 
