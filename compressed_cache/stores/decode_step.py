@@ -24,7 +24,7 @@ def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | Non
         The output ``[B, H * G, 1, D]``, zero where a row is padded, and the attention weights
         ``[B, H, G, 1, S]`` float32, None where there are none.
     """
-    query, key, value, ranks, wants_weights, real, mask, hidden = token
+    query, key, value, ranks, _, real, mask, hidden = token
     traced = (query, key, value) if gradients.wants_gradient(query, key, value) else None
     # Detached everywhere: a graph through the slots would live as long as the cache.
     query, key, value = query.detach(), key.detach(), value.detach()
@@ -35,7 +35,7 @@ def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | Non
         slot = store.lowest(1, real) if slot is None else slot
         _merge(store, slot, real)
     if store.is_fused and traced is None and mask is None:
-        output, weights = _fused(store, query, key, value, slot, wants_weights, real, hidden)
+        output, weights = _fused(store, token, slot)
     else:
         slot = store.lowest(1, real) if slot is None else slot
         query, key = store.ordered(query), store.ordered(key)
@@ -63,17 +63,9 @@ def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | Non
     return output, weights
 
 
-def _fused(
-    store: SlotStore,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slot: Tensor | None,
-    wants_weights: bool,
-    real: Tensor | None,
-    hidden: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def _fused(store: SlotStore, token: NewToken, slot: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """All of it in one kernel, but for what only this policy does."""
+    query, key, value, _, wants_weights, real, _, hidden = token
     bound, tokens = store.bound, store.tokens
     if slot is None and (bound.needs.notes or bound.dropping is not None):
         # The notes of the new token go where it went.
