@@ -29,7 +29,8 @@ from compressed_cache.policies.capabilities import (
 from compressed_cache.policies.fields import whole_number
 from compressed_cache.wording import shown
 
-_ARGUMENTS = ("budget", "interval", "sinks", "recent", "protect_prompt")
+ARGUMENTS = ("budget", "interval", "sinks", "recent", "protect_prompt")
+"""Those of ``CompressedCache`` that a config is made of."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class EvictionConfig:
 
     @property
     def _values(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _ARGUMENTS}
+        return {name: getattr(self, name) for name in ARGUMENTS}
 
     def protected(self, prompts: Tensor, budget: int) -> Tensor:
         """How many positions of prompts of these lengths ``[B]`` are never evicted, ``[B]``.
