@@ -205,7 +205,7 @@ def test_a_file_and_a_snapshot_bring_budgets_along(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.array, torch.tensor])
 def test_whole_numbers_of_any_library_are_ints(kind: Callable[[int], Any]) -> None:
-    cache = CompressedCache(
+    cache: Any = CompressedCache(
         "snapkv", [kind(12), 14], interval=kind(2), sinks=kind(1), recent=kind(5), window=kind(4)
     )
     assert cache.eviction.arguments == dict(
