@@ -1,6 +1,6 @@
 """``pipeline("kv-press-text-generation")``: one context, held once, and questions about it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.pipelines.base import Pipeline
 
-from compressed_cache.integrations.prompt import Prompt, make_prompt, pair
+from compressed_cache.integrations.prompt import Prompt, make_prompt, pair, positive
 from compressed_cache.integrations.request import Request, by_budget, make_request, renamed
 from compressed_cache.policies.capabilities import ReadsTwice, SharesBudget, find
+from compressed_cache.wording import shown
 
 if TYPE_CHECKING:
     from compressed_cache.telemetry.timing import Timing
@@ -90,10 +91,11 @@ class CompressedTextGenerationPipeline(Pipeline):
             TypeError: an unknown argument, or a value of the wrong type.
             NotImplementedError: a model that cannot be served, or several answers per question.
         """
+        if isinstance(context, Mapping) or not isinstance(context, Iterable):
+            raise TypeError(f"context must be a text, or a list of texts, got {shown(context)}")
         contexts = [context] if isinstance(context, str) else list(context)
-        size = batch_size or self._batch_size or 1
-        if size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {size}")
+        size = self._batch_size if batch_size is None else batch_size
+        size = 1 if size is None else positive("batch_size", size)
         arguments = {**renamed(self._forward_params), **renamed(arguments)}
         prompting = {name: arguments.pop(name) for name in _PROMPT if name in arguments}
         asked = pair(contexts, question, questions)
@@ -232,7 +234,8 @@ class CompressedTextGenerationPipeline(Pipeline):
     def _generate(self, text: Tensor, mask: Tensor, request: Request, **more: Any) -> Any:
         from compressed_cache.versions import cache_argument
 
-        more = request.generate | more
+        # The tokenizer is asked for stop_strings.
+        more = {"tokenizer": self.tokenizer} | request.generate | more
         if more.get("generation_config") is None and self.tokenizer.pad_token_id is not None:
             more.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         return self.model.generate(

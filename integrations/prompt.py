@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compressed_cache.policies.fields import whole_number
+from compressed_cache.wording import shown
+
 logger = logging.getLogger(__name__)
 
 # A chat template writes it where a question will stand.
@@ -35,6 +38,10 @@ def pair(
         ValueError: both are given, none is in a list, or there are lists for other contexts.
         TypeError: something else than texts.
     """
+    if not isinstance(question, str | None):
+        raise TypeError(
+            f"question must be a text, got {shown(question)}. Pass several as questions."
+        )
     if question is not None and questions is not None:
         raise ValueError("question and questions must not both be given. Leave one of them out.")
     if questions is None:
@@ -96,8 +103,10 @@ def make_prompt(
             raise TypeError(f"{name} must be a text, got {text!r} ({type(text).__name__})")
     if not context.strip():
         raise ValueError(f"context must not be empty, got {context!r}")
-    if max_context_length is not None and max_context_length < 1:
-        raise ValueError(f"max_context_length must be >= 1, got {max_context_length}")
+    if not isinstance(answer_prefix, str):
+        raise TypeError(f"answer_prefix must be a text, got {shown(answer_prefix)}")
+    if max_context_length is not None:
+        max_context_length = positive("max_context_length", max_context_length)
     before, after = _around(tokenizer, context, enable_thinking)
     prompt = Prompt(
         _tokens(tokenizer, before),
@@ -115,6 +124,16 @@ def make_prompt(
         prompt.questions[:] = [[last] for _ in questions]
     _check_length(prompt, model_length)
     return prompt
+
+
+def positive(name: str, value: Any) -> int:
+    """A whole number from 1 on; raises for any other ``value``, that of an argument ``name``."""
+    number = whole_number(value)
+    if number is None:
+        raise TypeError(f"{name} must be an int >= 1, got {shown(value)}")
+    if number < 1:
+        raise ValueError(f"{name} must be >= 1, got {number}")
+    return number
 
 
 def _around(tokenizer: Any, context: str, enable_thinking: bool) -> tuple[str, str]:

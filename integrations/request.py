@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressed_cache.policies.relative_budget import check_ratio, slots_kept
@@ -144,9 +144,9 @@ def _check_lossless(lossless: Any, cache: "CompressedCache", given: dict[str, An
 
 def _own_names(policy: Any) -> list[str]:
     from compressed_cache.policies import Policy, option_names
-    from compressed_cache.policies.eviction_config import EvictionConfig
+    from compressed_cache.policies.eviction_config import ARGUMENTS
 
-    rules = [field.name for field in fields(EvictionConfig)]
+    rules = [*ARGUMENTS]
     if policy is None or isinstance(policy, Policy):
         return rules
     if not isinstance(policy, str):
@@ -200,8 +200,11 @@ def _check_generate(model: Any, policy: Any, own: list[str], given: dict[str, An
                 f"{listing(['policy', 'cache', *own])} or an argument of model.generate"
                 f"{nearest(name, names)}"
             )
+    # What one does not say, generate takes from the next.
+    configs = given.get("generation_config"), model.generation_config
     for name, nothing in _NOT_SERVED.items():
-        if given.get(name) not in (None, nothing):
+        said = (given.get(name), *(getattr(config, name, None) for config in configs))
+        if next((value for value in said if value is not None), nothing) != nothing:
             raise NotImplementedError(
                 f"{name} is not served by this pipeline, which gives one text for each question, "
                 "token by token. Call model.generate with a CompressedCache instead."

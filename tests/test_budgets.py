@@ -1,5 +1,6 @@
 """Budgets that differ from layer to layer and from head to head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -200,6 +201,25 @@ def test_a_file_and_a_snapshot_bring_budgets_along(tmp_path: Any) -> None:
     expected = model(ids[:, 30:31], past_key_values=cache).logits
     for other in (loaded, again):
         assert torch.equal(model(ids[:, 30:31], past_key_values=other).logits, expected)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.array, torch.tensor])
+def test_whole_numbers_of_any_library_are_ints(kind: Callable[[int], Any]) -> None:
+    cache: Any = CompressedCache(
+        "snapkv", [kind(12), 14], interval=kind(2), sinks=kind(1), recent=kind(5), window=kind(4)
+    )
+    assert cache.eviction.arguments == dict(
+        budget=(12, 14), interval=2, sinks=1, recent=5, protect_prompt=False
+    )
+    numbers = [*cache.eviction.budget, cache.policy.window, cache.eviction.interval]
+    assert {type(number) for number in numbers} == {int}
+    for given in (kind(0), kind(-1)):
+        with pytest.raises(ValueError, match="budget must be an int >= 1"):
+            CompressedCache("h2o", given)
+    others = np.float64(12.0), np.array([12]), torch.tensor(12.0), torch.tensor([12])
+    for other in (*others, np.True_, torch.tensor(True)):
+        with pytest.raises(TypeError, match="budget must be an int >= 1"):
+            CompressedCache("h2o", other)
 
 
 def test_the_harness_takes_a_list_with_slashes() -> None:

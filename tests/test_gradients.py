@@ -113,12 +113,33 @@ def test_compiled_steps_refuse_too(model: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_a_prompt_is_read_under_gradient_checkpointing(model: Any) -> None:
-    model.train()
-    losses = []
-    for checkpoints in (False, True):
-        if checkpoints:
-            model.gradient_checkpointing_enable()
-        losses.append(_loss(model, _cache("h2o"), PROMPT))
-    expected, got = (_gradients(model, loss) for loss in losses)
-    torch.testing.assert_close(got, expected)
+def test_a_cache_is_not_left_out_under_gradient_checkpointing(model: Any) -> None:
+    """Which transformers does, so that a call would see nothing of what is held."""
+    cache = _cache("h2o")
+    with torch.no_grad():
+        model(PROMPT, **cache_argument(cache))
+    model.train().gradient_checkpointing_enable()
+    for given in (cache, _cache("h2o")):
+        with pytest.raises(ValueError, match="left out the cache it was given"):
+            _loss(model, given, ANSWER)
+    # What it held is as it was.
+    with torch.no_grad():
+        model(ANSWER, **cache_argument(cache))
+    assert cache.get_seq_length() == PROMPT.shape[1] + ANSWER.shape[1]
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_dropout_is_of_a_first_prompt_only(
+    make_model: Callable[..., LlamaForCausalLM], tokens: int
+) -> None:
+    model: Any = make_model(attention_dropout=0.5).train()
+    cache = _cache("h2o")
+    torch.manual_seed(0)
+    got = model(PROMPT, **cache_argument(cache)).logits
+    torch.manual_seed(0)
+    assert torch.equal(got, model(PROMPT, **cache_argument(DynamicCache())).logits)
+    with pytest.raises(ValueError, match="attention_dropout must be 0 after the prompt"):
+        model(ANSWER[:, :tokens], **cache_argument(cache))
+    model.eval()
+    model(ANSWER[:, :tokens], **cache_argument(cache))
+    assert cache.get_seq_length() == PROMPT.shape[1] + tokens

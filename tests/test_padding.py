@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 from compressed_cache import CompressedCache
 from compressed_cache.ops.masks import real_tokens
 from compressed_cache.policies import SLOT_POLICIES
+from compressed_cache.versions import cache_argument
 from tests.conftest import distinct_tokens, held
 from tests.grids import alternating, slow_but
 from tests.kinds import KINDS, QUICK, SMALL
@@ -115,3 +116,41 @@ def test_padding_on_the_right_is_refused(model: LlamaForCausalLM) -> None:
     mask[0, -3:] = 0
     with pytest.raises(ValueError, match="attention_mask must pad on the left"):
         model(ids, attention_mask=mask, past_key_values=CompressedCache("h2o", 8))
+
+
+@pytest.mark.parametrize("settings", [{}, dict(prefill_chunk_size=4), dict(prefill_chunk_size=7)])
+def test_a_text_that_ends_with_padding_is_not_gone_on_with(
+    model: LlamaForCausalLM, settings: dict[str, int]
+) -> None:
+    """Not even where padding and the tokens before it are in chunks of their own, and not in a
+    later turn."""
+    ids, cache = distinct_tokens(2, 20), CompressedCache("h2o", 30)
+    mask = torch.ones_like(ids)
+    mask[0, -6:] = 0
+    settings = dict(max_new_tokens=3, do_sample=False, **settings)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="attention_mask must pad on the left"):
+            model.generate(ids, attention_mask=mask, **cache_argument(cache), **settings)
+    # A row that has ended, and holds nothing new, is another matter.
+    ids, mask = ids[:, :14], mask[:, :14]
+    text = model.generate(ids, attention_mask=mask, **cache_argument(cache), **settings)
+    more = torch.cat([text, distinct_tokens(2, 6, seed=1)], dim=1)
+    mask = torch.ones_like(more)
+    mask[0, 16:] = 0
+    model.generate(more, attention_mask=mask, **cache_argument(cache), **settings)
+    more = torch.cat([more, distinct_tokens(2, 6, seed=2)], dim=1)
+    mask = torch.cat([mask, torch.ones(2, 6, dtype=torch.int64)], dim=1)
+    mask[1, -2:] = 0
+    with pytest.raises(ValueError, match="attention_mask must pad on the left"):
+        model.generate(more, attention_mask=mask, **cache_argument(cache), **settings)
+
+
+def test_embeddings_are_not_read_in_chunks(model: LlamaForCausalLM) -> None:
+    embeddings = model.get_input_embeddings()(distinct_tokens(1, 6))
+    with pytest.raises(NotImplementedError, match="prefill_chunk_size must be left out"):
+        model.generate(
+            inputs_embeds=embeddings,
+            prefill_chunk_size=4,
+            **cache_argument(CompressedCache("h2o", 8)),
+            max_new_tokens=2,
+        )

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, GenerationConfig, LlamaForCausalLM, pipeline
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    LlamaForCausalLM,
+    StoppingCriteria,
+    pipeline,
+)
+from transformers.generation import utils
 
 import compressed_cache.integrations  # noqa: F401
 from compressed_cache import CompressedCache, decode
@@ -233,6 +240,35 @@ def test_arguments_of_generate_are_those_of_generate(pipe: Any, sampling: dict[s
     assert pipe(CONTEXT, question=question, **H2O_24, **sampling)["answer"] == expected
 
 
+@pytest.mark.parametrize("settings", [{}, dict(lossless=True), dict(custom_generate=decode)])
+def test_an_answer_ends_where_it_says_a_word(
+    pipe: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ends(StoppingCriteria):
+        """In place of transformers', to which a tokenizer of whole words means nothing."""
+
+        def __init__(self, tokenizer: Any, stop_strings: list[str]) -> None:
+            (self.end,) = tokenizer.convert_tokens_to_ids(stop_strings)
+
+        def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> Any:
+            return input_ids[:, -1] == self.end
+
+    monkeypatch.setattr(utils, "StopStringCriteria", Ends)
+    whole = pipe(CONTEXT, question="1", **H2O_24, **settings)["answer"].split()
+    cut = pipe(CONTEXT, question="1", **H2O_24, stop_strings=[whole[5]], **settings)
+    assert cut["answer"].split() == whole[: whole.index(whole[5]) + 1]
+
+
+def test_what_a_model_generates_by_default_is_refused_too(pipe: Any, model: Any) -> None:
+    model.generation_config.num_beams = 2
+    try:
+        with pytest.raises(NotImplementedError, match="num_beams is not served"):
+            pipe(CONTEXT, question="1", generation_config=GenerationConfig(max_new_tokens=4))
+        pipe(CONTEXT, question="1", num_beams=1, max_new_tokens=4)
+    finally:
+        model.generation_config.num_beams = None
+
+
 def test_a_generation_config_takes_the_place_of_the_defaults(pipe: Any) -> None:
     config = GenerationConfig(max_new_tokens=5, do_sample=False, suppress_tokens=[0, 1, 2, 3])
     got = pipe(CONTEXT, question=QUESTIONS[0], policy="h2o", budget=24, generation_config=config)
@@ -332,6 +368,18 @@ def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
          r"question must have at least one token.* Leave out question"),
         ("1", dict(question=None, max_context_length=1), ValueError, r"must have two tokens then"),
         ("1", dict(question=3), TypeError, r"question must be a text, got 3"),
+        ("1", dict(question=["1", "2"]), TypeError, r"question must be a text.* as questions"),
+        (3, {}, TypeError, r"context must be a text, or a list of texts, got 3"),
+        ({"context": "1"}, {}, TypeError, r"context must be a text, or a list of texts"),
+        ("1", dict(answer_prefix=None), TypeError, r"answer_prefix must be a text, got None"),
+        ("1", dict(max_context_length=2.0), TypeError, r"max_context_length must be an int"),
+        ("1", dict(batch_size=0), ValueError, r"batch_size must be >= 1, got 0"),
+        ("1", dict(batch_size=2.0), TypeError, r"batch_size must be an int >= 1, got 2.0"),
+        ("1", dict(policy="h2o", least_recent=1), TypeError, r"unknown argument 'least_recent'"),
+        ("1", dict(generation_config=GenerationConfig(num_beams=2)), NotImplementedError,
+         r"num_beams is not served"),
+        ("1", dict(generation_config=GenerationConfig(return_dict_in_generate=True)),
+         NotImplementedError, r"return_dict_in_generate is not served"),
         (["1"] * 3, dict(question=None, questions=[["1"]] * 2), ValueError, r"one list for each"),
         (["1"] * 2, dict(question=None, questions=[["1"], []]), ValueError, r"at least one text"),
         ("1", dict(question=_text(300)), ValueError,

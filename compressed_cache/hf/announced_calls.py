@@ -16,6 +16,7 @@ from compressed_cache.hf.columns import Columns
 from compressed_cache.hf.linear_attention import LinearLayers
 from compressed_cache.hf.module_inputs import show_inputs
 from compressed_cache.observers import Observed
+from compressed_cache.ops.masks import check_left
 from compressed_cache.policies.base import Policy
 from compressed_cache.step_counter import StepCounter
 
@@ -84,6 +85,7 @@ class AnnouncedCalls(LinearLayers, Observed):
         and what went into a state cannot be taken out again.
         """
         self.expect_forward(model)
+        seen = self.counter.tokens_seen
         if ids is not None and self.first_filled() is None:
             self.columns.expect_text(ids, 0)
         try:
@@ -96,6 +98,8 @@ class AnnouncedCalls(LinearLayers, Observed):
             elif self.was_asked or self.counter.is_read_now:
                 self.is_torn = True
             raise
+        is_read = self.was_asked or self.counter.tokens_seen != seen
+        checks.check_read(is_read=is_read or not model.training)
         self.is_torn = False
 
     def expect_text(
@@ -115,14 +119,18 @@ class AnnouncedCalls(LinearLayers, Observed):
             width: of its mask, where it must be that of these tokens; None: it need not.
 
         Raises:
-            ValueError: nothing would be new, as with another text, other tokens than were read, or
-                a mask of more tokens.
+            ValueError: nothing would be new, as with another text, other tokens than were read, a
+                mask of more tokens, or a row that ends with padding after new tokens.
         """
         first = self.first_filled()
         seen = 0 if first is None else self.counter.tokens_seen
         checks.check_text(seen, tokens)
         if width is not None:
             checks.check_whole_text(seen, tokens, width)
+        if mask is not None and mask.dim() == 2 and mask.shape[1] == tokens:
+            # What is generated follows the last column. Calls of parts would not see that.
+            new = mask[:, seen:tokens].bool()
+            check_left(torch.stack([new.any(dim=1), new[:, -1]], dim=1))
         if first is not None and ids is not None:
             next_position = first.store.next_position
             rows: Any = self.columns.rows_of(ids, mask, seen=seen, next_position=next_position)

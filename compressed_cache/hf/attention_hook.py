@@ -239,6 +239,11 @@ def _announce_texts() -> None:
         if inputs.get("use_cache") is False:
             raise ValueError("use_cache must be True where a cache is given, got False")
         embeddings = inputs.get("inputs_embeds")
+        if embeddings is not None and config.prefill_chunk_size is not None:
+            raise NotImplementedError(
+                "prefill_chunk_size must be left out with inputs_embeds, of which transformers "
+                "reads no parts. Call the model with one part after the other instead."
+            )
         tokens = ids.shape[1] if embeddings is None else embeddings.shape[1]
         # transformers takes ids for the whole text only where it knows of a mask as long.
         # Where the mask is longer, only what is new was given.

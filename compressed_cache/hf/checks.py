@@ -94,9 +94,26 @@ def _states(heads: int, dim: int, value_dim: int, device: Any, dtype: Any) -> st
 
 
 def check_module(identity: ModuleIdentity, module: Any) -> None:
-    """Raises ``ValueError`` if the text held was read by another attention module."""
+    """Raises ``ValueError`` if the text held was read by another attention module, or if it is one
+    that drops weights at random, which is done of a first prompt only."""
     if not identity.knows(module):
         raise ValueError(f"model must be the one that read the prompt, got another. {_RESET}")
+    dropout = getattr(module, "attention_dropout", None)
+    if module.training and isinstance(dropout, float) and dropout > 0:
+        raise ValueError(
+            f"attention_dropout must be 0 after the prompt, where it would be left out, got "
+            f"{dropout}. Call model.eval()."
+        )
+
+
+def check_read(*, is_read: bool) -> None:
+    """Raises ``ValueError`` if a model was called with a cache and left it out."""
+    if not is_read:
+        raise ValueError(
+            "the model left out the cache it was given, as transformers does under gradient "
+            "checkpointing, so it saw nothing of what was read before. Call "
+            "model.gradient_checkpointing_disable(), or give no cache."
+        )
 
 
 def check_order(layers: Sequence[Any], layer: Any, first: Any) -> None:

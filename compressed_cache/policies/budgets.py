@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from compressed_cache.policies.fields import whole_number
 from compressed_cache.wording import shown
 
 Budget = int | tuple[int, ...] | tuple[tuple[int, ...], ...]
@@ -26,8 +27,9 @@ def to_budget(value: Any) -> Budget:
     return tuple(_slots(layer, value) for layer in value)
 
 
-def _slots(number: Any, value: Any) -> int:
-    if isinstance(number, bool) or not isinstance(number, int):
+def _slots(given: Any, value: Any) -> int:
+    number = whole_number(given)
+    if number is None:
         raise TypeError(
             "budget must be an int >= 1, a list with one for each layer, or a list of lists with "
             f"one for each key/value head of each layer, got {shown(value)}"

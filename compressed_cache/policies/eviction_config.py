@@ -26,9 +26,11 @@ from compressed_cache.policies.capabilities import (
     find_store,
     needs_of,
 )
+from compressed_cache.policies.fields import whole_number
 from compressed_cache.wording import shown
 
-_ARGUMENTS = ("budget", "interval", "sinks", "recent", "protect_prompt")
+ARGUMENTS = ("budget", "interval", "sinks", "recent", "protect_prompt")
+"""Those of ``CompressedCache`` that a config is made of."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class EvictionConfig:
 
     @property
     def _values(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _ARGUMENTS}
+        return {name: getattr(self, name) for name in ARGUMENTS}
 
     def protected(self, prompts: Tensor, budget: int) -> Tensor:
         """How many positions of prompts of these lengths ``[B]`` are never evicted, ``[B]``.
@@ -113,9 +115,9 @@ def resolve_eviction(
         ValueError: an argument out of range, or a budget too small for what is protected.
     """
     budget = to_budget(budget)
-    for name, value in (("interval", interval), ("sinks", sinks), ("recent", recent)):
-        if value is not None:
-            _check_int(name, value, least=1 if name == "interval" else 0)
+    interval = _to_int("interval", interval, least=1)
+    sinks = _to_int("sinks", sinks, least=0)
+    recent = _to_int("recent", recent, least=0)
     if protect_prompt is not None and not isinstance(protect_prompt, bool):
         raise TypeError(f"protect_prompt must be a bool, got {shown(protect_prompt)}")
 
@@ -218,8 +220,12 @@ def share_budget(
     return dict(zip(layers, budget, strict=True))
 
 
-def _check_int(name: str, value: Any, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _to_int(name: str, value: Any, *, least: int) -> int | None:
+    if value is None:
+        return None
+    number = whole_number(value)
+    if number is None:
         raise TypeError(f"{name} must be an int >= {least}, got {shown(value)}")
-    if value < least:
-        raise ValueError(f"{name} must be an int >= {least}, got {value}")
+    if number < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {number}")
+    return number

@@ -2,12 +2,14 @@
 
 import dataclasses
 import inspect
+import operator
 from typing import Any
+
+import torch
 
 from compressed_cache.wording import shown
 
 _CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "int": (int, "an int"),
     "float": ((int, float), "a float"),
     "bool": (bool, "a bool"),
     "str": (str, "a str"),
@@ -15,8 +17,22 @@ _CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
 _PARTS = ("base", "prompt", "decoding")
 
 
+def whole_number(value: Any) -> int | None:
+    """What ``value`` stands for as an int, as a number of NumPy or a tensor without dimensions may;
+    None of a bool and of all else."""
+    if isinstance(value, bool) or getattr(value, "shape", ()) != ():
+        return None
+    if getattr(value, "dtype", None) == torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def check_fields(policy: Any) -> None:
-    """Raises ``TypeError`` for a value of another type, and for what only looks like a field."""
+    """Raises ``TypeError`` for a value of another type, and for what only looks like a field; makes
+    ints of whole numbers of other kinds."""
     of = type(policy)
     own = {
         name for name, kind in inspect.get_annotations(of).items() if "ClassVar" not in str(kind)
@@ -30,6 +46,11 @@ def check_fields(policy: Any) -> None:
         value = getattr(policy, field.name)
         # With postponed annotations the type of a field is its name.
         kind = getattr(field.type, "__name__", field.type)
+        if kind == "int":
+            number = whole_number(value)
+            if number is None:
+                raise TypeError(f"{field.name} must be an int, got {shown(value)}")
+            object.__setattr__(policy, field.name, number)
         if kind not in _CHECKED:
             continue
         allowed, wording = _CHECKED[kind]
