@@ -113,6 +113,8 @@ class Drafts(Snapshots):
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last ``-tokens_to_remove`` tokens of the last call, evictions included.
 
+        What is left of a call that was read as a prompt stays read as one, also a single token.
+
         Raises:
             ValueError: a positive number, or more tokens than that call had.
             NotImplementedError: a model with linear-attention layers.
