@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compressed_cache.integrations.prompt import positive
 from compressed_cache.policies.relative_budget import check_ratio, slots_kept
 from compressed_cache.wording import listing, nearest, shown
 
@@ -211,7 +212,7 @@ def _check_generate(model: Any, policy: Any, own: list[str], given: dict[str, An
             )
     if given.get("generation_config") is None:
         given.setdefault("do_sample", False)
-        if given.get("max_length") is None:
-            given.setdefault("max_new_tokens", 50)
-    if given.get("max_new_tokens", 1) < 1:
-        raise ValueError(f"max_new_tokens must be >= 1, got {given['max_new_tokens']}")
+        if given.get("max_length") is None and given.get("max_new_tokens") is None:
+            given["max_new_tokens"] = 50
+    if given.get("max_new_tokens") is not None:
+        given["max_new_tokens"] = positive("max_new_tokens", given["max_new_tokens"])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaForCausalLM
 
 from compressed_cache import CompressedCache
@@ -71,6 +72,39 @@ def test_the_prompt_is_a_constant_only_where_it_is_read_as_one(model: Any) -> No
     model(PROMPT, **cache_argument(cache))
     with pytest.raises(RuntimeError, match="holds what it has read as constants"):
         _loss(model, cache, ANSWER).backward()
+
+
+@pytest.mark.parametrize("calls", [(8,), (1, 1)])
+def test_a_prompt_that_alone_is_trained_is_no_constant(model: Any, calls: tuple[int, ...]) -> None:
+    """A soft prompt before a frozen model: no later token has a gradient of its own."""
+    model.requires_grad_(False)
+    for policy in ("h2o", "full"):
+        cache = _cache(policy)
+        prompt = model.get_input_embeddings()(PROMPT).requires_grad_()
+        loss = model(inputs_embeds=prompt, **cache_argument(cache)).logits.square().mean()
+        for tokens in ANSWER[:, : sum(calls)].split(calls, dim=1):
+            loss = loss + _loss(model, cache, tokens)
+        with pytest.raises(RuntimeError, match="holds what it has read as constants"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+@pytest.mark.parametrize("policy", ["h2o", "full"])
+def test_a_call_that_is_made_again_in_the_backward_pass_is_refused(
+    model: Any, policy: str, is_reentrant: bool
+) -> None:
+    cache = _cache(policy)
+    with torch.no_grad():
+        model(PROMPT, **cache_argument(cache))
+
+    def call(scale: Tensor) -> Tensor:
+        return scale * _loss(model, cache, ANSWER)
+
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    loss: Any = checkpoint(call, scale, use_reentrant=is_reentrant)
+    with pytest.raises(ValueError, match="must not be checkpointed"):
+        loss.backward()
+    assert cache.get_seq_length() == 28
 
 
 def test_nothing_is_refused_that_nobody_asks_for(model: Any) -> None:

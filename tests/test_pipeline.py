@@ -387,6 +387,7 @@ def test_no_option_of_a_policy_is_named_like_an_argument_of_generate() -> None:
         (_text(295), dict(question=_text(9)), ValueError,
          r"must fit into the 300 tokens.* got 296 \+ 9. Pass max_context_length=291"),
         ("1", dict(max_context_length=0), ValueError, r"max_context_length must be >= 1, got 0"),
+        ("1", dict(max_new_tokens="5"), TypeError, r"max_new_tokens must be an int >= 1, got '5'"),
         ("1", dict(max_new_tokens=0), ValueError, r"max_new_tokens must be >= 1, got 0"),
         ("1", dict(prefill_chunk_size=0), ValueError, r"prefill_chunk_size must be >= 1, got 0"),
         ("1", dict(prefill_chunk_size=-3), ValueError, r"prefill_chunk_size must be >= 1, got -3"),
@@ -424,6 +425,12 @@ def test_bad_input_is_refused_before_anything_is_read(
     with pytest.raises(error, match=message):
         pipe(context, **{"question": "1", **arguments})
     assert not calls
+
+
+def test_a_default_may_be_asked_for_as_none(pipe: Any) -> None:
+    asked = pipe("1", question=QUESTIONS[0], max_new_tokens=None)["answer"]
+    assert asked == pipe("1", question=QUESTIONS[0])["answer"]
+    assert len(asked.split()) == 50
 
 
 def test_a_template_that_alters_the_text_is_refused(pipe: Any) -> None:

@@ -84,6 +84,8 @@ class AnnouncedCalls(LinearLayers, Observed):
         If it fails, layers with slots know what they have read. Those of linear attention do not,
         and what went into a state cannot be taken out again.
         """
+        if self.first_filled() is not None:
+            checks.check_read_once()
         self.expect_forward(model)
         seen = self.counter.tokens_seen
         if ids is not None and self.first_filled() is None:

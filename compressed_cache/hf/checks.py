@@ -116,6 +116,16 @@ def check_read(*, is_read: bool) -> None:
         )
 
 
+def check_read_once() -> None:
+    """Raises ``ValueError`` in a backward pass, which calls a model for what it has read before."""
+    if torch._C._current_graph_task_id() != -1:
+        raise ValueError(
+            "a call with a cache must not be checkpointed: the backward pass calls the model "
+            "again, and its tokens would be read twice. Leave out torch.utils.checkpoint, or the "
+            "cache."
+        )
+
+
 def check_order(layers: Sequence[Any], layer: Any, first: Any) -> None:
     """Raises unless all layers took part in the same calls before ``layer`` is given new keys.
 

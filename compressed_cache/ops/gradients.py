@@ -18,9 +18,12 @@ def constant(held: Tensor, *traced: Tensor) -> Tensor:
 
     Args:
         held: any tensor.
-        traced: tensors of the running call, of which at least one has a gradient.
+        traced: tensors of the running call. Where none of them has a gradient, as where only what
+            was read before is trained (a soft prompt), what is lost would be all there is.
     """
-    through = next(tensor for tensor in traced if tensor.requires_grad)
+    through = next((tensor for tensor in traced if tensor.requires_grad), None)
+    if through is None:
+        through = torch.zeros((), device=held.device, requires_grad=True)
     return held + _zero(through).to(held.dtype)
 
 

@@ -4,13 +4,12 @@ Only some stores fetch, and only some policies merge."""
 
 from torch import Tensor
 
-from compressed_cache.ops import gradients
 from compressed_cache.ops.kernels import operators
 from compressed_cache.ops.rerotation import rerotate_to_ranks
 from compressed_cache.ops.tokens import gather
 from compressed_cache.stores.inputs import NewToken
 from compressed_cache.stores.slots import SlotStore
-from compressed_cache.stores.traced import with_gradients
+from compressed_cache.stores.traced import traced_in, with_gradients
 
 
 def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | None]:
@@ -25,7 +24,7 @@ def decode_step(store: SlotStore, token: NewToken) -> tuple[Tensor, Tensor | Non
         ``[B, H, G, 1, S]`` float32, None where there are none.
     """
     query, key, value, ranks, _, real, mask, hidden = token
-    traced = (query, key, value) if gradients.wants_gradient(query, key, value) else None
+    traced = traced_in(store, query, key, value)
     # Detached everywhere: a graph through the slots would live as long as the cache.
     query, key, value = query.detach(), key.detach(), value.detach()
     store.fetch(query)
