@@ -52,4 +52,4 @@ def with_gradients(
 
 def _has_past(store: SlotStore) -> bool:
     """Whether the gradient of a call would lack its part through earlier ones."""
-    return store.has_gradients and torch.is_grad_enabled()
+    return torch.is_grad_enabled() and store.has_gradients
