@@ -918,7 +918,7 @@ MUTANTS = (
     Mutant(
         "what was held has gradients",
         "stores/traced.py",
-        "return gradients.constant(held, *traced) if is_past else held",
+        "return gradients.constant(held, *traced) if _has_past(store) else held",
         "return held",
         "test_gradients.py",
     ),
