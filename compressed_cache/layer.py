@@ -176,7 +176,7 @@ class CompressedLayer(CacheLayerMixin):
         if is_eager:
             self.awaits_attention = False
             with self.counter.unless_refused():
-                checks.check_module(self.module, module)
+                checks.check_module(self.module, module, kwargs)
             self.progress += 1
         assert self.incoming is not None
         (key, value), self.incoming = self.incoming, None
@@ -294,7 +294,7 @@ class CompressedLayer(CacheLayerMixin):
             hidden = self._hidden_states(module, query)
             inputs = AttentionInputs(query, key, value, real, mask, hidden)
             if self.is_filled:
-                checks.check_module(self.module, module)
+                checks.check_module(self.module, module, kwargs)
                 before = self.store.next_position
                 if count and self.counter.is_first_prompt:
                     self._check_prompt(before + real[:, :count].sum(dim=1))

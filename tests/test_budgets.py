@@ -26,6 +26,7 @@ from compressed_cache.policies.methods.criticalkv import CriticalKV
 from compressed_cache.policies.methods.duo_attention import DuoAttention
 from compressed_cache.policies.methods.h2o import H2O
 from compressed_cache.policies.methods.pyramidkv import PyramidKV
+from compressed_cache.policies.methods.shadowkv import ShadowKV
 from compressed_cache.policies.view import Slots
 from compressed_cache.reasoner import MODEL_PATH
 from compressed_cache.versions import cache_argument
@@ -213,6 +214,8 @@ def test_whole_numbers_of_any_library_are_ints(kind: Callable[[int], Any]) -> No
     )
     numbers = [*cache.eviction.budget, cache.policy.window, cache.eviction.interval]
     assert {type(number) for number in numbers} == {int}
+    rank = ShadowKV(rank=kind(12)).rank
+    assert (rank, type(rank)) == (12, int)
     for given in (kind(0), kind(-1)):
         with pytest.raises(ValueError, match="budget must be an int >= 1"):
             CompressedCache("h2o", given)

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache
 from compressed_cache import layer as its_layer

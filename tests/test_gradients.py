@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from compressed_cache import CompressedCache
 from compressed_cache.versions import cache_argument
 from tests.compiling import CountingBackend
-from tests.conftest import distinct_tokens
+from tests.conftest import VOCABULARY, distinct_tokens
 from tests.test_masks import LAYOUTS
 
 PROMPT, ANSWER = distinct_tokens(2, 20), distinct_tokens(2, 8, seed=9)
@@ -177,3 +177,13 @@ def test_dropout_is_of_a_first_prompt_only(
     model.eval()
     model(ANSWER[:, :tokens], **cache_argument(cache))
     assert cache.get_seq_length() == PROMPT.shape[1] + tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_dropout_is_known_whatever_a_model_calls_it(tokens: int) -> None:
+    sizes = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    model: Any = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.25)).train()
+    cache = _cache("h2o")
+    model(PROMPT, **cache_argument(cache))
+    with pytest.raises(ValueError, match=r"must be 0 after the prompt, .* got 0\.25"):
+        model(ANSWER[:, :tokens], **cache_argument(cache))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -80,6 +81,11 @@ def _lossless(model: Any, cache: Any = None, **options: Any) -> Tensor:
     cache = _cache() if cache is None else cache
     options = {"max_new_tokens": 40, "do_sample": False, "adaptive": False, **_padded(), **options}
     return model.generate(**cache_argument(cache), custom_generate=lossless, **options)
+
+
+def test_counts_may_be_numbers_of_numpy(model: Any) -> None:
+    counts = dict(num_draft_tokens=np.int64(3), refresh=np.int32(8))
+    assert torch.equal(_lossless(model, _cache("snapkv"), **counts), _plain(model))
 
 
 @pytest.mark.parametrize("mode", MODES)

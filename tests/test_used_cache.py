@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 from compressed_cache import CompressedCache, decode
 from compressed_cache.ops.masks import left_padded

@@ -84,11 +84,12 @@ class AnnouncedCalls(LinearLayers, Observed):
         If it fails, layers with slots know what they have read. Those of linear attention do not,
         and what went into a state cannot be taken out again.
         """
-        if self.first_filled() is not None:
+        is_used = self.first_filled() is not None
+        if is_used:
             checks.check_read_once()
         self.expect_forward(model)
         seen = self.counter.tokens_seen
-        if ids is not None and self.first_filled() is None:
+        if ids is not None and not is_used:
             self.columns.expect_text(ids, 0)
         try:
             yield

@@ -93,13 +93,13 @@ def _states(heads: int, dim: int, value_dim: int, device: Any, dtype: Any) -> st
     return f"{heads} heads of {dim}{values}, {str(dtype).removeprefix('torch.')} on {device}"
 
 
-def check_module(identity: ModuleIdentity, module: Any) -> None:
-    """Raises ``ValueError`` if the text held was read by another attention module, or if it is one
-    that drops weights at random, which is done of a first prompt only."""
+def check_module(identity: ModuleIdentity, module: Any, arguments: dict[str, Any]) -> None:
+    """Raises ``ValueError`` if the text held was read by another attention module, or if it asks
+    for dropout, which is done of a first prompt only."""
     if not identity.knows(module):
         raise ValueError(f"model must be the one that read the prompt, got another. {_RESET}")
-    dropout = getattr(module, "attention_dropout", None)
-    if module.training and isinstance(dropout, float) and dropout > 0:
+    dropout = arguments.get("dropout")
+    if dropout:
         raise ValueError(
             f"attention_dropout must be 0 after the prompt, where it would be left out, got "
             f"{dropout}. Call model.eval()."

@@ -25,6 +25,7 @@ from compressed_cache.hf.full_cache import CopyPrompt, FullCache
 from compressed_cache.hf.row_texts import RowTexts
 from compressed_cache.hf.verifier import Verifier
 from compressed_cache.ops.acceptance import accept_greedy, accept_sampled
+from compressed_cache.policies.fields import whole_number
 from compressed_cache.stores.refresh import can_refresh
 from compressed_cache.versions import CACHE
 from compressed_cache.wording import listing, shown
@@ -94,9 +95,8 @@ def lossless(
             not known of evicted tokens, ``return_dict_in_generate``, a model that prepares its
             inputs in its own way or has linear-attention layers, or a cache with telemetry.
     """
-    _check_count("num_draft_tokens", num_draft_tokens)
-    if refresh is not None:
-        _check_count("refresh", refresh)
+    num_draft_tokens = _to_count("num_draft_tokens", num_draft_tokens)
+    refresh = None if refresh is None else _to_count("refresh", refresh)
     if not isinstance(adaptive, bool | None):
         raise TypeError(f"adaptive must be True, False or None, got {shown(adaptive)}")
     if statistics is None:
@@ -118,11 +118,13 @@ def lossless(
     return loop.run(DraftLength(most, adapts=adapts))
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _to_count(name: str, value: Any) -> int:
+    number = whole_number(value)
+    if number is None:
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
 
 
 def _check(model: Any, arguments: dict[str, Any]) -> None:

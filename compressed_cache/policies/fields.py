@@ -14,6 +14,7 @@ _CHECKED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "bool": (bool, "a bool"),
     "str": (str, "a str"),
 }
+_WHOLE = {"int": "an int", "int | None": "an int or None"}
 _PARTS = ("base", "prompt", "decoding")
 
 
@@ -45,17 +46,16 @@ def check_fields(policy: Any) -> None:
     for field in dataclasses.fields(policy):
         value = getattr(policy, field.name)
         # With postponed annotations the type of a field is its name.
-        kind = getattr(field.type, "__name__", field.type)
-        if kind == "int":
+        kind = getattr(field.type, "__name__", str(field.type))
+        if kind in _WHOLE and (value is not None or kind == "int"):
             number = whole_number(value)
             if number is None:
-                raise TypeError(f"{field.name} must be an int, got {shown(value)}")
+                raise TypeError(f"{field.name} must be {_WHOLE[kind]}, got {shown(value)}")
             object.__setattr__(policy, field.name, number)
-        if kind not in _CHECKED:
-            continue
-        allowed, wording = _CHECKED[kind]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
-            raise TypeError(f"{field.name} must be {wording}, got {shown(value)}")
+        elif kind in _CHECKED:
+            allowed, wording = _CHECKED[kind]
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
+                raise TypeError(f"{field.name} must be {wording}, got {shown(value)}")
 
 
 def own_options(part: Any) -> list[str]:

@@ -306,14 +306,14 @@ def _attend_kernel(
         tl.store(peaks + own, peak)
         tl.store(totals + own, total)
         tl.store(partial + own[:, None] * VALUE_PAD + value_column[None, :], sums)
-    # The logits were written by other threads of this program.
-    tl.debug_barrier()
-    if SPLITS > 1:
         is_last = _is_last(arrived + program - row * heads, SPLITS)
         if is_last:
             peak, total, sums = _added(
                 partial, peaks, totals, first, GROUPS_PAD, VALUE_PAD, SPLITS
             )  # fmt: skip
+    else:
+        # The logits were written by other threads of this program.
+        tl.debug_barrier()
     if is_last:
         peak, total, rescale = _normalise(peak, total, sinks, first_query, group, GROUPS, SINKS)
         result = sums * (rescale / total)[:, None]

@@ -8,7 +8,6 @@ from torch import Tensor
 from compressed_cache.ops.rotary import rotary_of
 from compressed_cache.policies.base import Defaults, Needs, Policy
 from compressed_cache.policies.view import LayerContext
-from compressed_cache.wording import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +53,6 @@ class ShadowKV(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank is not None and (
-            isinstance(self.rank, bool) or not isinstance(self.rank, int)
-        ):
-            raise TypeError(f"rank must be an int or None, got {shown(self.rank)}")
         for name, least in (("chunk_size", 1), ("outlier_chunks", 0), ("local_chunks", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
